@@ -1,0 +1,73 @@
+"""Packaging of negative-cache. Settings of the tools (ruff, pytest) live in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def read_version() -> str:
+    """Reads `__version__` as text: importing the package would need TensorFlow to build it."""
+    text = (ROOT / "negative_cache" / "version.py").read_text(encoding="utf-8")
+    match = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if match is None:
+        raise RuntimeError('negative_cache/version.py has no line `__version__ = "..."`')
+    return match.group(1)
+
+
+def read_long_description() -> str:
+    readme = ROOT / "README.md"
+    return readme.read_text(encoding="utf-8") if readme.exists() else ""
+
+
+setup(
+    name="negative-cache",
+    version=read_version(),
+    description="Train dual encoders in TensorFlow/Keras against a very large pool of negatives.",
+    long_description=read_long_description(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["negative_cache*"]),
+    python_requires=">=3.10",
+    install_requires=[
+        "absl-py",
+        "numpy",
+        "scipy",
+        "tensorflow>=2.16",
+        "tensorflow-recommenders>=0.7.3",
+        # Keras 2, which tf.keras becomes under TF_USE_LEGACY_KERAS=1.
+        "tf-keras>=2.16",
+    ],
+    extras_require={
+        "demo": ["matplotlib"],
+        "test": [
+            "hypothesis",
+            "keras-rs",
+            "matplotlib",
+            "pytest>=8",
+            "pytest-xdist",
+            # Bounded, since a new minor release may format the same code differently.
+            "ruff>=0.17,<0.18",
+        ],
+        "docs": ["mkdocs-material", "mkdocstrings[python]"],
+        "benchmarks": ["faiss-cpu", "matplotlib"],
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: Apache Software License",
+        "Operating System :: MacOS",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    keywords="retrieval recommender two-tower dual-encoder negative-sampling tensorflow keras",
+)
