@@ -1,0 +1,285 @@
+"""From Python source files to (summary, code) records: the part that reads and judges source.
+
+Everything here is text in, text out, with the standard library only: no arrays, no TensorFlow, no
+cache. Source is parsed with `ast` and never imported or executed. The steps, in order:
+`find_sources` lists files, `read_records` turns one file into records, `deduplicate` keeps one
+record for every summary and every function body.
+"""
+
+import ast
+import hashlib
+import io
+import os
+import re
+import stat
+import tokenize
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+from negative_cache.datasets import _summary
+
+# Part of the cache key: raise it whenever a change below (or in `_summary`) changes what is found.
+VERSION = 1
+
+MAX_CODE_CHARS = 2_000
+# Larger files are tables and generated code, slow to parse and poor in documented functions.
+MAX_FILE_BYTES = 1 << 20
+
+# Environments live inside the standard library's folder and come as roots of their own.
+_SKIPPED_FOLDERS = frozenset(
+    {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "node_modules"}
+)
+_TEST_FILE = re.compile(r"(test_.*|.*_(tests?|test_utils?|test_lib|tstutils)|tests?|conftest)\.py")
+_TEST_NAME = re.compile(r"(test|Test)(_.*|[A-Z].*)?|.*(_test|Test|Tests|TestCase|TestBase)")
+_GENERATED_FILE = re.compile(r"gen_\w+_ops\.py|\w+_pb2(_grpc)?\.py")
+_GENERATED_HEADER = re.compile(
+    r"machine[- ]generated|auto(matically)?[- ]?generated|do not edit", re.IGNORECASE
+)
+_GENERATED_HEADER_CHARS = 600
+
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
+
+class SourceFile(NamedTuple):
+    """A file to read: its path on disk and the dotted name of its module."""
+
+    path: str
+    module: str
+
+
+class Record(NamedTuple):
+    """One documented function."""
+
+    name: str
+    """Qualified dotted name, such as `json.decoder.JSONDecoder.decode`."""
+    summary: str
+    """First sentence of the docstring, on one line, without markup."""
+    code: str
+    """Signature and body without decorators and docstring, at most `MAX_CODE_CHARS` characters."""
+    body_key: bytes
+    """Digest of the whole body without whitespace: equal for copies of one function."""
+
+
+def find_sources(roots: Sequence[str], excluded_package: str) -> list[SourceFile]:
+    """Lists the Python files under `roots`, in an order that does not depend on the file system.
+
+    Args:
+      roots: Folders that an import path would name; modules are named relative to them.
+      excluded_package: Name of a top-level package to leave out.
+
+    Returns:
+      Files in the order of `roots`, then of their path. A file reachable in two ways comes once.
+    """
+    found = []
+    seen = set()
+    for root in roots:
+        for folder, subfolders, files in os.walk(root):
+            # In place: this is how `os.walk` is told where to go next.
+            subfolders[:] = sorted(
+                name
+                for name in subfolders
+                if name not in _SKIPPED_FOLDERS
+                and not name.startswith(".")
+                and not (folder == root and name == excluded_package)
+            )
+            for file in sorted(files):
+                path = os.path.join(folder, file)
+                # Links to files are followed (some installers make nothing else), links to folders
+                # are not, so there is no cycle to fall into.
+                real_path = os.path.realpath(path)
+                if _is_candidate_file(path) and real_path not in seen:
+                    seen.add(real_path)
+                    found.append(SourceFile(path, _module_name(os.path.relpath(path, root))))
+    return found
+
+
+def _is_candidate_file(path: str) -> bool:
+    file = os.path.basename(path)
+    if not file.endswith(".py") or _TEST_FILE.fullmatch(file) or _GENERATED_FILE.fullmatch(file):
+        return False
+    try:
+        status = os.stat(path)
+    except OSError:  # For example a dangling link.
+        return False
+    # A named pipe called x.py would block its reader for ever.
+    return stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES
+
+
+def _module_name(relative_path: str) -> str:
+    parts = relative_path[: -len(".py")].split(os.sep)
+    if parts[-1] == "__init__" and len(parts) > 1:
+        parts.pop()
+    return ".".join(parts)
+
+
+def read_records(source: SourceFile) -> list[Record]:
+    """Reads one file. What cannot be read or parsed has no records: packages ship broken files.
+
+    Args:
+      source: The file.
+
+    Returns:
+      The documented, non-trivial functions and methods, in the order of the file.
+    """
+    try:
+        with open(source.path, "rb") as file:
+            raw = file.read(MAX_FILE_BYTES)
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(raw).readline)
+        text = raw.decode(encoding).replace("\r\n", "\n").replace("\r", "\n")
+        if _GENERATED_HEADER.search(text, 0, _GENERATED_HEADER_CHARS):
+            return []
+        with warnings.catch_warnings():
+            # Other people's invalid escapes are not this package's user's concern.
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
+        return []
+    # Not `splitlines`, which also splits at form feeds, where `ast` counts no line.
+    lines = text.split("\n")
+    records = (_record(name, node, lines) for name, node in _functions(tree, source.module))
+    return [record for record in records if record is not None]
+
+
+def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Functions and methods outside functions: a nested one is already part of another's code."""
+    # A stack instead of recursion: generated code holds `elif` chains of a thousand branches.
+    stack: list[tuple[str, ast.AST]] = [(module, tree)]
+    while stack:
+        scope, node = stack.pop()
+        if isinstance(node, _FUNCTIONS):
+            if not _TEST_NAME.fullmatch(node.name):
+                yield f"{scope}.{node.name}", node
+            continue
+        if isinstance(node, ast.ClassDef):
+            if _TEST_NAME.fullmatch(node.name):
+                continue
+            scope = f"{scope}.{node.name}"
+        children = [
+            child
+            for field in ("body", "handlers", "orelse", "finalbody")
+            for child in getattr(node, field, ())
+            if isinstance(child, (ast.stmt, ast.ExceptHandler))
+        ]
+        stack.extend((scope, child) for child in reversed(children))
+
+
+def _record(name: str, node: ast.FunctionDef, lines: list[str]) -> Record | None:
+    docstring = ast.get_docstring(node)
+    if docstring is None or is_trivial(node.body[1:]) or _is_overload(node):
+        return None
+    summary = _summary.summarize(docstring)
+    if summary is None:
+        return None
+    head, body = _split_source(node, lines)
+    # Odd codecs can produce lone surrogates, which neither UTF-8 nor TensorFlow can hold.
+    code = f"{head}\n{body}"[:MAX_CODE_CHARS].encode("utf-8", "ignore").decode()
+    return Record(name, summary, code.rstrip(), _digest("".join(body.split())))
+
+
+def is_trivial(body: Sequence[ast.stmt]) -> bool:
+    """Whether statements do nothing that a summary could describe.
+
+    Args:
+      body: The statements of a function after its docstring.
+
+    Returns:
+      True if there are none, or each is one of: `pass`, `...`, `del`, `raise`, a bare `return` or that of
+      a constant, a name, an attribute or an empty container, or a call of a method of `super()`.
+    """
+    return all(map(_is_trivial_statement, body))
+
+
+def _is_trivial_statement(statement: ast.stmt) -> bool:
+    if isinstance(statement, (ast.Pass, ast.Raise, ast.Delete)):
+        return True
+    if isinstance(statement, (ast.Expr, ast.Return)):
+        value = statement.value
+        return value is None or _is_trivial_value(value) or _is_super_call(value)
+    return False
+
+
+def _is_trivial_value(node: ast.expr) -> bool:
+    while isinstance(node, ast.Attribute):
+        node = node.value
+    if isinstance(node, ast.UnaryOp):
+        node = node.operand
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return not node.elts
+    if isinstance(node, ast.Dict):
+        return not node.keys
+    return isinstance(node, (ast.Constant, ast.Name))
+
+
+def _is_super_call(node: ast.expr) -> bool:
+    match node:
+        case ast.Await(value=value):
+            return _is_super_call(value)
+        case ast.Call(func=ast.Attribute(value=ast.Call(func=ast.Name(id="super")))):
+            return True
+    return False
+
+
+def _is_overload(node: ast.FunctionDef) -> bool:
+    return any(
+        getattr(decorator, "attr", getattr(decorator, "id", None)) == "overload"
+        for decorator in node.decorator_list
+    )
+
+
+def _split_source(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str]:
+    """The source text before and after the docstring, dedented to column 0."""
+    docstring = node.body[0]
+    indent = node.col_offset
+    head = _segment(lines, node.lineno, indent, docstring.lineno, docstring.col_offset)
+    body = _segment(
+        lines, docstring.end_lineno, docstring.end_col_offset, node.end_lineno, node.end_col_offset
+    )
+    # The rest of the docstring's last line is empty, or `; statement`, or a comment.
+    first, newline, rest = body.partition("\n")
+    first = first.lstrip("; \t\f")
+    body = f"    {first}{newline}{_dedent(rest, indent)}" if first else _dedent(rest, indent)
+    return _dedent(head, indent).rstrip(), re.sub(r"\A(?:[ \t\f]*\n)+", "", body)
+
+
+def _segment(lines: list[str], line: int, column: int, end_line: int, end_column: int) -> str:
+    """The text between two positions of `ast`: lines from 1, columns in bytes of UTF-8."""
+    selected = lines[line - 1 : end_line]
+    # The end first: on a single line, cutting the start would move it.
+    selected[-1] = selected[-1].encode()[:end_column].decode()
+    selected[0] = selected[0].encode()[column:].decode()
+    return "\n".join(selected)
+
+
+def _dedent(text: str, columns: int) -> str:
+    return re.sub(rf"(?m)^[ \t]{{1,{columns}}}", "", text) if columns else text
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "ignore"), digest_size=16).digest()
+
+
+def deduplicate(records: Iterable[Record]) -> list[Record]:
+    """Keeps the first of the records that share a summary, a body, or the code as cut off.
+
+    A query with two right answers would be scored wrong for finding the other one; a function that
+    is vendored twice would put the same text in two splits.
+
+    Args:
+      records: Records in a deterministic order.
+
+    Returns:
+      A sublist in which all three are unique, summaries up to case and punctuation.
+    """
+    kept = []
+    seen: set[tuple[str, bytes]] = set()
+    for record in records:
+        keys = {
+            ("summary", _digest(_summary.key(record.summary))),
+            ("body", record.body_key),
+            ("code", _digest("".join(record.code.split()))),
+        }
+        if seen.isdisjoint(keys):
+            seen |= keys
+            kept.append(record)
+    return kept
