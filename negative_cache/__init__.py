@@ -1,0 +1,23 @@
+"""Drop-in losses and layers that train dual encoders against enormous pools of negatives.
+
+The modules of the published Google Research API keep their names and places: `negative_cache.negative_cache`,
+`losses`, `handlers`, `retrieval_fns`, `filter_fns` and `util`. What most users need is here, flat.
+"""
+
+from negative_cache import datasets, layers, ops
+from negative_cache.callbacks import CacheWarmStart, CorpusMetrics
+from negative_cache.layers import Cache, CachedRetrieval
+from negative_cache.models import DualEncoder
+from negative_cache.version import __version__
+
+__all__ = [
+    "Cache",
+    "CacheWarmStart",
+    "CachedRetrieval",
+    "CorpusMetrics",
+    "DualEncoder",
+    "__version__",
+    "datasets",
+    "layers",
+    "ops",
+]

@@ -1,0 +1,66 @@
+"""The one place that knows which Keras is running.
+
+`tf.keras` is Keras 3, or Keras 2 (the `tf_keras` package) where `TF_USE_LEGACY_KERAS=1`. The rest
+of the package imports `keras` from here and never branches on the version itself.
+"""
+
+import os
+
+import tensorflow as tf
+
+_backend = os.environ.get("KERAS_BACKEND", "tensorflow")
+if _backend != "tensorflow":
+    raise ImportError(
+        "negative_cache trains TensorFlow models and needs the TensorFlow backend of Keras, but the environment"
+        f" says KERAS_BACKEND={_backend!r}. Unset it, or set KERAS_BACKEND=tensorflow, before Python starts."
+    )
+
+keras = tf.keras
+IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
+
+if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
+    raise ImportError(
+        "negative_cache needs the TensorFlow backend of Keras, but the Keras configuration file chooses"
+        f" {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Python starts."
+    )
+
+
+if IS_KERAS_2:
+
+    class Model(keras.Model):
+        """`keras.Model` whose `compute_loss` knows whether it trains, and logs its loss, as in Keras 3."""
+
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._loss_tracker = keras.metrics.Mean(name="loss")
+
+        def train_step(self, data):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            with tf.GradientTape() as tape:
+                y_pred = self(x, training=True)
+                loss = self.compute_loss(x, y, y_pred, sample_weight, training=True)
+            self._loss_tracker.update_state(loss * _num_replicas(), sample_weight=_batch_size(x))
+            self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
+            return self.get_metrics_result()
+
+        def test_step(self, data):
+            x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+            y_pred = self(x, training=False)
+            loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
+            self._loss_tracker.update_state(loss * _num_replicas(), sample_weight=_batch_size(x))
+            return self.get_metrics_result()
+
+    def _batch_size(x):
+        return tf.shape(tf.nest.flatten(x)[0])[0]
+
+else:
+    Model = keras.Model
+
+
+def _num_replicas() -> int:
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def scale_loss_for_distribution(loss: tf.Tensor) -> tf.Tensor:
+    """Divides a replica's mean loss by the number of replicas, whose gradients the optimizer sums."""
+    return loss / tf.cast(_num_replicas(), loss.dtype)

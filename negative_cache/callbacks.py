@@ -1,0 +1,129 @@
+"""Keras callbacks: metrics over the whole corpus after an epoch, and a cache that is full before the first step."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache._compat import keras
+from negative_cache.evaluation import Encoder, positive_ranks, retrieval_metrics, rows_of
+
+
+class CorpusMetrics(keras.callbacks.Callback):
+    """Puts `val_recall_at_{k}` and `val_mrr` over the whole corpus into `logs` at the end of an
+    epoch.
+
+    The model must be a `DualEncoder`. Place it before callbacks that read these logs, such as
+    `EarlyStopping` or `ModelCheckpoint`.
+
+    Args:
+      candidates: batches of candidate features, the corpus, re-iterable (a batched
+        `tf.data.Dataset`).
+      validation: batches of `{"query": …, "candidate": …}`, re-iterable.
+      k: the cut-offs of recall.
+      candidate_id_key: name of the candidate feature that is unique in the corpus. With it a
+        positive never counts as higher than itself; without it, a candidate within float32 rounding
+        of the positive's score is a tie.
+      every: evaluate at every so many epochs.
+      verbose: 1 shows a progress bar while the corpus is encoded.
+
+    Raises:
+      ValueError: where `k` or `every` is not positive.
+    """
+
+    def __init__(
+        self,
+        candidates: Iterable,
+        validation: Iterable,
+        k: Sequence[int] = (1, 10, 100),
+        *,
+        candidate_id_key: str | None = None,
+        every: int = 1,
+        verbose: int = 0,
+    ):
+        super().__init__()
+        if not k or min(k) < 1:
+            raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
+        if every < 1:
+            raise ValueError(f"`every` must be at least 1. Received: {every}.")
+        self.candidates = candidates
+        self.validation = validation
+        self.k = tuple(k)
+        self.candidate_id_key = candidate_id_key
+        self.every = every
+        self.verbose = verbose
+        self._encoders = None
+
+    def on_epoch_end(self, epoch, logs=None):
+        if (epoch + 1) % self.every == 0 and logs is not None:
+            logs.update({f"val_{name}": value for name, value in self.evaluate().items()})
+
+    def evaluate(self, model: keras.Model | None = None) -> dict[str, float]:
+        """Computes the metrics now, of `model` or the model that the callback is set to."""
+        if model is not None:
+            self.set_model(model)
+        query_encoder, candidate_encoder = self._encoders
+        bar = _progress_bar(self.candidates, self.verbose)
+        corpus = candidate_encoder(self.candidates, bar.update if bar else None)
+        queries = query_encoder(batch["query"] for batch in self.validation)
+        positives = candidate_encoder(batch["candidate"] for batch in self.validation)
+        rows = None
+        if self.candidate_id_key is not None:
+            positive_ids = self._ids(batch["candidate"] for batch in self.validation)
+            rows = rows_of(positive_ids, self._ids(self.candidates))
+        return retrieval_metrics(
+            positive_ranks(queries, positives, corpus, positive_rows=rows), self.k
+        )
+
+    def set_model(self, model):
+        if getattr(self, "model", None) is not model or self._encoders is None:
+            super().set_model(model)
+            self._encoders = Encoder(model.query_network), Encoder(model.candidate_network)
+
+    def _ids(self, batches):
+        return np.concatenate([np.asarray(features[self.candidate_id_key]) for features in batches])
+
+
+class CacheWarmStart(keras.callbacks.Callback):
+    """Fills the cache of a `DualEncoder` from a dataset before the first training step.
+
+    Without it a streaming cache starts empty and the first steps train against few negatives.
+    Batches are encoded until the cache is full or the dataset ends. A cache that already holds
+    rows, as after a restored checkpoint, is left as it is.
+
+    Args:
+      candidates: batches of candidate features, no batch larger than the cache.
+      verbose: 1 shows a progress bar.
+    """
+
+    def __init__(self, candidates: Iterable, *, verbose: int = 1):
+        super().__init__()
+        self.candidates = candidates
+        self.verbose = verbose
+
+    def on_train_begin(self, logs=None):
+        task = self.model.task
+        if task.cache is not None and int(task.cache.num_filled) > 0:
+            return
+        add = tf.function(task.add_to_cache, reduce_retracing=True)
+        bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
+        num_seen = 0
+        for features in self.candidates:
+            room = task.cache_size - num_seen
+            if room <= 0:
+                break
+            features = tf.nest.map_structure(lambda values: values[:room], features)  # noqa: B023
+            add(features)
+            num_seen += int(tf.nest.flatten(features)[0].shape[0])
+            if bar:
+                bar.update(num_seen)
+        if num_seen == 0:
+            raise ValueError("The dataset to fill the cache from is empty.")
+
+
+def _progress_bar(batches, verbose):
+    if not verbose:
+        return None
+    size = getattr(batches, "cardinality", None)
+    size = int(size()) if size is not None else -1
+    return keras.utils.Progbar(size if size > 0 else None, unit_name="batch")

@@ -1,0 +1,542 @@
+"""`CachedRetrieval`: the retrieval task with a cache of negatives behind it."""
+
+import inspect
+import random
+from collections.abc import Callable, Mapping, Sequence
+
+import tensorflow as tf
+
+from negative_cache._compat import keras
+from negative_cache._validation import check_items
+from negative_cache.layers.cache import Cache, make_state_variable
+from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.metrics import Latest
+from negative_cache.ops import contrastive, sample_softmax
+
+_EMBEDDING = "embedding"
+_ID_KEY = "candidate_id_key"
+_LOG_PROBABILITY = "log_sampling_probability"
+_INTERNAL_KEYS = (_EMBEDDING, _ID_KEY, _LOG_PROBABILITY)
+_ONE_FEATURE = "candidate"
+_REDUCTIONS = ("sum_over_batch_size", "sum", "none")
+
+
+class CachedRetrieval(keras.layers.Layer):
+    """Softmax cross-entropy of a two-tower model over a batch's positives and a large cache of
+    negatives.
+
+    It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
+    positive, optionally the other candidates of the batch, optionally explicit negatives, and one
+    logit for the whole cache: its log partition under the cached embeddings. A few candidates are
+    drawn from the cache in proportion to exp(score), encoded afresh, and carry the gradient of that
+    logit. So the *value* of the loss is the cross-entropy over everything, fit for progress bars
+    and `EarlyStopping`, while its *gradient* costs `num_negatives` encoded candidates a query
+    (Lindgren et al., NeurIPS 2021).
+
+    The drawn candidates' fresh embeddings are written back, and the batch's candidates then replace
+    the rows that were used longest ago. A training call changes the cache; a call with
+    `training=False` only reads it.
+
+    What it does not do: rows whose embedding is not finite never enter the cache (the metric
+    `skipped_rows` counts them), and with a streaming cache a candidate may stand in several rows.
+    Under a `tf.distribute` strategy every replica has a cache of its own.
+
+    Args:
+      candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
+        batch dimension -> [n, d] embeddings.
+      feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
+        what the tower needs, or one such spec where the tower takes a single tensor.
+      cache_size: C, the number of cached candidates. 0 trains without a cache, the baseline to
+        compare with.
+      temperature: scores are inner products divided by it.
+      score_transform: elementwise function of the (divided) inner products.
+      num_negatives: S, draws from the cache per query, encoded at every training step.
+      in_batch_negatives: whether the batch's other candidates are negatives too, with exact
+        gradient.
+      num_hard_negatives: keep only so many of the highest-scoring in-batch negatives of each query.
+      candidate_id_key: name of the feature that identifies a candidate; scalar int or string.
+      remove_accidental_hits: leave out negatives that have the positive's id. Needs
+        `candidate_id_key`.
+      use_lru: as in `Cache`.
+      false_negative_margin: leave out in-batch and cached negatives that score above the positive
+        minus this margin; they are likely unlabelled positives.
+      frequency_correction: subtract from each score the log of the expected number of times its
+        candidate stands among the negatives, so that the partition is an estimate over the corpus
+        and not over the stream, in which popular candidates repeat. Estimated online
+        (`FrequencyEstimator`). Needs `candidate_id_key`.
+      reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
+      metrics: Keras metrics updated with (query embeddings, positive embeddings), for instance
+        `tfrs.metrics.FactorizedTopK`.
+      batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch.
+      loss_metrics: Keras metrics updated with the loss.
+      embedding_dim: d. Taken from the first call where None.
+      seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
+
+    Raises:
+      ValueError: where an argument is out of range or contradicts another.
+
+    Example:
+      >>> task = CachedRetrieval(candidate_tower, {"title": tf.io.FixedLenFeature([], tf.string)},
+      cache_size=65536,
+      ...                        temperature=0.05, in_batch_negatives=True,
+      candidate_id_key="title",
+      ...                        remove_accidental_hits=True)
+      >>> loss = task(query_embeddings, candidate_embeddings, {"title": titles}, training=True)
+    """
+
+    def __init__(
+        self,
+        candidate_network: Callable[..., tf.Tensor],
+        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature,
+        cache_size: int,
+        *,
+        temperature: float | None = None,
+        score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        num_negatives: int = 1,
+        in_batch_negatives: bool = False,
+        num_hard_negatives: int | None = None,
+        candidate_id_key: str | None = None,
+        remove_accidental_hits: bool = False,
+        use_lru: bool = True,
+        false_negative_margin: float | None = None,
+        frequency_correction: bool = False,
+        reduction: str | None = "sum_over_batch_size",
+        metrics: Sequence[keras.metrics.Metric] | keras.metrics.Metric | None = None,
+        batch_metrics: Sequence[keras.metrics.Metric] | None = None,
+        loss_metrics: Sequence[keras.metrics.Metric] | None = None,
+        embedding_dim: int | None = None,
+        seed: int | None = None,
+        **kwargs,
+    ):
+        # Embeddings are scored in float32 and features keep their dtypes, whatever the precision
+        # policy is.
+        super().__init__(autocast=False, **kwargs)
+        self._takes_one_tensor = not isinstance(feature_specs, Mapping)
+        self.feature_specs = (
+            {_ONE_FEATURE: feature_specs} if self._takes_one_tensor else dict(feature_specs)
+        )
+        self.candidate_network = candidate_network
+        self.cache_size = cache_size
+        self.temperature = temperature
+        self.score_transform = score_transform
+        self.num_negatives = num_negatives
+        self.in_batch_negatives = in_batch_negatives
+        self.num_hard_negatives = num_hard_negatives
+        self.candidate_id_key = candidate_id_key
+        self.remove_accidental_hits = remove_accidental_hits
+        self.use_lru = use_lru
+        self.false_negative_margin = false_negative_margin
+        self.frequency_correction = frequency_correction
+        self.reduction = reduction or "none"
+        self._check_arguments()
+        self.seed = random.randrange(2**31) if seed is None else seed
+        self._sampling_state = make_state_variable(lambda: tf.zeros([], tf.int32), "sampling_state")
+        self._task_metrics = _as_list(metrics)
+        self._batch_metrics = _as_list(batch_metrics)
+        self._loss_metrics = _as_list(loss_metrics)
+        if cache_size:
+            self._staleness = keras.metrics.Mean(name="staleness")
+            self._fill = Latest(name="fill")
+            self._skipped_rows = Latest(name="skipped_rows")
+        self._frequency = (
+            FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16))
+            if frequency_correction
+            else None
+        )
+        self._cache = None
+        self._takes_training = _takes_training(candidate_network)
+        self.built = True
+        embedding_dim = embedding_dim or _known_output_dim(candidate_network)
+        if embedding_dim is not None:
+            self._make_cache(embedding_dim)
+
+    @property
+    def cache(self) -> Cache | None:
+        """The `Cache`; None before the embedding dimension is known, which is at the first call at the latest."""
+        return self._cache
+
+    @property
+    def training_metrics(self) -> list[keras.metrics.Metric]:
+        """The metrics that only a training call updates."""
+        return [] if not self.cache_size else [self._staleness, self._fill, self._skipped_rows]
+
+    def call(
+        self,
+        query_embeddings: tf.Tensor,
+        candidate_embeddings: tf.Tensor,
+        candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
+        sample_weight: tf.Tensor | None = None,
+        candidate_sampling_probability: tf.Tensor | None = None,
+        negative_embeddings: tf.Tensor | None = None,
+        training: bool | None = None,
+        compute_metrics: bool = True,
+        compute_batch_metrics: bool = True,
+    ) -> tf.Tensor:
+        """Computes the loss and, in training, moves the cache on by one step.
+
+        Args:
+          query_embeddings: [B, d] float.
+          candidate_embeddings: [N, d] float, N >= B; row i is the positive of query i, rows from B
+            on are further candidates of the batch.
+          candidate_features: the features [N, ...] that `candidate_embeddings` were computed from.
+          sample_weight: [B] float.
+          candidate_sampling_probability: [N] float, the probability that a draw from the training
+            stream is each candidate, for the log Q correction. As in `tfrs.tasks.Retrieval` the
+            correction then applies to the positive too where `in_batch_negatives`; it does not
+            otherwise, nor under `frequency_correction`.
+          negative_embeddings: [B, M, d] float, explicit negatives of each query.
+          training: whether to draw, encode and update the cache. None means True.
+          compute_metrics: whether to update `metrics`.
+          compute_batch_metrics: whether to update `batch_metrics`.
+
+        Returns:
+          Scalar float32, or [B] where `reduction` is "none".
+
+        Raises:
+          ValueError: where features do not match `feature_specs`, a shape does not fit, or N
+            exceeds `cache_size`.
+        """
+        training = True if training is None else training
+        queries, candidates = self._check_embeddings(query_embeddings, candidate_embeddings)
+        items = self._cache_items(candidate_features, candidates, candidate_sampling_probability)
+        num_queries = tf.shape(queries)[0]
+        raw_scores = self._score(queries, candidates)
+        positive_scores = tf.linalg.diag_part(raw_scores)
+        threshold = None
+        if self.false_negative_margin is not None:
+            threshold = tf.stop_gradient(positive_scores) - self.false_negative_margin
+
+        log_expected = self._log_expected_occurrences(items, candidate_sampling_probability)
+        positive_logits, in_batch_logits = positive_scores, raw_scores
+        if log_expected is not None:
+            in_batch_logits -= log_expected
+            if candidate_sampling_probability is not None and self.in_batch_negatives:
+                positive_logits -= log_expected[:num_queries]
+        is_positive = tf.eye(num_queries, tf.shape(candidates)[0], dtype=tf.bool)
+        not_a_negative = self._not_a_negative(items, raw_scores, is_positive, threshold)
+
+        negative_logits = []
+        if self.in_batch_negatives:
+            in_batch = contrastive.leave_out(in_batch_logits, is_positive | not_a_negative)
+            if self.num_hard_negatives is not None:
+                in_batch = contrastive.keep_hardest(in_batch, self.num_hard_negatives)
+            negative_logits.append(in_batch)
+        if negative_embeddings is not None:
+            explicit = self._check_negatives(negative_embeddings, queries.shape[1])
+            negative_logits.append(self._score_each(queries, explicit))
+        updates = None
+        if self.cache_size:
+            cache_logit, updates = self._cache_logit(
+                queries, items, threshold, candidate_sampling_probability is not None, training
+            )
+            negative_logits.append(cache_logit[:, tf.newaxis])
+
+        loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
+        loss = self._reduce(loss, sample_weight)
+        if updates is not None:
+            self._update_cache(items, updates)
+        self._update_metrics(
+            queries, candidates, loss, is_positive, contrastive.leave_out(in_batch_logits, not_a_negative),
+            compute_metrics, compute_batch_metrics,
+        )  # fmt: skip
+        return loss
+
+    def add_to_cache(
+        self,
+        candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
+        candidate_sampling_probability: tf.Tensor | None = None,
+    ) -> None:
+        """Encodes candidates, without gradient and in inference mode, and lets them enter the
+        cache.
+
+        Args:
+          candidate_features: the features [n, ...] of n <= `cache_size` candidates.
+          candidate_sampling_probability: [n] float, as in `call`.
+
+        Raises:
+          ValueError: where features do not match `feature_specs` or n exceeds `cache_size`.
+        """
+        features = self._check_features(candidate_features)
+        embeddings = tf.stop_gradient(self._encode(features, training=False))
+        self._cache.update(
+            new_items=self._cache_items(features, embeddings, candidate_sampling_probability)
+        )
+
+    def _cache_logit(self, queries, items, threshold, has_probabilities, training):
+        """[B] log partition of the cache, and the refreshed rows of a training step."""
+        cache = self._cache
+        log_weights = None
+        if has_probabilities or self.frequency_correction:
+            log_weights = -self._log_expected_rows(cache, items, has_probabilities)
+        hits = {}
+        if self.remove_accidental_hits:
+            positive_ids = items[_ID_KEY][: tf.shape(queries)[0]]
+            hits = {
+                "candidate_ids": tf.convert_to_tensor(cache.data[_ID_KEY]),
+                "positive_ids": positive_ids,
+            }
+        sample = sample_softmax(
+            queries,
+            cache.embeddings,
+            num_samples=self.num_negatives,
+            score_transform=self._transform,
+            candidate_mask=cache.filled,
+            log_weights=log_weights,
+            max_scores=threshold,
+            seed=self._next_seed() if training else 0,
+            **hits,
+        )
+        if not training:
+            return sample.log_partition, None
+        drawn = sample.indices >= 0
+        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
+        features = {key: tf.gather(cache.data[key], rows) for key in self.feature_specs}
+        fresh = self._encode(features, training=True)
+        stale = tf.gather(cache.embeddings, rows)
+        negatives = tf.reshape(fresh, [-1, self.num_negatives, fresh.shape[1]])
+        fresh_scores = self._score_each(queries, negatives)
+        staleness = contrastive.relative_staleness(tf.cast(stale, tf.float32), fresh)
+        drawn = tf.reshape(drawn, [-1])
+        self._staleness.update_state(staleness, sample_weight=tf.cast(drawn, tf.float32))
+        updates = {
+            "updated_item_data": {_EMBEDDING: fresh},
+            "updated_item_indices": rows,
+            "updated_item_mask": drawn,
+        }
+        return contrastive.sampled_log_partition(sample, fresh_scores), updates
+
+    def _update_cache(self, items, updates):
+        if self._frequency is not None:
+            self._frequency.update(items[_ID_KEY])
+        self._cache.update(new_items=items, **updates)
+        self._fill.update_state(self._cache.num_filled / self.cache_size)
+        self._skipped_rows.update_state(self._cache.num_skipped)
+
+    def _update_metrics(
+        self,
+        queries,
+        candidates,
+        loss,
+        is_positive,
+        batch_scores,
+        compute_metrics,
+        compute_batch_metrics,
+    ):
+        for metric in self._loss_metrics:
+            metric.update_state(loss)
+        if compute_metrics:
+            for metric in self._task_metrics:
+                metric.update_state(queries, candidates[: tf.shape(queries)[0]])
+        if compute_batch_metrics and self._batch_metrics:
+            finite_scores = tf.maximum(batch_scores, batch_scores.dtype.min / 100.0)
+            for metric in self._batch_metrics:
+                metric.update_state(tf.cast(is_positive, tf.float32), finite_scores)
+
+    def _score(self, queries, candidates):
+        """[B, N] scores of every query with every candidate."""
+        return self._transform(tf.matmul(queries, candidates, transpose_b=True))
+
+    def _score_each(self, queries, candidates):
+        """[B, n] scores of every query with candidates [B, n, d] of its own."""
+        return self._transform(tf.einsum("bd,bnd->bn", queries, candidates))
+
+    def _transform(self, inner_products):
+        scores = inner_products if self.temperature is None else inner_products / self.temperature
+        return scores if self.score_transform is None else self.score_transform(scores)
+
+    def _not_a_negative(self, items, scores, is_positive, threshold):
+        """[B, N] bool, the in-batch candidates that are left out; never a query's own positive."""
+        left_out = tf.zeros_like(is_positive)
+        if self.remove_accidental_hits:
+            ids = items[_ID_KEY]
+            left_out |= tf.equal(ids[: tf.shape(scores)[0], tf.newaxis], ids[tf.newaxis])
+        if threshold is not None:
+            left_out |= scores > threshold[:, tf.newaxis]
+        return left_out & ~is_positive
+
+    def _log_expected_occurrences(self, items, probabilities):
+        """[N] log of how often each candidate of the batch is expected among all negatives, or None."""
+        if probabilities is not None:
+            log_probability = items[_LOG_PROBABILITY]
+        elif self.frequency_correction:
+            log_probability = tf.math.log(self._frequency.probability(items[_ID_KEY]))
+        else:
+            return None
+        return log_probability + self._log_num_negatives(items)
+
+    def _log_expected_rows(self, cache, items, has_probabilities):
+        """[C] the same for the cached candidates."""
+        if has_probabilities:
+            log_probability = tf.convert_to_tensor(cache.data[_LOG_PROBABILITY])
+        else:
+            log_probability = tf.math.log(
+                self._frequency.probability(tf.convert_to_tensor(cache.data[_ID_KEY]))
+            )
+        expected = log_probability + self._log_num_negatives(items)
+        # A row that came without its probability is counted as expected once, that is, not
+        # corrected.
+        return tf.where(tf.math.is_nan(expected), 0.0, expected)
+
+    def _log_num_negatives(self, items):
+        """The log of the number of draws from the stream that are negatives now: cached, and in the batch."""
+        count = self._cache.num_filled if self.cache_size else 0
+        if self.in_batch_negatives:
+            count += tf.shape(items[_EMBEDDING])[0]
+        return tf.math.log(tf.cast(tf.maximum(count, 1), tf.float32))
+
+    def _cache_items(self, candidate_features, embeddings, probabilities):
+        """What a batch's candidates are in the cache: their features, embeddings, hashed ids and probabilities."""
+        features = self._check_features(candidate_features)
+        self._make_cache(embeddings.shape[1])
+        size = tf.shape(embeddings)[0]
+        if probabilities is None:
+            log_probability = tf.fill([size], float("nan"))
+        else:
+            log_probability = tf.math.log(
+                tf.clip_by_value(tf.cast(probabilities, tf.float32), 1e-6, 1.0)
+            )
+        items = {**features, _EMBEDDING: embeddings, _LOG_PROBABILITY: log_probability}
+        if self.candidate_id_key is not None:
+            items[_ID_KEY] = _fingerprint(features[self.candidate_id_key])
+        return items
+
+    def _encode(self, features, training):
+        inputs = features[_ONE_FEATURE] if self._takes_one_tensor else features
+        kwargs = {"training": training} if self._takes_training else {}
+        embeddings = tf.convert_to_tensor(self.candidate_network(inputs, **kwargs))
+        if embeddings.shape.rank != 2 or embeddings.shape[1] is None:
+            raise ValueError(
+                "`candidate_network` must return embeddings of shape [n, dim]. Received shape:"
+                f" {embeddings.shape}."
+            )
+        self._make_cache(embeddings.shape[1])
+        return tf.cast(embeddings, tf.float32)
+
+    def _make_cache(self, dim):
+        if not self.cache_size:
+            return
+        if self._cache is None:
+            specs = {
+                **self.feature_specs,
+                _EMBEDDING: tf.io.FixedLenFeature([dim], tf.float32),
+                _LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
+            }
+            if self.candidate_id_key is not None:
+                specs[_ID_KEY] = tf.io.FixedLenFeature([], tf.int64)
+            self._cache = Cache(specs, self.cache_size, _EMBEDDING, self.use_lru, name="cache")
+        expected = self._cache.embeddings.shape[1]
+        if dim != expected:
+            raise ValueError(
+                f"The cache holds embeddings of dimension {expected}. Received embeddings of {dim}."
+            )
+
+    def _next_seed(self):
+        step = self._sampling_state.assign_add(1)
+        step = tf.convert_to_tensor(self._sampling_state)
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return tf.stack([self.seed + tf.cast(replica, tf.int32), step])
+
+    def _reduce(self, loss, sample_weight):
+        if sample_weight is not None:
+            loss *= tf.cast(tf.reshape(sample_weight, [-1]), loss.dtype)
+        if self.reduction == "none":
+            return loss
+        return tf.reduce_sum(loss) if self.reduction == "sum" else tf.reduce_mean(loss)
+
+    def _check_arguments(self):
+        if self.reduction not in _REDUCTIONS:
+            raise ValueError(
+                f"`reduction` must be one of {_REDUCTIONS}. Received: {self.reduction!r}."
+            )
+        if self.num_negatives < 1:
+            raise ValueError(f"`num_negatives` must be at least 1. Received: {self.num_negatives}.")
+        if self.cache_size < 0:
+            raise ValueError(f"`cache_size` must not be negative. Received: {self.cache_size}.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise ValueError(f"`temperature` must be positive. Received: {self.temperature}.")
+        if self.num_hard_negatives is not None and not (
+            self.in_batch_negatives and self.num_hard_negatives > 0
+        ):
+            raise ValueError(
+                "`num_hard_negatives` must be positive and needs `in_batch_negatives=True`. Received:"
+                f" num_hard_negatives={self.num_hard_negatives}, in_batch_negatives={self.in_batch_negatives}."
+            )
+        reserved = sorted(set(self.feature_specs) & set(_INTERNAL_KEYS))
+        if reserved:
+            raise ValueError(
+                f"`feature_specs` must not use the names {_INTERNAL_KEYS}. Received: {reserved}."
+            )
+        if self.candidate_id_key is None:
+            for name in ("remove_accidental_hits", "frequency_correction"):
+                if getattr(self, name):
+                    raise ValueError(f"`{name}=True` needs a `candidate_id_key`. Received: None.")
+            return
+        if self.candidate_id_key not in self.feature_specs:
+            raise ValueError(
+                "`candidate_id_key` must be one of the features in `feature_specs`. Received:"
+                f" {self.candidate_id_key!r}, and specs for {sorted(self.feature_specs)}."
+            )
+        spec = self.feature_specs[self.candidate_id_key]
+        dtype = tf.as_dtype(spec.dtype)
+        if len(spec.shape) != 0 or not (dtype.is_integer or dtype == tf.string):
+            raise ValueError(
+                f"The candidate id must be a scalar integer or string. Received the spec: {spec}."
+            )
+
+    def _check_features(self, features):
+        if self._takes_one_tensor and not isinstance(features, Mapping):
+            features = {_ONE_FEATURE: features}
+        return check_items(features, self.feature_specs, what="candidate_features", exact=True)
+
+    def _check_embeddings(self, queries, candidates):
+        for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
+            if values.shape.rank != 2:
+                raise ValueError(
+                    f"`{name}` must have shape [batch, dim]. Received shape: {values.shape}."
+                )
+        if queries.shape[1] != candidates.shape[1]:
+            raise ValueError(
+                "`query_embeddings` and `candidate_embeddings` must have the same dimension. Received shapes:"
+                f" {queries.shape} and {candidates.shape}."
+            )
+        return tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
+
+    def _check_negatives(self, negatives, dim):
+        if negatives.shape.rank != 3 or negatives.shape[2] != dim:
+            raise ValueError(
+                f"`negative_embeddings` must have shape [batch, negatives, {dim}]. Received shape: {negatives.shape}."
+            )
+        return tf.cast(negatives, tf.float32)
+
+
+def _fingerprint(ids: tf.Tensor) -> tf.Tensor:
+    """[n] int64 that stand for `ids`, so that ids of every dtype compare at the price of an integer."""
+    return (
+        tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
+        if ids.dtype == tf.string
+        else tf.cast(ids, tf.int64)
+    )
+
+
+def _takes_training(network) -> bool:
+    function = network.call if isinstance(network, keras.layers.Layer) else network
+    return "training" in inspect.signature(function).parameters
+
+
+def _known_output_dim(network) -> int | None:
+    """The last output dimension of a network whose output shape is known before it runs."""
+    outputs = getattr(network, "outputs", None)
+    if not outputs or outputs[0].shape is None:
+        return None
+    if len(outputs) != 1 or len(outputs[0].shape) != 2:
+        raise ValueError(
+            "`candidate_network` must return one tensor of embeddings of shape [n, dim]. Received outputs of shapes:"
+            f" {[tuple(output.shape) for output in outputs]}."
+        )
+    return outputs[0].shape[-1]
+
+
+def _as_list(metrics) -> list:
+    if metrics is None:
+        return []
+    return list(metrics) if isinstance(metrics, Sequence) else [metrics]

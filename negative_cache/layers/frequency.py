@@ -1,0 +1,77 @@
+"""`FrequencyEstimator`: how often each candidate appears in the training stream, estimated online."""
+
+import tensorflow as tf
+
+from negative_cache._compat import keras
+from negative_cache.layers.cache import make_state_variable, scatter_rows
+
+
+class FrequencyEstimator(keras.layers.Layer):
+    """Estimates a candidate's sampling probability from the average gap between its occurrences.
+
+    Streaming frequency estimation of Yi et al. (RecSys 2019): one array keeps when a hashed
+    candidate was last seen, one keeps the moving average of its gaps, and p̂ = 1 / gap. Time is
+    counted in candidates, not in steps, and a candidate that occurs c times in a batch has seen c
+    gaps, so p̂ is the probability *per draw* whatever the batch size is, also for a candidate that
+    is in every batch.
+
+    Candidates that share a bucket share their estimate, which then is too high.
+
+    Args:
+      num_buckets: size of both arrays.
+      learning_rate: weight of the newest gap in the moving average.
+
+    Raises:
+      ValueError: where `num_buckets` is not positive or `learning_rate` is outside (0, 1].
+    """
+
+    def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs):
+        super().__init__(**kwargs)
+        if num_buckets < 1:
+            raise ValueError(f"`num_buckets` must be at least 1. Received: {num_buckets}.")
+        if not 0.0 < learning_rate <= 1.0:
+            raise ValueError(f"`learning_rate` must lie in (0, 1]. Received: {learning_rate}.")
+        self.num_buckets = num_buckets
+        self.learning_rate = learning_rate
+        self._state = tf.train.Checkpoint(
+            last_seen=make_state_variable(lambda: tf.zeros([num_buckets], tf.int64), "last_seen"),
+            gap=make_state_variable(lambda: tf.zeros([num_buckets]), "gap"),
+            num_seen=make_state_variable(lambda: tf.zeros([], tf.int64), "num_seen"),
+        )
+        self.built = True
+
+    def update(self, keys: tf.Tensor) -> None:
+        """Counts the occurrences `keys` [n] int64 of a batch."""
+        buckets = self._bucket(keys)
+        self._state.num_seen.assign_add(tf.shape(keys, out_type=tf.int64)[0])
+        now = tf.convert_to_tensor(self._state.num_seen)
+        last_seen = tf.gather(self._state.last_seen, buckets)
+        same = tf.equal(buckets[:, tf.newaxis], buckets[tf.newaxis, :])
+        occurrences = tf.reduce_sum(tf.cast(same, tf.float32), axis=1)
+        new_gap = tf.cast(now - last_seen, tf.float32) / occurrences
+        old_gap = tf.gather(self._state.gap, buckets)
+        moved = old_gap + self.learning_rate * (new_gap - old_gap)
+        # The first gap of a candidate is the time until it first came, not a step away from an
+        # arbitrary start.
+        scatter_rows(self._state.gap, buckets, tf.where(last_seen == 0, new_gap, moved))
+        scatter_rows(self._state.last_seen, buckets, tf.fill(tf.shape(buckets), now))
+
+    def probability(self, keys: tf.Tensor) -> tf.Tensor:
+        """[n] float32, the estimated probability that a draw from the stream is each of `keys` [n]
+        int64.
+
+        A candidate never seen has the probability of one occurrence in the whole stream so far.
+        """
+        gap = tf.gather(self._state.gap, self._bucket(keys))
+        never_seen = tf.cast(self._state.num_seen, tf.float32) + 1.0
+        return 1.0 / tf.maximum(tf.where(gap > 0.0, gap, never_seen), 1.0)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_buckets": self.num_buckets,
+            "learning_rate": self.learning_rate,
+        }
+
+    def _bucket(self, keys):
+        return tf.math.floormod(keys, tf.cast(self.num_buckets, keys.dtype))

@@ -1,0 +1,14 @@
+"""Keras metrics that Keras does not have."""
+
+import tensorflow as tf
+
+from negative_cache._compat import keras
+
+
+class Latest(keras.metrics.Mean):
+    """The last value it was given, for quantities whose average over an epoch says nothing."""
+
+    def update_state(self, value, sample_weight=None):
+        del sample_weight
+        self.total.assign(tf.cast(value, self.total.dtype))
+        self.count.assign(tf.cast(1, self.count.dtype))

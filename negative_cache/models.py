@@ -1,0 +1,128 @@
+"""`DualEncoder`: two towers and a retrieval task as one `keras.Model`."""
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from negative_cache import _compat
+from negative_cache._compat import keras
+
+
+class DualEncoder(_compat.Model):
+    """A two-tower model that `fit` trains on pairs of a query and its positive candidate.
+
+    A batch is a dictionary, alone or as the first of (x, y, sample_weight), where y is ignored:
+
+    * `"query"`: features of B queries, what `query_network` takes.
+    * `"candidate"`: features of N >= B candidates; row i is the positive of query i.
+    * `"negative"`, optional: features [B, M, ...] of M explicit negatives of each query.
+    * `"candidate_sampling_probability"`, optional: [N] float, see `CachedRetrieval`.
+
+    Compile it with an optimizer and no loss: the task is the loss. Calling the model returns the
+    embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
+
+    Args:
+      query_network: layer or model, query features -> [B, d].
+      candidate_network: layer or model, candidate features -> [N, d]; the one that `task` has.
+      task: a `CachedRetrieval`.
+
+    Example:
+      >>> model = DualEncoder(query_tower, candidate_tower, CachedRetrieval(candidate_tower, specs,
+      65536))
+      >>> model.compile(optimizer="adam")
+      >>> model.fit(pairs.batch(128))
+    """
+
+    def __init__(self, query_network, candidate_network, task, **kwargs):
+        super().__init__(**kwargs)
+        self.query_network = query_network
+        self.candidate_network = candidate_network
+        self.task = task
+        self._input_specs = None
+
+    def call(self, inputs, training=None):
+        """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]` where it has any."""
+        _check_inputs(inputs)
+        if self._input_specs is None:
+            self._input_specs = {key: _specs_of(inputs[key]) for key in ("query", "candidate")}
+        embeddings = {
+            "query": self.query_network(inputs["query"], training=training),
+            "candidate": self.candidate_network(inputs["candidate"], training=training),
+        }
+        if "negative" in inputs:
+            embeddings["negative"] = self._embed_negatives(inputs["negative"], training)
+        return embeddings
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        """The task's loss on the embeddings `y_pred` of a batch `x`."""
+        del y
+        loss = self.task(
+            y_pred["query"],
+            y_pred["candidate"],
+            x["candidate"],
+            sample_weight=sample_weight,
+            candidate_sampling_probability=x.get("candidate_sampling_probability"),
+            negative_embeddings=y_pred.get("negative"),
+            training=training,
+            compute_metrics=not training,
+        )
+        return loss if self.task.reduction == "sum" else _compat.scale_loss_for_distribution(loss)
+
+    def test_step(self, data):
+        logs = super().test_step(data)
+        only_in_training = {metric.name for metric in self.task.training_metrics}
+        return {name: value for name, value in logs.items() if name not in only_in_training}
+
+    def export(self, filepath, **kwargs):
+        """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate`, and without
+        the cache.
+
+        Args:
+          filepath: the folder to write.
+          **kwargs: further arguments of `keras.export.ExportArchive.write_out`.
+
+        Raises:
+          ValueError: where the model has not seen a batch yet, so that the features are unknown.
+        """
+        if self._input_specs is None:
+            raise ValueError(
+                "The model must have seen a batch before `export`. Call or fit it first."
+            )
+        archive = keras.export.ExportArchive()
+        for name, network in (("query", self.query_network), ("candidate", self.candidate_network)):
+            archive.track(network)
+            archive.add_endpoint(
+                f"embed_{name}",
+                _inference_function(network),
+                input_signature=[self._input_specs[name]],
+            )
+        archive.write_out(str(filepath), **kwargs)
+
+    def _embed_negatives(self, features, training):
+        """[B, M, d] embeddings of features [B, M, ...]."""
+        batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
+        merge = lambda values: tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))  # noqa: E731
+        embeddings = self.candidate_network(
+            tf.nest.map_structure(merge, features), training=training
+        )
+        return tf.reshape(
+            embeddings, tf.concat([batch_and_count, tf.shape(embeddings)[1:]], axis=0)
+        )
+
+
+def _inference_function(network):
+    return lambda features: network(features, training=False)
+
+
+def _specs_of(features):
+    return tf.nest.map_structure(
+        lambda values: tf.TensorSpec([None, *values.shape[1:]], values.dtype), features
+    )
+
+
+def _check_inputs(inputs):
+    if not isinstance(inputs, Mapping) or not {"query", "candidate"} <= set(inputs):
+        received = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(
+            f'A batch must be a dictionary with "query" and "candidate". Received: {received}.'
+        )

@@ -1,0 +1,19 @@
+"""Stateless TensorFlow functions: the mathematics of the package, without Keras and without
+variables of their own.
+
+Shapes: B queries of dimension d, C candidates, S draws per query. Scores and partitions are float32
+  whatever the
+embeddings are. No function here lets a gradient through unless its docstring says so.
+"""
+
+from negative_cache.ops.cache_rows import cache_update_rows, masked_rows, oldest_rows
+from negative_cache.ops.softmax_sampling import SoftmaxSample, merge_samples, sample_softmax
+
+__all__ = [
+    "SoftmaxSample",
+    "cache_update_rows",
+    "masked_rows",
+    "merge_samples",
+    "oldest_rows",
+    "sample_softmax",
+]

@@ -1,0 +1,65 @@
+"""The pieces of a softmax cross-entropy whose negatives come from several places.
+
+Logits are float32; -inf means "not a candidate of this query" and takes part in nothing, gradient
+included.
+"""
+
+import math
+
+import tensorflow as tf
+
+from negative_cache.ops.softmax_sampling import SoftmaxSample
+
+
+def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
+    """Sets `logits` [...] to -inf where `left_out` [...] bool."""
+    return tf.where(left_out, -math.inf, logits)
+
+
+def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
+    """The `count` largest of each row of `logits` [B, N]; all of them where N is smaller: [B, min(count, N)]."""
+    return tf.math.top_k(logits, k=tf.minimum(count, tf.shape(logits)[1]), sorted=False).values
+
+
+def sampled_log_partition(sample: SoftmaxSample, fresh_scores: tf.Tensor) -> tf.Tensor:
+    """The log partition of a candidate set, differentiable through the fresh scores of a few draws.
+
+    The gradient of log Z is E_{y∼P}[∇s(x, y)]. The value returned is the sample's log partition, a
+    constant; the gradient is the mean of ∇s over the S draws, an unbiased estimate of that
+    expectation where the candidates that were sampled from are fresh (Lindgren et al., NeurIPS
+    2021).
+
+    Args:
+      sample: S draws from the set.
+      fresh_scores: [B, S] scores of the drawn candidates under the current weights, whose gradient
+        is wanted.
+
+    Returns:
+      [B] float32.
+    """
+    value_free = fresh_scores - tf.stop_gradient(fresh_scores)
+    return tf.stop_gradient(sample.log_partition) + tf.reduce_mean(value_free, axis=1)
+
+
+def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.Tensor:
+    """-log softmax of the positive among the negatives.
+
+    L = -s⁺ + log(exp s⁺ + Σ exp s⁻). A query without a single negative has a loss of zero.
+
+    Args:
+      positive_logits: [B] float32.
+      negative_logits: [B, n] float32.
+
+    Returns:
+      [B] float32.
+    """
+    logits = tf.concat([positive_logits[:, tf.newaxis], negative_logits], axis=1)
+    return tf.reduce_logsumexp(logits, axis=1) - positive_logits
+
+
+def relative_staleness(cached: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:
+    """‖ĝ - g‖² / ‖g‖² along the last dimension of two tensors [..., d]; zero where ‖g‖ is."""
+    return tf.math.divide_no_nan(
+        tf.reduce_sum(tf.math.squared_difference(cached, fresh), axis=-1),
+        tf.reduce_sum(tf.square(fresh), axis=-1),
+    )

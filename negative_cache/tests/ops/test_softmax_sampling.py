@@ -1,0 +1,258 @@
+import functools
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
+
+from negative_cache.ops import SoftmaxSample, merge_samples, sample_softmax
+from negative_cache.tests.statistics import assert_draws_follow
+
+QUERIES, CANDIDATES, DIM = 3, 50, 4
+
+
+def random_problem(seed=0, queries=QUERIES, candidates=CANDIDATES, dim=DIM):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(queries, dim)).astype("f"), rng.normal(size=(candidates, dim)).astype(
+        "f"
+    )
+
+
+def softmax(scores):
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def log_sum_exp(scores):
+    peak = scores.max(axis=1)
+    return peak + np.log(np.exp(scores - peak[:, None]).sum(axis=1))
+
+
+def assert_law(query, candidates, scores, *, draws=20_000, **kwargs):
+    """Asserts that the draws of one query [d] follow the softmax of `scores` [C], -inf for inadmissible ones."""
+    sample = sample_softmax(
+        np.repeat(query[None], 100, axis=0), candidates, num_samples=draws // 100, seed=3, **kwargs
+    )
+    assert_draws_follow(sample.indices.numpy(), softmax(scores))
+    np.testing.assert_allclose(sample.log_partition, log_sum_exp(scores[None])[0], rtol=1e-5)
+    np.testing.assert_allclose(sample.scores, scores[sample.indices.numpy()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 7, 16, 50, 64])
+def test_draws_follow_the_softmax_whatever_the_blocks(block_size):
+    queries, candidates = random_problem()
+    for query in queries:
+        assert_law(query, candidates, candidates @ query, block_size=block_size)
+
+
+def test_draws_follow_the_softmax_over_many_blocks_and_groups():
+    queries, candidates = random_problem(candidates=1500)
+    assert_law(queries[0], candidates, candidates @ queries[0], block_size=256)
+
+
+def test_draws_of_one_query_are_independent():
+    queries, candidates = random_problem(candidates=6)
+    sample = sample_softmax(
+        np.repeat(queries[:1], 20_000, axis=0), candidates, num_samples=2, seed=5
+    )
+    p = softmax(candidates @ queries[0])
+    pairs = sample.indices.numpy() @ [6, 1]
+    assert_draws_follow(pairs, np.outer(p, p).reshape(-1))
+
+
+def test_masks_weights_and_transforms_shape_the_law():
+    queries, candidates = random_problem(candidates=40)
+    rng = np.random.default_rng(1)
+    mask, weights, ids = rng.random(40) < 0.7, rng.normal(size=40).astype("f"), np.arange(40) // 2
+    scores = np.tanh((2 * candidates) @ queries[0]) * 3
+    scores = np.where(scores <= 2.5, scores, -np.inf) + weights
+    scores = np.where(mask & (ids != 4), scores, -np.inf)
+    assert np.isfinite(scores).sum() > 10
+    assert_law(
+        queries[0],
+        candidates,
+        scores,
+        block_size=16,
+        score_transform=lambda s: tf.tanh(s) * 3,
+        embedding_transform=lambda block: block * 2,
+        candidate_mask=mask,
+        log_weights=weights,
+        candidate_ids=ids,
+        positive_ids=np.full(100, 4),
+        max_scores=np.full(100, 2.5),
+    )
+
+
+@pytest.mark.parametrize("ids", [[b"a", b"b", b"a"], np.array([5, 6, 5], np.int32)])
+def test_a_query_never_draws_its_own_positive(ids):
+    queries, candidates = random_problem(queries=200, candidates=3)
+    positive_ids = np.repeat(ids[:1], 200)
+    sample = sample_softmax(
+        queries, candidates, candidate_ids=ids, positive_ids=positive_ids, num_samples=4
+    )
+    assert set(sample.indices.numpy().reshape(-1)) == {1}
+    np.testing.assert_allclose(sample.log_partition, queries @ candidates[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("block_size", [None, 2, 3])
+def test_a_query_without_candidates_draws_nothing(block_size):
+    queries, candidates = random_problem(candidates=5)
+    sample = sample_softmax(
+        queries,
+        candidates,
+        num_samples=2,
+        candidate_ids=[7, 7, 7, 7, 7],
+        positive_ids=[7, 8, 7],
+        block_size=block_size,
+    )
+    np.testing.assert_array_equal(sample.log_partition[::2], [-math.inf] * 2)
+    np.testing.assert_array_equal(sample.indices[::2], -np.ones([2, 2]))
+    np.testing.assert_array_equal(sample.scores[::2], np.full([2, 2], -math.inf))
+    assert np.all(sample.indices[1] >= 0) and np.isfinite(sample.log_partition[1])
+
+
+def test_huge_scores_neither_overflow_nor_lose_the_maximum():
+    candidates = np.array([[1e4], [-1e4], [1e4 - 1], [0.0]], "f")
+    sample = sample_softmax(
+        np.array([[1.0], [-1.0]], "f"), candidates, num_samples=50, block_size=1
+    )
+    # Query 1: log(exp 1e4 + exp(1e4 - 1)) = 1e4 + log(1 + 1/e); query -1: 1e4 from the second
+    # candidate alone.
+    np.testing.assert_allclose(
+        sample.log_partition, [1e4 + math.log(1 + math.exp(-1)), 1e4], rtol=1e-7
+    )
+    assert set(sample.indices[0].numpy()) == {0, 2} and set(sample.indices[1].numpy()) == {1}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("as_variable", [False, True])
+def test_log_partition_agrees_with_float64(dtype, as_variable):
+    queries, candidates = random_problem(candidates=5000, dim=16)
+    candidates = tf.cast(candidates, dtype)
+    rounded = tf.cast(candidates, tf.float64).numpy()
+    expected = log_sum_exp(queries.astype("d") @ rounded.T)
+    stored = tf.Variable(candidates) if as_variable else candidates
+    np.testing.assert_allclose(sample_softmax(queries, stored).log_partition, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_compiles_and_is_deterministic_under_a_seed(jit_compile):
+    queries, candidates = random_problem(candidates=3000)
+    function = tf.function(
+        functools.partial(sample_softmax, num_samples=3, seed=[1, 2], block_size=1024),
+        jit_compile=jit_compile,
+    )
+    eager = sample_softmax(queries, candidates, num_samples=3, seed=[1, 2], block_size=1024)
+    compiled = function(queries, tf.Variable(candidates))
+    np.testing.assert_array_equal(compiled.indices, eager.indices)
+    np.testing.assert_allclose(compiled.log_partition, eager.log_partition, rtol=1e-5)
+    other = sample_softmax(queries, candidates, num_samples=3, seed=[1, 3], block_size=1024)
+    assert np.any(other.indices.numpy() != eager.indices.numpy())
+
+
+def test_sizes_may_be_unknown_when_traced():
+    spec = tf.TensorSpec([None, DIM])
+    function = tf.function(
+        functools.partial(sample_softmax, seed=1, block_size=16), input_signature=[spec, spec]
+    )
+    for size in (3, 16, 33):
+        queries, candidates = random_problem(candidates=size)
+        expected = log_sum_exp(queries @ candidates.T)
+        sample = function(queries, candidates)
+        np.testing.assert_allclose(sample.log_partition, expected, rtol=1e-5)
+        assert np.all((sample.indices.numpy() >= 0) & (sample.indices.numpy() < size))
+
+
+def test_no_gradient_flows():
+    queries, candidates = map(tf.constant, random_problem())
+    with tf.GradientTape() as tape:
+        tape.watch([queries, candidates])
+        sample = sample_softmax(queries, candidates)
+        total = tf.reduce_sum(sample.log_partition) + tf.reduce_sum(sample.scores)
+    assert tape.gradient(total, [queries, candidates]) == [None, None]
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 2**31 - 1))
+def test_any_split_merges_to_the_whole_log_partition(sizes, seed):
+    queries, candidates = random_problem(seed, candidates=sum(sizes))
+    ends = np.cumsum(sizes)
+    parts = [
+        offset(sample_softmax(queries, candidates[end - size : end]), end - size)
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    merged = merge_samples(parts)
+    np.testing.assert_allclose(
+        merged.log_partition, log_sum_exp(queries @ candidates.T), rtol=1e-4, atol=1e-5
+    )
+    scores = np.take_along_axis(queries @ candidates.T, merged.indices.numpy(), axis=1)
+    np.testing.assert_allclose(merged.scores, scores, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("grouping", ["flat", "left", "right"])
+def test_merged_draws_follow_the_softmax_over_the_union(grouping):
+    queries, candidates = random_problem(candidates=12)
+    repeated = np.repeat(queries[:1], 200, axis=0)
+    a, b, c = (
+        offset(sample_softmax(repeated, candidates[start:end], num_samples=100, seed=start), start)
+        for start, end in ((0, 2), (2, 9), (9, 12))
+    )
+    merged = {
+        "flat": lambda: merge_samples([a, b, c], seed=100),
+        "left": lambda: merge_samples([merge_samples([a, b], seed=100), c], seed=101),
+        "right": lambda: merge_samples([a, merge_samples([b, c], seed=100)], seed=101),
+    }[grouping]()
+    assert_draws_follow(merged.indices.numpy(), softmax(candidates @ queries[0]))
+
+
+def test_merging_with_an_empty_sample_changes_nothing():
+    queries, candidates = random_problem()
+    sample = sample_softmax(queries, candidates, num_samples=2)
+    empty = sample_softmax(
+        queries, candidates, num_samples=2, candidate_mask=np.zeros(CANDIDATES, bool)
+    )
+    merged = merge_samples([empty, sample])
+    np.testing.assert_array_equal(merged.indices, sample.indices)
+    np.testing.assert_allclose(merged.log_partition, sample.log_partition, rtol=1e-6)
+    nothing = merge_samples([empty, empty])
+    np.testing.assert_array_equal(nothing.indices, empty.indices)
+    np.testing.assert_array_equal(nothing.log_partition, empty.log_partition)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidate_embeddings": np.zeros([5, 3], "f")}, r"\(3, 4\) and \(5, 3\)"),
+        (
+            {"query_embeddings": np.zeros([4], "f")},
+            r"`query_embeddings` must have shape \[rows, dim\].*\(4,\)",
+        ),
+        ({"candidate_embeddings": np.zeros([5, 4], "i")}, "floating point.*int32"),
+        ({"candidate_mask": np.ones(7, bool)}, r"`candidate_mask` must have shape \[50\].*\(7,\)"),
+        ({"candidate_mask": np.ones(50, "i")}, "`candidate_mask` must be boolean.*int32"),
+        ({"candidate_ids": np.zeros(50, "i")}, "only `candidate_ids`"),
+        (
+            {"candidate_ids": np.zeros(50, "i"), "positive_ids": np.zeros(3, "i8")},
+            "int32 and int64",
+        ),
+        ({"log_weights": np.zeros([50, 1], "f")}, "`log_weights`"),
+        ({"max_scores": np.zeros(50, "f")}, "`max_scores`"),
+        ({"num_samples": 0}, "`num_samples`.*0"),
+        ({"block_size": 0}, "`block_size`.*0"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    queries, candidates = random_problem()
+    arguments = {"query_embeddings": queries, "candidate_embeddings": candidates, **change}
+    with pytest.raises(ValueError, match=message):
+        sample_softmax(**arguments)
+
+
+def test_merging_nothing_is_an_error():
+    with pytest.raises(ValueError, match="at least one"):
+        merge_samples([])
+
+
+def offset(sample: SoftmaxSample, start: int) -> SoftmaxSample:
+    return sample._replace(indices=sample.indices + start)
