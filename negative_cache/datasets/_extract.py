@@ -184,8 +184,9 @@ def is_trivial(body: Sequence[ast.stmt]) -> bool:
       body: The statements of a function after its docstring.
 
     Returns:
-      True if there are none, or each is one of: `pass`, `...`, `del`, `raise`, a bare `return` or that of
-      a constant, a name, an attribute or an empty container, or a call of a method of `super()`.
+      True if there are none, or each is one of: `pass`, `...`, `del`, `raise`, a bare `return` or
+      that of a constant, a name, an attribute or an empty container, or a call of a method of
+      `super()`.
     """
     return all(map(_is_trivial_statement, body))
 

@@ -7,12 +7,28 @@ here.
 
 import contextlib
 import os
+import struct
 import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+
+
+# What `zipfile` and NumPy raise, depending on which bytes are wrong: flags of encryption or of
+# unknown methods give a RuntimeError, a wild array shape a MemoryError.
+_DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 class CorruptFileError(ValueError):
@@ -75,7 +91,7 @@ def load(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
                 }
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except _DAMAGE as error:
         raise CorruptFileError(f"{path} is not a whole string file: {error}") from error
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
