@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-
 # What `zipfile` and NumPy raise, depending on which bytes are wrong: flags of encryption or of
 # unknown methods give a RuntimeError, a wild array shape a MemoryError.
 _DAMAGE = (

@@ -225,15 +225,17 @@ def test_long_elif_chain_is_walked(tmp_path):
 
 
 def test_coding_cookie_and_byte_order_mark(tmp_path):
-    source = 'def {0}(x):\n    """Return the café of {0}."""\n    return "{0} é" + x\n'
+    source = (
+        'def {0}(x):\n    """Return the café of {0}."""\n    x = x + 1\n    return "{0} é" + x\n'
+    )
     files = {
         "latin.py": ("# -*- coding: latin-1 -*-\n" + source.format("l")).encode("latin-1"),
         "bom.py": b"\xef\xbb\xbf" + source.format("b").replace("\n", "\r\n").encode(),
     }
     corpus = load(tmp_path, files)
     assert list(corpus.summaries) == ["Return the café of b.", "Return the café of l."]
-    assert corpus.codes[1] == 'def l(x):\n    return "l é" + x'
-    assert corpus.codes[0] == 'def b(x):\n    return "b é" + x'
+    assert corpus.codes[1] == 'def l(x):\n    x = x + 1\n    return "l é" + x'
+    assert corpus.codes[0] == 'def b(x):\n    x = x + 1\n    return "b é" + x'
 
 
 def test_linked_file_comes_once(tmp_path):
