@@ -37,7 +37,9 @@ class MaskedRows(NamedTuple):
 def masked_rows(rows: tf.Tensor, mask: tf.Tensor) -> MaskedRows:
     """Redirects the entries of `rows` [n] where `mask` [n] bool is False."""
     entries = tf.range(tf.shape(mask, out_type=tf.int64)[0])
-    sources = tf.where(mask, entries, tf.argmax(mask))
+    # Not an argmax, which an empty batch has none of.
+    first_written = tf.reduce_min(tf.where(mask, entries, tf.size(entries, tf.int64) - 1))
+    sources = tf.where(mask, entries, first_written)
     any_written = tf.reduce_any(mask)
     rows = tf.where(
         any_written, tf.gather(tf.cast(rows, tf.int64), sources), tf.zeros_like(entries)

@@ -1,0 +1,129 @@
+"""Checks of what a caller hands to a cache, shared by everything that owns one.
+
+Nothing here computes: a check returns its argument as tensors, or raises a `ValueError` that
+quotes what it received.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import tensorflow as tf
+
+
+def check_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict[str, tf.io.FixedLenFeature]:
+    """Checks that `specs` describe the features of a cache, and returns them as a new dict."""
+    if not isinstance(specs, Mapping) or not specs:
+        raise ValueError(
+            "`specs` must map at least one feature name to a `tf.io.FixedLenFeature`. Received:"
+            f" {specs!r}."
+        )
+    for key, spec in specs.items():
+        is_spec = isinstance(spec, tf.io.FixedLenFeature)
+        if not is_spec or not tf.TensorShape(spec.shape).is_fully_defined():
+            raise ValueError(
+                "`specs` must hold a `tf.io.FixedLenFeature` of known shape for every feature."
+                f" Received for {key!r}: {spec!r}."
+            )
+    return dict(specs)
+
+
+def check_keys(received: Iterable[str], wanted: Iterable[str], *, what: str, exact: bool) -> None:
+    """Checks that the keys `received` are the keys `wanted`, or some of them where not `exact`."""
+    received, wanted = set(received), set(wanted)
+    if received - wanted or (exact and wanted - received):
+        relation = "exactly" if exact else "some of"
+        raise ValueError(
+            f"`{what}` must have {relation} the keys {sorted(wanted)}. Received keys:"
+            f" {sorted(received, key=str)}."
+        )
+
+
+def check_items(
+    items: Mapping[str, tf.Tensor],
+    specs: Mapping[str, tf.io.FixedLenFeature],
+    *,
+    what: str,
+    exact: bool,
+) -> dict[str, tf.Tensor]:
+    """Checks a batch of items, or of parts of items, against the specs of a cache.
+
+    Floating point features may come in another floating point dtype, as mixed precision makes
+    them, and are cast. No other dtype is converted, except that of Python and NumPy values.
+
+    Args:
+      items: feature name -> [n, ...] values, the same n for every feature.
+      specs: feature name -> the spec that a single item's value must meet.
+      what: the name of the argument, for errors.
+      exact: whether every feature of `specs` must be there, or only some.
+
+    Returns:
+      The items as tensors of the dtypes of `specs`.
+
+    Raises:
+      ValueError: where names, dtypes, shapes or numbers of items do not fit.
+    """
+    if not isinstance(items, Mapping):
+        raise ValueError(f"`{what}` must map feature names to values. Received: {items!r}.")
+    check_keys(items, specs, what=what, exact=exact)
+    if not items:
+        raise ValueError(f"`{what}` must have some of the keys {sorted(specs)}. Received none.")
+    items = {key: _check_feature(value, specs[key], what, key) for key, value in items.items()}
+    sizes = {key: value.shape[0] for key, value in items.items()}
+    if len(set(sizes.values()) - {None}) > 1:
+        raise ValueError(
+            f"Every feature of `{what}` must have the same number of items. Received: {sizes}."
+        )
+    return items
+
+
+def check_fits(items: Mapping[str, tf.Tensor], cache_size: int, *, what: str) -> None:
+    """Checks that a batch of items is no larger than the cache it enters."""
+    size = max((value.shape[0] or 0) for value in items.values())
+    if size > cache_size:
+        raise ValueError(
+            f"A batch must fit into the cache. Received `{what}` of {size} rows for a `cache_size`"
+            f" of {cache_size}."
+        )
+
+
+def check_mask(mask: tf.Tensor | None, like: tf.Tensor, *, what: str) -> tf.Tensor:
+    """Returns `mask` as [n] bool, all True where None, n being the number of items of `like`."""
+    if mask is None:
+        return tf.ones(tf.shape(like)[:1], tf.bool)
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool or not mask.shape.is_compatible_with(like.shape[:1]):
+        raise ValueError(
+            f"`{what}` must be boolean of shape {like.shape[:1]}. Received: {_describe(mask)}."
+        )
+    return mask
+
+
+def check_indices(
+    indices: tf.Tensor | None, like: tf.Tensor, *, what: str, needed_by: str
+) -> tf.Tensor:
+    """Returns `indices` as [n] int64, n being the number of items of `like`."""
+    if indices is None:
+        raise ValueError(f"`{needed_by}` needs `{what}`. Received None.")
+    indices = tf.convert_to_tensor(indices)
+    if not indices.dtype.is_integer or not indices.shape.is_compatible_with(like.shape[:1]):
+        raise ValueError(
+            f"`{what}` must be integers of shape {like.shape[:1]}. Received: {_describe(indices)}."
+        )
+    return tf.cast(indices, tf.int64)
+
+
+def _check_feature(value, spec, what: str, key: str) -> tf.Tensor:
+    dtype, shape = tf.as_dtype(spec.dtype), tf.TensorShape([None]).concatenate(spec.shape)
+    wanted = f"`{what}[{key!r}]` must have dtype {dtype.name} and shape {shape}."
+    has_dtype = tf.is_tensor(value) or isinstance(value, tf.Variable)
+    try:
+        value = tf.convert_to_tensor(value, None if has_dtype else dtype)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{wanted} Received: {value!r}.") from error
+    both_floating = value.dtype.is_floating and dtype.is_floating
+    if (value.dtype != dtype and not both_floating) or not value.shape.is_compatible_with(shape):
+        raise ValueError(f"{wanted} Received: {_describe(value)}.")
+    return tf.cast(value, dtype) if value.dtype != dtype else value
+
+
+def _describe(value: tf.Tensor) -> str:
+    return f"dtype {value.dtype.name}, shape {value.shape}"

@@ -1,0 +1,295 @@
+"""Handlers: Keras layers that own the caches of a cache loss and keep them up to date.
+
+A handler computes the loss of a batch, writes the fresh embeddings that the loss returns to their
+rows, and lets the batch's positives enter the cache. The variables are those of `layers.Cache`,
+updated in place.
+"""
+
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+
+import tensorflow as tf
+
+from negative_cache import _validation, util
+from negative_cache._compat import keras
+from negative_cache.layers.cache import Cache
+from negative_cache.losses import CacheLossReturn, DocNetwork
+from negative_cache.negative_cache import CacheManager, NegativeCache
+
+CacheLossFn = Callable[..., CacheLossReturn]
+
+_SOURCE = "cache"
+
+
+class _Handler(keras.layers.Layer):
+    """What the handlers share: the caches of named sources, and a step of training with them."""
+
+    def __init__(
+        self, cache_managers, cache_loss, embedding_key, data_keys, use_cross_replica, **kwargs
+    ):
+        super().__init__(**kwargs)
+        data_keys = (data_keys,) if isinstance(data_keys, str) else tuple(data_keys)
+        _check_arguments(cache_managers, cache_loss, embedding_key, data_keys)
+        self.cache_loss = cache_loss
+        self.embedding_key = embedding_key
+        self.data_keys = data_keys
+        self.use_cross_replica = use_cross_replica
+        self._caches = {
+            source: Cache(manager.specs, manager.cache_size, embedding_key, manager.use_lru)
+            for source, manager in cache_managers.items()
+        }
+        self.built = True
+
+    def _as_negative_caches(self) -> dict[str, NegativeCache]:
+        return {source: cache.as_negative_cache() for source, cache in self._caches.items()}
+
+    def _step(self, item_network, query_embeddings, pos_item_embeddings, features, masks):
+        """Computes the loss and updates the caches; `masks` are source -> which items enter it."""
+        new_items = self._new_items(pos_item_embeddings, features)
+        loss = CacheLossReturn(
+            *self.cache_loss(
+                item_network, query_embeddings, pos_item_embeddings, self._as_negative_caches()
+            )
+        )
+        _write_summaries(loss)
+        if self.use_cross_replica:
+            new_items = {key: _concat_replicas(value) for key, value in new_items.items()}
+            masks = {source: _concat_replicas(mask) for source, mask in masks.items()}
+        updates = self._updates(loss)
+        for source, cache in self._caches.items():
+            cache.update(
+                new_items=new_items, new_items_mask=masks[source], **updates.get(source, {})
+            )
+        return loss.training_loss
+
+    def _new_items(self, pos_item_embeddings, features) -> dict[str, tf.Tensor]:
+        missing = set(self.data_keys) - set(features)
+        if missing:
+            raise ValueError(
+                f"`features` must have the data keys {list(self.data_keys)}. Received keys:"
+                f" {sorted(features)}."
+            )
+        new_items = {key: features[key] for key in self.data_keys}
+        new_items[self.embedding_key] = tf.stop_gradient(pos_item_embeddings)
+        return new_items
+
+    def _updates(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
+        """Source -> the arguments of `Cache.update` that say what the loss has refreshed."""
+        data = loss.updated_item_data or {}
+        _validation.check_keys(data, self._caches, what="updated_item_data", exact=False)
+        masks = loss.updated_item_mask or {}
+        return {
+            source: {
+                "updated_item_data": data[source],
+                "updated_item_indices": loss.updated_item_indices[source],
+                "updated_item_mask": masks.get(source),
+            }
+            for source in data
+        }
+
+
+class CacheLossHandler(_Handler):
+    """Owns one cache.
+
+    Args:
+      cache_manager: a `CacheManager`, which says what the cache is like.
+      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
+        position, and may return the updates of its only source without naming the source.
+      embedding_key: the feature that holds the embeddings.
+      data_keys: the features that the item network encodes. These and the embeddings are all that
+        the cache holds.
+      use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
+        replica's cache takes its own batch only where False.
+      **kwargs: those of a Keras layer, `name` for instance.
+
+    Raises:
+      ValueError: where the features of `cache_manager` are not `data_keys` and `embedding_key`.
+
+    Example:
+      >>> specs = {
+      ...     "id": tf.io.FixedLenFeature([], tf.int64),
+      ...     "embedding": tf.io.FixedLenFeature([2], tf.float32),
+      ... }
+      >>> handler = CacheLossHandler(CacheManager(specs, cache_size=8),
+      ...                            CacheClassificationLoss("embedding", ["id"]), "embedding",
+      ["id"]) >>> loss = handler.update_cache_and_compute_loss( ...     lambda features:
+      tf.one_hot(features["id"], 2), query_embeddings=tf.eye(2), ...
+      pos_item_embeddings=tf.eye(2), features={"id": tf.constant([0, 1], tf.int64)}) >>>
+      handler.cache.data["id"][:3].numpy().tolist() [0, 1, 0]
+    """
+
+    def __init__(
+        self,
+        cache_manager: CacheManager,
+        cache_loss: CacheLossFn,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        use_cross_replica: bool = False,
+        **kwargs,
+    ):
+        super().__init__(
+            {_SOURCE: cache_manager},
+            cache_loss,
+            embedding_key,
+            data_keys,
+            use_cross_replica,
+            **kwargs,
+        )
+
+    @property
+    def cache(self) -> NegativeCache:
+        """The cache, whose data are the live variables."""
+        return self._caches[_SOURCE].as_negative_cache()
+
+    def update_cache_and_compute_loss(
+        self,
+        item_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_item_embeddings: tf.Tensor,
+        features: Mapping[str, tf.Tensor],
+    ) -> tf.Tensor:
+        """Computes the loss of a batch against the cache as it is, then updates the cache.
+
+        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`, if
+        TensorBoard is installed.
+
+        Args:
+          item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
+          query_embeddings: [B, d].
+          pos_item_embeddings: [B, d], the embeddings of the queries' positive items.
+          features: feature name -> [B, ...], the features of the positive items, with at least
+            the `data_keys`.
+
+        Returns:
+          The training loss.
+
+        Raises:
+          ValueError: where `features` lack a data key.
+        """
+        masks = {_SOURCE: tf.ones(tf.shape(pos_item_embeddings)[:1], tf.bool)}
+        return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
+
+    def _updates(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
+        data = loss.updated_item_data or {}
+        if data and not any(isinstance(part, Mapping) for part in data.values()):
+            loss = loss._replace(
+                updated_item_data={_SOURCE: data},
+                updated_item_indices={_SOURCE: loss.updated_item_indices},
+                updated_item_mask={_SOURCE: loss.updated_item_mask},
+            )
+        return super()._updates(loss)
+
+
+class MultiCacheLossHandler(_Handler):
+    """Owns several caches, whose candidates are negatives together.
+
+    Args:
+      cache_managers: source -> `CacheManager`, which says what the cache of that source is like.
+      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
+        position.
+      embedding_key: the feature that holds the embeddings.
+      data_keys: the features that the item network encodes. These and the embeddings are all that
+        a cache holds.
+      use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
+        replica's cache takes its own batch only where False.
+      **kwargs: those of a Keras layer, `name` for instance.
+
+    Raises:
+      ValueError: where there is no cache manager, or one whose features are not `data_keys` and
+        `embedding_key`.
+    """
+
+    def __init__(
+        self,
+        cache_managers: Mapping[str, CacheManager],
+        cache_loss: CacheLossFn,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        use_cross_replica: bool = False,
+        **kwargs,
+    ):
+        super().__init__(
+            cache_managers, cache_loss, embedding_key, data_keys, use_cross_replica, **kwargs
+        )
+
+    @property
+    def cache(self) -> dict[str, NegativeCache]:
+        """Source -> the cache, whose data are the live variables."""
+        return self._as_negative_caches()
+
+    def update_cache_and_compute_loss(
+        self,
+        item_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_item_embeddings: tf.Tensor,
+        features: Mapping[str, tf.Tensor],
+        new_items_cache: str | Mapping[str, tf.Tensor] | None = None,
+    ) -> tf.Tensor:
+        """Computes the loss of a batch against the caches as they are, then updates the caches.
+
+        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`, if
+        TensorBoard is installed.
+
+        Args:
+          item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
+          query_embeddings: [B, d].
+          pos_item_embeddings: [B, d], the embeddings of the queries' positive items.
+          features: feature name -> [B, ...], the features of the positive items, with at least
+            the `data_keys`.
+          new_items_cache: which caches the positive items enter: the name of one source, or
+            source -> [B] bool mask of the items that enter it, none where a source is absent. All
+            items enter every cache where None.
+
+        Returns:
+          The training loss.
+
+        Raises:
+          ValueError: where `features` lack a data key or `new_items_cache` names an unknown source.
+        """
+        masks = self._new_items_masks(new_items_cache, tf.shape(pos_item_embeddings)[:1])
+        return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
+
+    def _new_items_masks(self, new_items_cache, shape) -> dict[str, tf.Tensor]:
+        """Source -> [B] bool, which new items enter it."""
+        if new_items_cache is None:
+            return {source: tf.ones(shape, tf.bool) for source in self._caches}
+        if not isinstance(new_items_cache, Mapping):
+            new_items_cache = {new_items_cache: tf.ones(shape, tf.bool)}
+        _validation.check_keys(new_items_cache, self._caches, what="new_items_cache", exact=False)
+        nothing = tf.zeros(shape, tf.bool)
+        return {source: new_items_cache.get(source, nothing) for source in self._caches}
+
+
+def _write_summaries(loss: CacheLossReturn) -> None:
+    interpretable_loss = tf.reduce_mean(loss.interpretable_loss)
+    try:
+        tf.summary.scalar("cache/interpretable_prediction_loss", interpretable_loss)
+        tf.summary.scalar("cache/staleness", tf.reduce_mean(loss.staleness))
+    except Exception:
+        # TensorFlow's scalar summaries live in TensorBoard, which recent releases do not install,
+        # and raise without it even where there is no summary writer.
+        if importlib.util.find_spec("tensorboard") is not None:
+            raise
+
+
+def _concat_replicas(value: tf.Tensor) -> tf.Tensor:
+    return util.cross_replica_concat(tf.convert_to_tensor(value), axis=0)
+
+
+def _check_arguments(cache_managers, cache_loss, embedding_key: str, data_keys) -> None:
+    if not callable(cache_loss):
+        raise ValueError(f"`cache_loss` must be callable. Received: {cache_loss!r}.")
+    if not isinstance(cache_managers, Mapping) or not cache_managers:
+        raise ValueError(
+            "`cache_managers` must map at least one source to a `CacheManager`. Received:"
+            f" {cache_managers!r}."
+        )
+    for source, manager in cache_managers.items():
+        if not isinstance(manager, CacheManager):
+            raise ValueError(f"A `CacheManager` is needed for {source!r}. Received: {manager!r}.")
+        if set(manager.specs) != {embedding_key, *data_keys}:
+            raise ValueError(
+                "A cache must hold the `data_keys` and the `embedding_key` and nothing else."
+                f" Received `data_keys` = {list(data_keys)} and `embedding_key` ="
+                f" {embedding_key!r} for a cache {source!r} of {sorted(manager.specs)}."
+            )

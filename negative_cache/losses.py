@@ -1,0 +1,385 @@
+"""Losses whose negatives come from caches.
+
+A loss draws one negative for each query from the softmax over all cached candidates, encodes the
+drawn ones afresh, and returns besides its value what the caches should learn: the fresh
+embeddings of the drawn rows.
+
+Shapes: B queries of dimension d, C candidates in all caches together, G queries on all replicas
+together.
+"""
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache import retrieval_fns, util
+from negative_cache.negative_cache import NegativeCache
+from negative_cache.ops import SoftmaxSample, merge_samples, sample_softmax
+
+TensorFn = Callable[[tf.Tensor], tf.Tensor]
+DocNetwork = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
+
+
+class CacheLossReturn(NamedTuple):
+    """What a cache loss returns.
+
+    Attributes:
+      training_loss: the loss to differentiate. Its value means nothing.
+      interpretable_loss: the loss to look at, -log p⁺.
+      updated_item_data: source -> feature name -> [m, ...] new values for rows of that source.
+      updated_item_indices: source -> [m] int64, their rows in that source.
+      updated_item_mask: source -> [m] bool; entries with False must change nothing.
+      staleness: ‖ĝ(y) − g(y)‖² / ‖g(y)‖² of the retrieved candidates.
+    """
+
+    training_loss: tf.Tensor
+    interpretable_loss: tf.Tensor
+    updated_item_data: Mapping[str, Mapping[str, tf.Tensor]]
+    updated_item_indices: Mapping[str, tf.Tensor]
+    updated_item_mask: Mapping[str, tf.Tensor]
+    staleness: tf.Tensor
+
+
+class CacheLoss(abc.ABC):
+    """A loss that takes its negatives from caches."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_doc_embeddings: tf.Tensor,
+        cache: Mapping[str, NegativeCache],
+    ) -> CacheLossReturn:
+        """Computes the loss of [B, d] queries and their positives [B, d].
+
+        Args:
+          doc_network: candidates' features (feature name -> [B, ...]) -> their embeddings [B, d].
+          query_embeddings: [B, d].
+          pos_doc_embeddings: [B, d].
+          cache: source -> cache.
+        """
+
+
+class CacheClassificationLoss(CacheLoss):
+    """Softmax cross-entropy over the positive and everything cached, from one draw per query.
+
+    With scores s and cached embeddings ĝ (Lindgren, Reddi, Guo and Kumar, "Efficient Training of
+    Retrieval Models using Negative Cache", NeurIPS 2021):
+
+      ŷ ~ exp ŝ(x, y) / Ẑ(x),  Ẑ(x) = Σ_y exp ŝ(x, y)            over the cached y
+      p⁺ = exp s(x, y⁺) / (exp s(x, y⁺) + Ẑ(x))                   held constant
+      training loss = (1 − p⁺) (s(x, ŷ) − s(x, y⁺))               ŷ encoded afresh
+
+    Where the cache is fresh, the expected gradient of the training loss is the gradient of −log
+    p⁺. No gradient flows into the cache. Rows that were never filled are candidates too.
+
+    As long as the retrieval function is Gumbel-max at inverse temperature 1 and there is no
+    `top_k`, candidates are scored block by block and no [B, C] array exists.
+
+    Args:
+      embedding_key: the feature that holds the cached embeddings, [C, d].
+      data_keys: the features that `doc_network` encodes.
+      score_transform: elementwise function of the inner products, for instance a division by a
+        temperature. Scores are inner products where None.
+      top_k: the number of candidates that `util.approximate_top_k_with_indices` keeps; the
+        partition and the draw are over these. It must divide C. All are kept where None.
+      reducer: function of the [B] losses. They are returned as they are where None.
+    """
+
+    def __init__(
+        self,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        score_transform: TensorFn | None = None,
+        top_k: int | None = None,
+        reducer: TensorFn | None = tf.math.reduce_mean,
+    ):
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1. Received: {top_k}.")
+        self.embedding_key = embedding_key
+        self.data_keys = (data_keys,) if isinstance(data_keys, str) else tuple(data_keys)
+        self.score_transform = score_transform
+        self.top_k = top_k
+        self.reducer = reducer
+        self._retrieval_fn = retrieval_fns.GumbelMaxRetrievalFn()
+
+    def __call__(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_doc_embeddings: tf.Tensor,
+        cache: Mapping[str, NegativeCache],
+    ) -> CacheLossReturn:
+        """Computes the loss, as `CacheLoss` describes it."""
+        queries, positives = _check_pairs(query_embeddings, pos_doc_embeddings)
+        candidates = _Candidates(cache, self.embedding_key, self.data_keys, queries.shape[1])
+
+        indices, log_partition = self._retrieve(tf.stop_gradient(queries), candidates)
+        features = self._fetch(indices, candidates)
+        stale = tf.cast(features[self.embedding_key], tf.float32)
+        fresh = doc_network({key: features[key] for key in self.data_keys})
+        fresh = _check_encoded(fresh, queries.shape)
+
+        positive_scores = self._score(queries, positives)
+        negative_scores = self._score(queries, fresh)
+        # 1 − p⁺ = sigmoid(log Ẑ − s⁺) and −log p⁺ = softplus(log Ẑ − s⁺), both without overflow.
+        log_odds = tf.stop_gradient(log_partition - positive_scores)
+        training_loss = tf.sigmoid(log_odds) * (negative_scores - positive_scores)
+        fresh = tf.stop_gradient(fresh)
+        return CacheLossReturn(
+            self._reduce(training_loss),
+            self._reduce(tf.nn.softplus(log_odds)),
+            *self._updates(indices, fresh, candidates),
+            self._reduce(_staleness(stale, tf.cast(fresh, tf.float32))),
+        )
+
+    def _retrieve(self, queries, candidates):
+        """Returns the drawn candidates [B] int64, -1 where there is none, and log Ẑ [B]."""
+        if self._samples_by_blocks():
+            sample = self._sample(queries, candidates)
+            return sample.indices[:, 0], sample.log_partition
+        return self._retrieve_from_scores(self._score_all(queries, candidates))
+
+    def _fetch(self, indices, candidates):
+        """Returns the features [B, ...] of drawn candidates."""
+        return candidates.gather(indices)
+
+    def _updates(self, indices, fresh, candidates):
+        """Returns the three `updated_item_…` fields of `CacheLossReturn`."""
+        data = {source: {self.embedding_key: fresh} for source in candidates.sources}
+        return data, *candidates.locate(indices)
+
+    def _samples_by_blocks(self) -> bool:
+        return self.top_k is None and retrieval_fns.draws_from_softmax(self._retrieval_fn)
+
+    def _sample(self, queries, candidates) -> SoftmaxSample:
+        samples = []
+        for source, offset in candidates.offsets.items():
+            embeddings = candidates.sources[source][self.embedding_key]
+            sample = sample_softmax(queries, embeddings, score_transform=self.score_transform)
+            samples.append(_shift(sample, offset))
+        return merge_samples(samples)
+
+    def _score_all(self, queries, candidates) -> tf.Tensor:
+        embeddings = [
+            tf.cast(source[self.embedding_key], tf.float32)
+            for source in candidates.sources.values()
+        ]
+        products = tf.matmul(
+            tf.cast(queries, tf.float32), tf.concat(embeddings, axis=0), transpose_b=True
+        )
+        return tf.stop_gradient(self._transform(products))
+
+    def _retrieve_from_scores(self, scores):
+        columns = None
+        if self.top_k is not None:
+            scores, columns = util.approximate_top_k_with_indices(scores, self.top_k)
+        picks = tf.convert_to_tensor(self._retrieval_fn(scores))
+        if not picks.dtype.is_integer or not picks.shape.is_compatible_with([scores.shape[0], 1]):
+            raise ValueError(
+                f"`_retrieval_fn` must return integers of shape {[scores.shape[0], 1]}. Received:"
+                f" dtype {picks.dtype.name}, shape {picks.shape}."
+            )
+        indices = tf.cast(picks, tf.int64)
+        if columns is not None:
+            indices = tf.gather(columns, indices, batch_dims=1)
+        return indices[:, 0], tf.reduce_logsumexp(scores, axis=1)
+
+    def _score(self, queries, docs) -> tf.Tensor:
+        products = tf.cast(queries, tf.float32) * tf.cast(docs, tf.float32)
+        return self._transform(tf.reduce_sum(products, axis=1))
+
+    def _transform(self, products) -> tf.Tensor:
+        return products if self.score_transform is None else self.score_transform(products)
+
+    def _reduce(self, losses) -> tf.Tensor:
+        return losses if self.reducer is None else self.reducer(losses)
+
+
+class DistributedCacheClassificationLoss(CacheClassificationLoss):
+    """`CacheClassificationLoss` over the union of all replicas' caches.
+
+    Each replica has rows of its own, its shard, and the candidates of every query are those of
+    all shards. It works under every `tf.distribute` strategy. Outside a replica context, or with
+    one replica, it is the plain loss.
+
+    1. Every replica gets all G queries, and samples its own shard for each.
+    2. The samples go to the queries' replicas, which merge them into a draw and a partition over
+    the union.
+    3. The drawn candidates go to all replicas; the owner of each sends its features back, to be
+    encoded.
+    4. The fresh embeddings go to all replicas, where the masks select what each owns. Updates
+    have G entries.
+
+    A loss with `top_k` or a retrieval function of its own sees the scores of the union, shard
+    after shard, which moves G times C scores to every replica. The shards must have the same
+    size.
+    """
+
+    def _retrieve(self, queries, candidates):
+        batch = _GlobalBatch(queries)
+        if not self._samples_by_blocks():
+            scores = self._score_all(batch.values, candidates)
+            return self._retrieve_from_scores(batch.own(util.cross_replica_concat(scores, axis=1)))
+        sample = self._sample(batch.values, candidates)
+        by_shard = SoftmaxSample(*(batch.stack_own(values) for values in sample))
+        merged = merge_samples(
+            [
+                _shift(
+                    SoftmaxSample(*(values[shard] for values in by_shard)), shard * candidates.size
+                )
+                for shard in range(util.num_replicas())
+            ]
+        )
+        return merged.indices[:, 0], merged.log_partition
+
+    def _fetch(self, indices, candidates):
+        batch = _GlobalBatch(indices)
+        rows = _rows_of_own_shard(batch.values, candidates)
+        owners = tf.maximum(indices, 0) // candidates.size
+        columns = tf.range(tf.shape(indices, out_type=tf.int64)[0])
+        where = tf.stack([owners, columns], axis=1)
+        features = candidates.gather(rows)
+        return {key: tf.gather_nd(batch.stack_own(part), where) for key, part in features.items()}
+
+    def _updates(self, indices, fresh, candidates):
+        rows = _rows_of_own_shard(util.cross_replica_concat(indices, axis=0), candidates)
+        fresh = util.cross_replica_concat(fresh, axis=0)
+        return super()._updates(rows, fresh, candidates)
+
+
+class _Candidates:
+    """The rows of all sources as one list, in the order of the sources' names.
+
+    Attributes:
+      sources: source -> feature name -> [rows, ...].
+      offsets: source -> the index of its first row.
+      size: C, the number of rows of all sources.
+    """
+
+    def __init__(self, cache, embedding_key: str, data_keys: Sequence[str], dim: int):
+        if not isinstance(cache, Mapping) or not cache:
+            raise ValueError(
+                f"`cache` must map at least one source to a `NegativeCache`. Received: {cache!r}."
+            )
+        self._keys = {embedding_key, *data_keys}
+        self.sources = {source: cache[source].data for source in sorted(cache)}
+        self._sizes = {}
+        for source, data in self.sources.items():
+            _check_source(source, data, self._keys, embedding_key, dim)
+            rows = data[embedding_key]
+            self._sizes[source] = rows.shape[0] or tf.shape(rows, out_type=tf.int64)[0]
+        self.offsets, self.size = {}, 0
+        for source, size in self._sizes.items():
+            self.offsets[source] = self.size
+            self.size += size
+
+    def locate(self, indices):
+        """Finds candidates in their sources.
+
+        Args:
+          indices: [n] int64 candidates, or others, which are in no source.
+
+        Returns:
+          rows: source -> [n] int64 rows, 0 for candidates of another source.
+          masks: source -> [n] bool, whether the candidate is in this source.
+        """
+        rows, masks = {}, {}
+        for source, offset in self.offsets.items():
+            local = indices - offset
+            masks[source] = (local >= 0) & (local < self._sizes[source])
+            rows[source] = tf.where(masks[source], local, tf.zeros_like(local))
+        return rows, masks
+
+    def gather(self, indices):
+        """Returns feature name -> [n, ...] of candidates [n]; a candidate in no source gets any."""
+        rows, masks = self.locate(indices)
+        features = {}
+        for key in self._keys:
+            parts = {source: tf.gather(self.sources[source][key], rows[source]) for source in rows}
+            value = None
+            for source, part in parts.items():
+                mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
+                value = part if value is None else tf.where(mask, part, value)
+            features[key] = tf.stop_gradient(value)
+        return features
+
+
+class _GlobalBatch:
+    """A [B, ...] tensor of this replica among those of all replicas, whose B may differ.
+
+    Attributes:
+      values: [G, ...], the tensors of all replicas.
+    """
+
+    def __init__(self, local: tf.Tensor):
+        self.values = util.cross_replica_concat(local, axis=0)
+        self._size = tf.shape(local)[0]
+        sizes = util.cross_replica_concat(self._size[tf.newaxis], axis=0)
+        self._start = tf.reduce_sum(sizes[: util.replica_id()])
+
+    def own(self, values: tf.Tensor) -> tf.Tensor:
+        """[B, ...], this replica's entries of `values` [G, ...]."""
+        return values[self._start : self._start + self._size]
+
+    def stack_own(self, values: tf.Tensor) -> tf.Tensor:
+        """[replicas, B, ...], each replica's `values` [G, ...] at this replica's entries."""
+        stacked = util.cross_replica_concat(values[tf.newaxis], axis=0)
+        return stacked[:, self._start : self._start + self._size]
+
+
+def _rows_of_own_shard(indices, candidates: _Candidates):
+    """Turns candidates of the union [n] into candidates of this replica's shard, -1 for others."""
+    rows = indices - tf.cast(util.replica_id(), tf.int64) * candidates.size
+    return tf.where((indices >= 0) & (rows >= 0) & (rows < candidates.size), rows, -1)
+
+
+def _shift(sample: SoftmaxSample, offset) -> SoftmaxSample:
+    """Moves the indices of a sample by `offset`, except the -1 that stand for no draw."""
+    is_draw = sample.indices >= 0
+    return sample._replace(indices=tf.where(is_draw, sample.indices + offset, sample.indices))
+
+
+def _staleness(stale: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:
+    """[B] float32, ‖ĝ − g‖² / ‖g‖², 0 where g is 0."""
+    drift = tf.reduce_sum(tf.math.squared_difference(stale, fresh), axis=1)
+    return tf.math.divide_no_nan(drift, tf.reduce_sum(tf.square(fresh), axis=1))
+
+
+def _check_pairs(query_embeddings, pos_doc_embeddings):
+    queries = tf.convert_to_tensor(query_embeddings)
+    positives = tf.convert_to_tensor(pos_doc_embeddings)
+    is_matrix = queries.shape.rank == 2 and queries.shape[1] is not None
+    if not is_matrix or not queries.shape.is_compatible_with(positives.shape):
+        raise ValueError(
+            "`query_embeddings` and `pos_doc_embeddings` must have the same shape [batch, dim]."
+            f" Received shapes: {queries.shape} and {positives.shape}."
+        )
+    return queries, positives
+
+
+def _check_source(source, data, keys, embedding_key: str, dim: int) -> None:
+    if not keys <= set(data):
+        raise ValueError(
+            f"The cache {source!r} must have `embedding_key` and `data_keys`, {sorted(keys)}."
+            f" Received a cache of {sorted(data)}."
+        )
+    shape = tf.TensorShape(data[embedding_key].shape)
+    if shape.rank != 2 or shape[0] == 0 or not shape[1:].is_compatible_with([dim]):
+        raise ValueError(
+            f"The embeddings {embedding_key!r} of the cache {source!r} must have shape"
+            f" [rows, {dim}], as the queries have. Received shape: {shape}."
+        )
+
+
+def _check_encoded(embeddings, wanted: tf.TensorShape) -> tf.Tensor:
+    embeddings = tf.convert_to_tensor(embeddings)
+    if embeddings.shape.rank != 2 or not embeddings.shape.is_compatible_with(wanted):
+        raise ValueError(
+            f"`doc_network` must return embeddings of shape {wanted}. Received shape:"
+            f" {embeddings.shape}."
+        )
+    return embeddings

@@ -1,0 +1,134 @@
+"""`CacheManager`: a negative cache as an immutable value, and the pure function that updates it.
+
+A negative cache holds the features and embeddings of C candidates (Lindgren, Reddi, Guo and
+Kumar, "Efficient Training of Retrieval Models using Negative Cache", NeurIPS 2021).
+`layers.Cache` has the same semantics, and updates variables in place instead.
+"""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache.ops.cache_rows import MaskedRows, cache_update_rows, masked_rows
+
+
+class NegativeCache(NamedTuple):
+    """The rows of a cache.
+
+    Attributes:
+      data: feature name -> [C, ...] tensor or variable.
+      age: [C] int32, the number of updates since each row was touched.
+    """
+
+    data: Mapping[str, tf.Tensor]
+    age: tf.Tensor
+
+
+class CacheManager:
+    """Makes and updates caches of one size and kind.
+
+    Args:
+      specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype).
+      cache_size: C, the number of rows.
+      use_lru: whether updating a row makes it young again, so that the row *used* longest ago is
+        replaced first. Rows are replaced in order of insertion where False.
+
+    Raises:
+      ValueError: where `specs` are no specs or `cache_size` is not positive.
+
+    Example:
+      >>> manager = CacheManager({"id": tf.io.FixedLenFeature([], tf.int64)}, cache_size=3)
+      >>> cache = manager.update_cache(manager.init_cache(), new_items={"id": [7, 8]})
+      >>> cache.data["id"].numpy().tolist(), cache.age.numpy().tolist()
+      ([7, 8, 0], [0, 0, 1])
+    """
+
+    def __init__(
+        self,
+        specs: Mapping[str, tf.io.FixedLenFeature],
+        cache_size: int,
+        use_lru: bool = True,
+    ):
+        self.specs = _validation.check_specs(specs)
+        if cache_size < 1:
+            raise ValueError(f"`cache_size` must be at least 1. Received: {cache_size}.")
+        self.cache_size = int(cache_size)
+        self.use_lru = use_lru
+
+    def init_cache(self) -> NegativeCache:
+        """Returns a cache of zeros, or empty strings, and of age 0."""
+        data = {
+            key: tf.zeros(tf.TensorShape([self.cache_size]).concatenate(spec.shape), spec.dtype)
+            for key, spec in self.specs.items()
+        }
+        return NegativeCache(data, tf.zeros([self.cache_size], tf.int32))
+
+    def update_cache(
+        self,
+        cache: NegativeCache,
+        new_items: Mapping[str, tf.Tensor],
+        new_items_mask: tf.Tensor | None = None,
+        updated_item_data: Mapping[str, tf.Tensor] | None = None,
+        updated_item_indices: tf.Tensor | None = None,
+        updated_item_mask: tf.Tensor | None = None,
+    ) -> NegativeCache:
+        """Updates existing rows, then lets each new item replace the oldest row that is left.
+
+        Every age grows by one. Then updated rows get age 0 (with LRU), and then new items go, in
+        their order, to the oldest rows, the smallest row first among equal ages, which get age 0.
+
+        Args:
+          cache: what to update. It is left as it is.
+          new_items: feature name -> [n, ...] new candidates, n <= C, with exactly the cache's
+            features.
+          new_items_mask: [n] bool; items with False are not inserted.
+          updated_item_data: feature name -> [m, ...] new values of existing rows, for any of the
+            cache's features.
+          updated_item_indices: [m] int, their rows.
+          updated_item_mask: [m] bool; entries with False change nothing, whatever their row.
+
+        Returns:
+          The updated cache.
+
+        Raises:
+          ValueError: where names, dtypes or shapes do not match the specs, or n exceeds the cache.
+        """
+        _validation.check_keys(cache.data, self.specs, what="cache.data", exact=True)
+        new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
+        _validation.check_fits(new_items, self.cache_size, what="new_items")
+        cache = NegativeCache(dict(cache.data), tf.convert_to_tensor(cache.age) + 1)
+        if updated_item_data is not None:
+            cache = self._update_rows(
+                cache, updated_item_data, updated_item_indices, updated_item_mask
+            )
+        like = next(iter(new_items.values()))
+        mask = _validation.check_mask(new_items_mask, like, what="new_items_mask")
+        rows = cache_update_rows(cache.age, mask, touched=None)
+        return _reset_age(_write(cache, rows, new_items), rows)
+
+    def _update_rows(self, cache, items, indices, mask) -> NegativeCache:
+        items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
+        like = next(iter(items.values()))
+        indices = _validation.check_indices(
+            indices, like, what="updated_item_indices", needed_by="updated_item_data"
+        )
+        mask = _validation.check_mask(mask, like, what="updated_item_mask")
+        rows = masked_rows(indices, mask)
+        cache = _write(cache, rows, items)
+        return _reset_age(cache, rows) if self.use_lru else cache
+
+
+def _write(cache: NegativeCache, rows: MaskedRows, items: Mapping[str, tf.Tensor]) -> NegativeCache:
+    written = {key: _scatter(cache.data[key], rows, value) for key, value in items.items()}
+    return cache._replace(data={**cache.data, **written})
+
+
+def _reset_age(cache: NegativeCache, rows: MaskedRows) -> NegativeCache:
+    return cache._replace(age=_scatter(cache.age, rows, tf.zeros_like(rows.rows, tf.int32)))
+
+
+def _scatter(old: tf.Tensor, rows: MaskedRows, new: tf.Tensor) -> tf.Tensor:
+    values = tf.stop_gradient(rows.values(new, old))
+    return tf.tensor_scatter_nd_update(old, rows.rows[:, tf.newaxis], values)

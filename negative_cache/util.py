@@ -1,0 +1,112 @@
+"""What the losses and handlers share: approximate top-k, and the tensors of all replicas."""
+
+import tensorflow as tf
+
+
+def approximate_top_k_with_indices(
+    negative_scores: tf.Tensor, k: int
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Keeps the best candidate of each of k equal runs of candidates.
+
+    The candidates are grouped in column order: run i holds the columns [i C / k, (i + 1) C / k).
+    The best candidate of all is always kept.
+
+    Args:
+      negative_scores: [B, C] scores.
+      k: the number of runs. It must divide C.
+
+    Returns:
+      scores: [B, k], the highest score of each run.
+      indices: [B, k] int64, their columns, the smallest one among equals.
+
+    Raises:
+      ValueError: where `negative_scores` is no matrix or `k` does not divide C.
+    """
+    negative_scores = tf.convert_to_tensor(negative_scores)
+    if negative_scores.shape.rank != 2:
+        raise ValueError(
+            "`negative_scores` must have shape [batch, candidates]. Received shape:"
+            f" {negative_scores.shape}."
+        )
+    num_candidates = negative_scores.shape[1]
+    if k < 1 or (num_candidates is not None and num_candidates % k):
+        raise ValueError(
+            f"`k` must divide the number of candidates. Received: k = {k} and {num_candidates}"
+            " candidates."
+        )
+    batch_size, run_size = tf.shape(negative_scores)[0], tf.shape(negative_scores)[1] // k
+    runs = tf.reshape(negative_scores, [batch_size, k, run_size])
+    starts = tf.range(k, dtype=tf.int64) * tf.cast(run_size, tf.int64)
+    return tf.reduce_max(runs, axis=2), starts + tf.argmax(runs, axis=2, output_type=tf.int64)
+
+
+def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) -> tf.Tensor:
+    """Concatenates the tensors of all replicas, in the order of the replicas.
+
+    Outside a replica context, or with one replica, returns `tensor`. Gradients flow back to the
+    replica whose part they belong to, summed over the replicas that used it. Sizes along `axis`
+    may differ between replicas.
+
+    Args:
+      tensor: a tensor of any dtype, strings included, of known rank.
+      axis: the axis to concatenate along.
+      name: a name for the operation.
+
+    Returns:
+      The concatenation, the same on all replicas.
+
+    Raises:
+      ValueError: where `tensor` has no such axis.
+    """
+    with tf.name_scope(name or "cross_replica_concat"):
+        tensor = tf.convert_to_tensor(tensor)
+        rank = tensor.shape.rank
+        if rank is None or not -rank <= axis < rank:
+            raise ValueError(
+                f"`axis` must be an axis of `tensor`. Received: axis = {axis} and a tensor of shape"
+                f" {tensor.shape}."
+            )
+        if num_replicas() == 1:
+            return tf.identity(tensor)
+        axis %= rank
+        if tensor.dtype == tf.string:
+            return _gather_strings(tensor, axis)
+        carrier = _carrier_dtype(tensor.dtype)
+        return tf.cast(_all_gather(tf.cast(tensor, carrier), axis), tensor.dtype)
+
+
+def num_replicas() -> int:
+    """The number of replicas whose tensors can be gathered here; 1 outside a replica context."""
+    context = tf.distribute.get_replica_context()
+    return 1 if context is None else context.num_replicas_in_sync
+
+
+def replica_id() -> tf.Tensor:
+    """Scalar int32, which of the `num_replicas()` this is."""
+    if num_replicas() == 1:
+        return tf.constant(0)
+    return tf.convert_to_tensor(tf.distribute.get_replica_context().replica_id_in_sync_group)
+
+
+def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
+    return tf.distribute.get_replica_context().all_gather(tensor, axis=axis)
+
+
+def _carrier_dtype(dtype: tf.DType) -> tf.DType:
+    """The dtype that holds every value of `dtype` and that collective operations can carry."""
+    if dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
+        return dtype
+    if dtype.is_floating:
+        return tf.float32
+    return tf.int64 if dtype in (tf.uint32, tf.uint64) else tf.int32
+
+
+def _gather_strings(strings: tf.Tensor, axis: int) -> tf.Tensor:
+    """Gathers strings as bytes, padded to the longest: collective operations carry numbers."""
+    lengths = _all_gather(tf.strings.length(strings), axis)
+    longest = tf.maximum(tf.reduce_max(lengths), 1)
+    codes = tf.io.decode_raw(strings, tf.uint8, fixed_length=longest)
+    codes = _all_gather(tf.cast(codes, tf.int32), axis)
+    characters = tf.constant([bytes([code]) for code in range(256)])
+    joined = tf.strings.reduce_join(tf.gather(characters, codes), axis=-1)
+    return tf.strings.substr(joined, tf.zeros_like(lengths), lengths)
