@@ -11,8 +11,9 @@ import tensorflow as tf
 _backend = os.environ.get("KERAS_BACKEND", "tensorflow")
 if _backend != "tensorflow":
     raise ImportError(
-        "negative_cache trains TensorFlow models and needs the TensorFlow backend of Keras, but the environment"
-        f" says KERAS_BACKEND={_backend!r}. Unset it, or set KERAS_BACKEND=tensorflow, before Python starts."
+        "negative_cache trains TensorFlow models and needs the TensorFlow backend of Keras, but the"
+        f" environment says KERAS_BACKEND={_backend!r}. Unset it, or set KERAS_BACKEND=tensorflow,"
+        " before Python starts."
     )
 
 keras = tf.keras
@@ -20,15 +21,18 @@ IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
 
 if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
     raise ImportError(
-        "negative_cache needs the TensorFlow backend of Keras, but the Keras configuration file chooses"
-        f" {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Python starts."
+        "negative_cache needs the TensorFlow backend of Keras, but the Keras configuration file"
+        f" chooses {keras.backend.backend()!r}. Set KERAS_BACKEND=tensorflow before Python starts."
     )
 
 
 if IS_KERAS_2:
 
     class Model(keras.Model):
-        """`keras.Model` whose `compute_loss` knows whether it trains, and logs its loss, as in Keras 3."""
+        """`keras.Model` whose `compute_loss` is told whether it trains, and whose loss is logged.
+
+        Keras 3 does both by itself.
+        """
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
@@ -62,5 +66,5 @@ def _num_replicas() -> int:
 
 
 def scale_loss_for_distribution(loss: tf.Tensor) -> tf.Tensor:
-    """Divides a replica's mean loss by the number of replicas, whose gradients the optimizer sums."""
+    """Divides a replica's mean loss by the number of replicas: the optimizer sums gradients."""
     return loss / tf.cast(_num_replicas(), loss.dtype)

@@ -1,4 +1,4 @@
-"""Keras callbacks: metrics over the whole corpus after an epoch, and a cache that is full before the first step."""
+"""Keras callbacks: metrics over the whole corpus, and a cache that is full from the first step."""
 
 from collections.abc import Iterable, Sequence
 
@@ -10,10 +10,9 @@ from negative_cache.evaluation import Encoder, positive_ranks, retrieval_metrics
 
 
 class CorpusMetrics(keras.callbacks.Callback):
-    """Puts `val_recall_at_{k}` and `val_mrr` over the whole corpus into `logs` at the end of an
-    epoch.
+    """Puts `val_recall_at_{k}` and `val_mrr` over the whole corpus into the logs of an epoch.
 
-    The model must be a `DualEncoder`. Place it before callbacks that read these logs, such as
+    The model must be a `DualEncoder`. Place this callback before those that read its logs, such as
     `EarlyStopping` or `ModelCheckpoint`.
 
     Args:

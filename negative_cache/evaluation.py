@@ -50,8 +50,8 @@ def positive_ranks(
         or queries.shape.rank != 2
     ):
         raise ValueError(
-            "Queries and positives must have shape [queries, dim] and candidates [candidates, dim]. Received shapes:"
-            f" {queries.shape}, {positives.shape} and {candidates.shape}."
+            "Queries and positives must have shape [queries, dim] and candidates [candidates, dim]."
+            f" Received shapes: {queries.shape}, {positives.shape} and {candidates.shape}."
         )
     num_queries, chunk = queries.shape[0], 4096
     ranks = []
@@ -92,8 +92,7 @@ def _count_higher(queries, positives, candidates, positive_rows, block_size):
 
 
 def retrieval_metrics(ranks: np.ndarray, k: Sequence[int] = (1, 10, 100)) -> dict[str, float]:
-    """`recall_at_{k}` for each k, the share of ranks below k, and `mrr`, the mean of 1 / (rank +
-    1).
+    """Computes `recall_at_{k}`, the share of ranks below k, and `mrr`, the mean of 1 / (rank + 1).
 
     Args:
       ranks: [Q] int, 0 for the best rank.
@@ -113,7 +112,10 @@ class Encoder:
         )
 
     def __call__(self, batches: Iterable, after_batch=None) -> np.ndarray:
-        """[n, d] float32 embeddings of all `batches` of features; `after_batch(i)` is called after each."""
+        """Embeds all `batches` of features: [n, d] float32.
+
+        `after_batch(i)` is called after the i-th batch, counted from 1.
+        """
         embeddings = []
         for step, features in enumerate(batches):
             embeddings.append(self._embed(features).numpy())
@@ -125,7 +127,7 @@ class Encoder:
 
 
 def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
-    """[Q] int64, the row of each of `ids` [Q] in `corpus_ids` [C]; -1 where it has none.
+    """Finds the row of each of `ids` [Q] in `corpus_ids` [C]: [Q] int64, -1 where there is none.
 
     Raises:
       ValueError: where an id stands in the corpus twice.

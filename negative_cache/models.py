@@ -6,12 +6,13 @@ import tensorflow as tf
 
 from negative_cache import _compat
 from negative_cache._compat import keras
+from negative_cache.layers import _networks
 
 
 class DualEncoder(_compat.Model):
     """A two-tower model that `fit` trains on pairs of a query and its positive candidate.
 
-    A batch is a dictionary, alone or as the first of (x, y, sample_weight), where y is ignored:
+    A batch is a dictionary, alone or as the first of (x, y, sample_weight); y is ignored:
 
     * `"query"`: features of B queries, what `query_network` takes.
     * `"candidate"`: features of N >= B candidates; row i is the positive of query i.
@@ -24,30 +25,38 @@ class DualEncoder(_compat.Model):
     Args:
       query_network: layer or model, query features -> [B, d].
       candidate_network: layer or model, candidate features -> [N, d]; the one that `task` has.
-      task: a `CachedRetrieval`.
+      task: a `CachedRetrieval` whose `reduction` is not "none".
+
+    Raises:
+      ValueError: where the task's loss is not a scalar.
 
     Example:
-      >>> model = DualEncoder(query_tower, candidate_tower, CachedRetrieval(candidate_tower, specs,
-      65536))
+      >>> task = CachedRetrieval(candidate_tower, specs, cache_size=65536)
+      >>> model = DualEncoder(query_tower, candidate_tower, task)
       >>> model.compile(optimizer="adam")
       >>> model.fit(pairs.batch(128))
     """
 
     def __init__(self, query_network, candidate_network, task, **kwargs):
         super().__init__(**kwargs)
+        if task.reduction == "none":
+            raise ValueError(
+                "The task of a `DualEncoder` must return a scalar loss. Received a task with"
+                f" `reduction={task.reduction!r}`."
+            )
         self.query_network = query_network
         self.candidate_network = candidate_network
         self.task = task
         self._input_specs = None
 
     def call(self, inputs, training=None):
-        """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]` where it has any."""
+        """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]`."""
         _check_inputs(inputs)
         if self._input_specs is None:
             self._input_specs = {key: _specs_of(inputs[key]) for key in ("query", "candidate")}
         embeddings = {
-            "query": self.query_network(inputs["query"], training=training),
-            "candidate": self.candidate_network(inputs["candidate"], training=training),
+            "query": _networks.embed(self.query_network, inputs["query"], training),
+            "candidate": _networks.embed(self.candidate_network, inputs["candidate"], training),
         }
         if "negative" in inputs:
             embeddings["negative"] = self._embed_negatives(inputs["negative"], training)
@@ -74,8 +83,7 @@ class DualEncoder(_compat.Model):
         return {name: value for name, value in logs.items() if name not in only_in_training}
 
     def export(self, filepath, **kwargs):
-        """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate`, and without
-        the cache.
+        """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
         Args:
           filepath: the folder to write.
@@ -100,18 +108,19 @@ class DualEncoder(_compat.Model):
 
     def _embed_negatives(self, features, training):
         """[B, M, d] embeddings of features [B, M, ...]."""
+        flat = tf.nest.map_structure(_merge_first_dimensions, features)
+        embeddings = _networks.embed(self.candidate_network, flat, training)
         batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
-        merge = lambda values: tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))  # noqa: E731
-        embeddings = self.candidate_network(
-            tf.nest.map_structure(merge, features), training=training
-        )
-        return tf.reshape(
-            embeddings, tf.concat([batch_and_count, tf.shape(embeddings)[1:]], axis=0)
-        )
+        return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
+
+
+def _merge_first_dimensions(values):
+    """[B, M, ...] -> [B * M, ...]."""
+    return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
 
 
 def _inference_function(network):
-    return lambda features: network(features, training=False)
+    return lambda features: _networks.embed(network, features, training=False)
 
 
 def _specs_of(features):

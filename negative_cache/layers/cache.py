@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache._validation import check_items
+from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import cache_update_rows, masked_rows
 
@@ -19,7 +20,7 @@ class Cache(keras.layers.Layer):
     as such.
 
     The rows are non-trainable `tf.Variable`s. Under a `tf.distribute` strategy every replica holds
-    rows of its own.
+    rows of its own, and an update that is called outside of the replicas reaches each of them.
 
     Args:
       specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype), the embedding
@@ -56,8 +57,8 @@ class Cache(keras.layers.Layer):
         **kwargs,
     ):
         super().__init__(**kwargs)
-        self._check_arguments(specs, cache_size, embedding_key)
-        self.specs = dict(specs)
+        self.specs = _validation.check_specs(specs)
+        self._check_arguments(self.specs, cache_size, embedding_key)
         self.cache_size = int(cache_size)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
@@ -77,7 +78,10 @@ class Cache(keras.layers.Layer):
 
     @property
     def data(self) -> dict[str, tf.Variable]:
-        """Feature name -> variable [C, ...]. Read rows of them with `tf.gather`: a slice copies the whole."""
+        """Feature name -> variable [C, ...].
+
+        Read rows of them with `tf.gather`: a slice copies the whole variable.
+        """
         return dict(self._state.data)
 
     @property
@@ -102,11 +106,11 @@ class Cache(keras.layers.Layer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the number of rows refused so far because their embedding was not finite."""
+        """Scalar int64, the number of rows refused so far for an embedding that is not finite."""
         return self._state.num_skipped
 
     def as_negative_cache(self) -> NegativeCache:
-        """The cache as the published `NegativeCache`: its data are the live variables, nothing is copied."""
+        """Returns the cache as the published `NegativeCache`, whose data are the live variables."""
         return NegativeCache(data=self.data, age=self.age)
 
     def update(
@@ -135,23 +139,30 @@ class Cache(keras.layers.Layer):
         Raises:
           ValueError: where names, dtypes or shapes do not match the specs, or n exceeds the cache.
         """
-        new_items = check_items(new_items, self.specs, what="new_items", exact=True)
-        num_new = new_items[self.embedding_key].shape[0]
-        if num_new is not None and num_new > self.cache_size:
-            raise ValueError(
-                f"A batch must fit into the cache. Received `new_items` of {num_new} rows for a `cache_size` of"
-                f" {self.cache_size}."
-            )
-        self._state.step.assign_add(1)
+        new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
+        _validation.check_fits(new_items, self.cache_size, what="new_items")
+        new_items_mask = _validation.check_mask(
+            new_items_mask, new_items[self.embedding_key], what="new_items_mask"
+        )
+        updates = None
         if updated_item_data is not None:
-            updates = check_items(
-                updated_item_data, self.specs, what="updated_item_data", exact=False
+            updates = self._check_updates(
+                updated_item_data, updated_item_indices, updated_item_mask
             )
-            if updated_item_indices is None:
-                raise ValueError("`updated_item_data` needs `updated_item_indices`. Received None.")
-            mask = self._admit(updates, updated_item_mask)
-            updated = masked_rows(updated_item_indices, mask)
-            self._write(updated, updates)
+        on_every_replica(self._update, new_items, new_items_mask, updates)
+
+    def _update(self, new_items, new_items_mask, updates):
+        # A batch whose size was unknown until now.
+        tf.debugging.assert_less_equal(
+            tf.size(new_items_mask),
+            self.cache_size,
+            "A batch must fit into the cache. `new_items` have more rows than `cache_size`.",
+        )
+        self._state.step.assign_add(1)
+        if updates is not None:
+            items, indices, mask = updates
+            updated = masked_rows(indices, self._admit(items, mask))
+            self._write(updated, items)
             if self.use_lru:
                 self._touch(updated)
         mask = self._admit(new_items, new_items_mask)
@@ -185,10 +196,16 @@ class Cache(keras.layers.Layer):
         }
         return cls(**{**config, "specs": specs})
 
+    def _check_updates(self, items, indices, mask):
+        items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
+        like = next(iter(items.values()))
+        indices = _validation.check_indices(
+            indices, like, what="updated_item_indices", needed_by="updated_item_data"
+        )
+        return items, indices, _validation.check_mask(mask, like, what="updated_item_mask")
+
     def _admit(self, items, mask):
         """Leaves out entries with a non-finite embedding, and counts them."""
-        size = tf.shape(next(iter(items.values())))[0]
-        mask = tf.ones([size], tf.bool) if mask is None else tf.convert_to_tensor(mask, tf.bool)
         if self.embedding_key not in items:
             return mask
         finite = tf.reduce_all(tf.math.is_finite(items[self.embedding_key]), axis=1)
@@ -220,31 +237,11 @@ class Cache(keras.layers.Layer):
             raise ValueError(f"`cache_size` must be at least 1. Received: {cache_size}.")
         if embedding_key not in specs:
             raise ValueError(
-                f"`embedding_key` must be one of the features in `specs`. Received: {embedding_key!r}, and specs for"
-                f" {sorted(specs)}."
+                "`embedding_key` must be one of the features in `specs`. Received:"
+                f" {embedding_key!r}, and specs for {sorted(specs)}."
             )
         spec = specs[embedding_key]
         if len(spec.shape) != 1 or not tf.as_dtype(spec.dtype).is_floating:
             raise ValueError(
                 f"The embedding must be floating point of shape [dim]. Received the spec: {spec}."
             )
-
-
-def scatter_rows(variable: tf.Variable, rows: tf.Tensor, values: tf.Tensor) -> None:
-    """Writes `values` [n, ...] into `rows` [n] of `variable` [C, ...] in place.
-
-    Unlike `Variable.scatter_nd_update` it takes every dtype, and works inside a replica context.
-    """
-    tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
-
-
-def make_state_variable(initial_value, name: str) -> tf.Variable:
-    """A non-trainable variable that under a `tf.distribute` strategy has an independent value on every replica."""
-    with tf.init_scope():
-        return tf.Variable(
-            initial_value,
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            name=name,
-        )

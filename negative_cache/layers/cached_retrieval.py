@@ -1,6 +1,5 @@
 """`CachedRetrieval`: the retrieval task with a cache of negatives behind it."""
 
-import inspect
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +7,9 @@ import tensorflow as tf
 
 from negative_cache._compat import keras
 from negative_cache._validation import check_items
-from negative_cache.layers.cache import Cache, make_state_variable
+from negative_cache.layers import _networks, _retrieval_checks
+from negative_cache.layers._state import make_state_variable, on_every_replica
+from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.metrics import Latest
 from negative_cache.ops import contrastive, sample_softmax
@@ -18,12 +19,10 @@ _ID_KEY = "candidate_id_key"
 _LOG_PROBABILITY = "log_sampling_probability"
 _INTERNAL_KEYS = (_EMBEDDING, _ID_KEY, _LOG_PROBABILITY)
 _ONE_FEATURE = "candidate"
-_REDUCTIONS = ("sum_over_batch_size", "sum", "none")
 
 
 class CachedRetrieval(keras.layers.Layer):
-    """Softmax cross-entropy of a two-tower model over a batch's positives and a large cache of
-    negatives.
+    """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
     positive, optionally the other candidates of the batch, optionally explicit negatives, and one
@@ -37,9 +36,9 @@ class CachedRetrieval(keras.layers.Layer):
     the rows that were used longest ago. A training call changes the cache; a call with
     `training=False` only reads it.
 
-    What it does not do: rows whose embedding is not finite never enter the cache (the metric
-    `skipped_rows` counts them), and with a streaming cache a candidate may stand in several rows.
-    Under a `tf.distribute` strategy every replica has a cache of its own.
+    A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
+    counts them. What the layer does not do: a candidate that came several times may stand in
+    several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
 
     Args:
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
@@ -65,9 +64,10 @@ class CachedRetrieval(keras.layers.Layer):
         and not over the stream, in which popular candidates repeat. Estimated online
         (`FrequencyEstimator`). Needs `candidate_id_key`.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
-      metrics: Keras metrics updated with (query embeddings, positive embeddings), for instance
-        `tfrs.metrics.FactorizedTopK`.
-      batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch.
+      metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
+        sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`.
+      batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch, and
+        with the sample weights where there are any.
       loss_metrics: Keras metrics updated with the loss.
       embedding_dim: d. Taken from the first call where None.
       seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
@@ -76,11 +76,15 @@ class CachedRetrieval(keras.layers.Layer):
       ValueError: where an argument is out of range or contradicts another.
 
     Example:
-      >>> task = CachedRetrieval(candidate_tower, {"title": tf.io.FixedLenFeature([], tf.string)},
-      cache_size=65536,
-      ...                        temperature=0.05, in_batch_negatives=True,
-      candidate_id_key="title",
-      ...                        remove_accidental_hits=True)
+      >>> task = CachedRetrieval(
+      ...     candidate_tower,
+      ...     {"title": tf.io.FixedLenFeature([], tf.string)},
+      ...     cache_size=65536,
+      ...     temperature=0.05,
+      ...     in_batch_negatives=True,
+      ...     candidate_id_key="title",
+      ...     remove_accidental_hits=True,
+      ... )
       >>> loss = task(query_embeddings, candidate_embeddings, {"title": titles}, training=True)
     """
 
@@ -128,9 +132,9 @@ class CachedRetrieval(keras.layers.Layer):
         self.false_negative_margin = false_negative_margin
         self.frequency_correction = frequency_correction
         self.reduction = reduction or "none"
-        self._check_arguments()
+        _retrieval_checks.check_settings(self, _INTERNAL_KEYS)
         self.seed = random.randrange(2**31) if seed is None else seed
-        self._sampling_state = make_state_variable(lambda: tf.zeros([], tf.int32), "sampling_state")
+        self._sampling_state = make_state_variable(lambda: tf.zeros([], tf.int64), "sampling_state")
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
@@ -144,15 +148,14 @@ class CachedRetrieval(keras.layers.Layer):
             else None
         )
         self._cache = None
-        self._takes_training = _takes_training(candidate_network)
         self.built = True
-        embedding_dim = embedding_dim or _known_output_dim(candidate_network)
+        embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
         if embedding_dim is not None:
             self._make_cache(embedding_dim)
 
     @property
     def cache(self) -> Cache | None:
-        """The `Cache`; None before the embedding dimension is known, which is at the first call at the latest."""
+        """The `Cache`, or None while the embedding dimension is unknown: until the first call."""
         return self._cache
 
     @property
@@ -197,7 +200,10 @@ class CachedRetrieval(keras.layers.Layer):
             exceeds `cache_size`.
         """
         training = True if training is None else training
-        queries, candidates = self._check_embeddings(query_embeddings, candidate_embeddings)
+        queries = tf.convert_to_tensor(query_embeddings)
+        candidates = tf.convert_to_tensor(candidate_embeddings)
+        _retrieval_checks.check_embeddings(queries, candidates)
+        queries, candidates = tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
         items = self._cache_items(candidate_features, candidates, candidate_sampling_probability)
         num_queries = tf.shape(queries)[0]
         raw_scores = self._score(queries, candidates)
@@ -222,7 +228,9 @@ class CachedRetrieval(keras.layers.Layer):
                 in_batch = contrastive.keep_hardest(in_batch, self.num_hard_negatives)
             negative_logits.append(in_batch)
         if negative_embeddings is not None:
-            explicit = self._check_negatives(negative_embeddings, queries.shape[1])
+            explicit = tf.convert_to_tensor(negative_embeddings)
+            _retrieval_checks.check_negatives(explicit, queries)
+            explicit = tf.cast(explicit, tf.float32)
             negative_logits.append(self._score_each(queries, explicit))
         updates = None
         if self.cache_size:
@@ -230,15 +238,29 @@ class CachedRetrieval(keras.layers.Layer):
                 queries, items, threshold, candidate_sampling_probability is not None, training
             )
             negative_logits.append(cache_logit[:, tf.newaxis])
+        if not negative_logits:
+            raise ValueError(
+                "There is nothing to tell a positive from. Received `cache_size=0`,"
+                " `in_batch_negatives=False` and `negative_embeddings=None`."
+            )
 
         loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
-        loss = self._reduce(loss, sample_weight)
+        weight = {}
+        if sample_weight is not None:
+            weight["sample_weight"] = self._row_weights(sample_weight, queries)
+        loss = self._reduce(loss, **weight)
         if updates is not None:
             self._update_cache(items, updates)
-        self._update_metrics(
-            queries, candidates, loss, is_positive, contrastive.leave_out(in_batch_logits, not_a_negative),
-            compute_metrics, compute_batch_metrics,
-        )  # fmt: skip
+        for metric in self._loss_metrics:
+            metric.update_state(loss)
+        if compute_metrics:
+            for metric in self._task_metrics:
+                metric.update_state(queries, candidates[:num_queries], **weight)
+        if compute_batch_metrics and self._batch_metrics:
+            batch_logits = contrastive.leave_out(in_batch_logits, not_a_negative)
+            batch_logits = tf.maximum(batch_logits, tf.float32.min / 100.0)
+            for metric in self._batch_metrics:
+                metric.update_state(tf.cast(is_positive, tf.float32), batch_logits, **weight)
         return loss
 
     def add_to_cache(
@@ -246,8 +268,7 @@ class CachedRetrieval(keras.layers.Layer):
         candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
         candidate_sampling_probability: tf.Tensor | None = None,
     ) -> None:
-        """Encodes candidates, without gradient and in inference mode, and lets them enter the
-        cache.
+        """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
 
         Args:
           candidate_features: the features [n, ...] of n <= `cache_size` candidates.
@@ -256,6 +277,8 @@ class CachedRetrieval(keras.layers.Layer):
         Raises:
           ValueError: where features do not match `feature_specs` or n exceeds `cache_size`.
         """
+        if not self.cache_size:
+            raise ValueError("There is no cache to add candidates to. Received: cache_size=0.")
         features = self._check_features(candidate_features)
         embeddings = tf.stop_gradient(self._encode(features, training=False))
         self._cache.update(
@@ -288,15 +311,12 @@ class CachedRetrieval(keras.layers.Layer):
         )
         if not training:
             return sample.log_partition, None
-        drawn = sample.indices >= 0
+        drawn = tf.reshape(sample.indices >= 0, [-1])
         rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
-        features = {key: tf.gather(cache.data[key], rows) for key in self.feature_specs}
-        fresh = self._encode(features, training=True)
-        stale = tf.gather(cache.embeddings, rows)
+        fresh = self._encode(self._drawn_features(rows, drawn, items), training=True)
         negatives = tf.reshape(fresh, [-1, self.num_negatives, fresh.shape[1]])
         fresh_scores = self._score_each(queries, negatives)
-        staleness = contrastive.relative_staleness(tf.cast(stale, tf.float32), fresh)
-        drawn = tf.reshape(drawn, [-1])
+        staleness = contrastive.relative_staleness(tf.gather(cache.embeddings, rows), fresh)
         self._staleness.update_state(staleness, sample_weight=tf.cast(drawn, tf.float32))
         updates = {
             "updated_item_data": {_EMBEDDING: fresh},
@@ -305,32 +325,26 @@ class CachedRetrieval(keras.layers.Layer):
         }
         return contrastive.sampled_log_partition(sample, fresh_scores), updates
 
+    def _drawn_features(self, rows, drawn, items):
+        """The features [B * S, ...] of the drawn rows.
+
+        A query without an admissible row has its own positive encoded instead: an unfilled row's
+        empty features might be outside of what the tower knows, and give NaN.
+        """
+        own = tf.range(tf.size(rows)) // self.num_negatives
+        features = {}
+        for key in self.feature_specs:
+            values = tf.gather(self._cache.data[key], rows)
+            mask = tf.reshape(drawn, [-1] + [1] * (values.shape.rank - 1))
+            features[key] = tf.where(mask, values, tf.gather(items[key], own))
+        return features
+
     def _update_cache(self, items, updates):
         if self._frequency is not None:
             self._frequency.update(items[_ID_KEY])
         self._cache.update(new_items=items, **updates)
         self._fill.update_state(self._cache.num_filled / self.cache_size)
         self._skipped_rows.update_state(self._cache.num_skipped)
-
-    def _update_metrics(
-        self,
-        queries,
-        candidates,
-        loss,
-        is_positive,
-        batch_scores,
-        compute_metrics,
-        compute_batch_metrics,
-    ):
-        for metric in self._loss_metrics:
-            metric.update_state(loss)
-        if compute_metrics:
-            for metric in self._task_metrics:
-                metric.update_state(queries, candidates[: tf.shape(queries)[0]])
-        if compute_batch_metrics and self._batch_metrics:
-            finite_scores = tf.maximum(batch_scores, batch_scores.dtype.min / 100.0)
-            for metric in self._batch_metrics:
-                metric.update_state(tf.cast(is_positive, tf.float32), finite_scores)
 
     def _score(self, queries, candidates):
         """[B, N] scores of every query with every candidate."""
@@ -355,7 +369,7 @@ class CachedRetrieval(keras.layers.Layer):
         return left_out & ~is_positive
 
     def _log_expected_occurrences(self, items, probabilities):
-        """[N] log of how often each candidate of the batch is expected among all negatives, or None."""
+        """[N] log of how often each of the batch's candidates is expected among the negatives."""
         if probabilities is not None:
             log_probability = items[_LOG_PROBABILITY]
         elif self.frequency_correction:
@@ -378,23 +392,24 @@ class CachedRetrieval(keras.layers.Layer):
         return tf.where(tf.math.is_nan(expected), 0.0, expected)
 
     def _log_num_negatives(self, items):
-        """The log of the number of draws from the stream that are negatives now: cached, and in the batch."""
+        """The log of the number of draws from the stream that are negatives now."""
         count = self._cache.num_filled if self.cache_size else 0
         if self.in_batch_negatives:
             count += tf.shape(items[_EMBEDDING])[0]
         return tf.math.log(tf.cast(tf.maximum(count, 1), tf.float32))
 
     def _cache_items(self, candidate_features, embeddings, probabilities):
-        """What a batch's candidates are in the cache: their features, embeddings, hashed ids and probabilities."""
+        """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
         features = self._check_features(candidate_features)
         self._make_cache(embeddings.shape[1])
         size = tf.shape(embeddings)[0]
         if probabilities is None:
             log_probability = tf.fill([size], float("nan"))
         else:
-            log_probability = tf.math.log(
-                tf.clip_by_value(tf.cast(probabilities, tf.float32), 1e-6, 1.0)
-            )
+            probabilities = tf.cast(probabilities, tf.float32)
+            name = "candidate_sampling_probability"
+            _retrieval_checks.check_vector(probabilities, embeddings, name)
+            log_probability = tf.math.log(tf.clip_by_value(probabilities, 1e-6, 1.0))
         items = {**features, _EMBEDDING: embeddings, _LOG_PROBABILITY: log_probability}
         if self.candidate_id_key is not None:
             items[_ID_KEY] = _fingerprint(features[self.candidate_id_key])
@@ -402,13 +417,7 @@ class CachedRetrieval(keras.layers.Layer):
 
     def _encode(self, features, training):
         inputs = features[_ONE_FEATURE] if self._takes_one_tensor else features
-        kwargs = {"training": training} if self._takes_training else {}
-        embeddings = tf.convert_to_tensor(self.candidate_network(inputs, **kwargs))
-        if embeddings.shape.rank != 2 or embeddings.shape[1] is None:
-            raise ValueError(
-                "`candidate_network` must return embeddings of shape [n, dim]. Received shape:"
-                f" {embeddings.shape}."
-            )
+        embeddings = _networks.embed(self.candidate_network, inputs, training)
         self._make_cache(embeddings.shape[1])
         return tf.cast(embeddings, tf.float32)
 
@@ -431,109 +440,38 @@ class CachedRetrieval(keras.layers.Layer):
             )
 
     def _next_seed(self):
-        step = self._sampling_state.assign_add(1)
-        step = tf.convert_to_tensor(self._sampling_state)
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return tf.stack([self.seed + tf.cast(replica, tf.int32), step])
+        """[2] int64, another one at every step and on every replica."""
+        on_every_replica(self._sampling_state.assign_add, 1)
+        replica_context = tf.distribute.get_replica_context()
+        replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
+        seed = tf.constant(self.seed, tf.int64) + tf.cast(replica, tf.int64)
+        return tf.stack([seed, tf.convert_to_tensor(self._sampling_state)])
 
-    def _reduce(self, loss, sample_weight):
+    def _row_weights(self, sample_weight, queries):
+        weights = tf.reshape(tf.cast(sample_weight, tf.float32), [-1])
+        _retrieval_checks.check_vector(weights, queries, "sample_weight")
+        return weights
+
+    def _reduce(self, loss, sample_weight=None):
         if sample_weight is not None:
-            loss *= tf.cast(tf.reshape(sample_weight, [-1]), loss.dtype)
+            loss *= sample_weight
         if self.reduction == "none":
             return loss
         return tf.reduce_sum(loss) if self.reduction == "sum" else tf.reduce_mean(loss)
-
-    def _check_arguments(self):
-        if self.reduction not in _REDUCTIONS:
-            raise ValueError(
-                f"`reduction` must be one of {_REDUCTIONS}. Received: {self.reduction!r}."
-            )
-        if self.num_negatives < 1:
-            raise ValueError(f"`num_negatives` must be at least 1. Received: {self.num_negatives}.")
-        if self.cache_size < 0:
-            raise ValueError(f"`cache_size` must not be negative. Received: {self.cache_size}.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise ValueError(f"`temperature` must be positive. Received: {self.temperature}.")
-        if self.num_hard_negatives is not None and not (
-            self.in_batch_negatives and self.num_hard_negatives > 0
-        ):
-            raise ValueError(
-                "`num_hard_negatives` must be positive and needs `in_batch_negatives=True`. Received:"
-                f" num_hard_negatives={self.num_hard_negatives}, in_batch_negatives={self.in_batch_negatives}."
-            )
-        reserved = sorted(set(self.feature_specs) & set(_INTERNAL_KEYS))
-        if reserved:
-            raise ValueError(
-                f"`feature_specs` must not use the names {_INTERNAL_KEYS}. Received: {reserved}."
-            )
-        if self.candidate_id_key is None:
-            for name in ("remove_accidental_hits", "frequency_correction"):
-                if getattr(self, name):
-                    raise ValueError(f"`{name}=True` needs a `candidate_id_key`. Received: None.")
-            return
-        if self.candidate_id_key not in self.feature_specs:
-            raise ValueError(
-                "`candidate_id_key` must be one of the features in `feature_specs`. Received:"
-                f" {self.candidate_id_key!r}, and specs for {sorted(self.feature_specs)}."
-            )
-        spec = self.feature_specs[self.candidate_id_key]
-        dtype = tf.as_dtype(spec.dtype)
-        if len(spec.shape) != 0 or not (dtype.is_integer or dtype == tf.string):
-            raise ValueError(
-                f"The candidate id must be a scalar integer or string. Received the spec: {spec}."
-            )
 
     def _check_features(self, features):
         if self._takes_one_tensor and not isinstance(features, Mapping):
             features = {_ONE_FEATURE: features}
         return check_items(features, self.feature_specs, what="candidate_features", exact=True)
 
-    def _check_embeddings(self, queries, candidates):
-        for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
-            if values.shape.rank != 2:
-                raise ValueError(
-                    f"`{name}` must have shape [batch, dim]. Received shape: {values.shape}."
-                )
-        if queries.shape[1] != candidates.shape[1]:
-            raise ValueError(
-                "`query_embeddings` and `candidate_embeddings` must have the same dimension. Received shapes:"
-                f" {queries.shape} and {candidates.shape}."
-            )
-        return tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
-
-    def _check_negatives(self, negatives, dim):
-        if negatives.shape.rank != 3 or negatives.shape[2] != dim:
-            raise ValueError(
-                f"`negative_embeddings` must have shape [batch, negatives, {dim}]. Received shape: {negatives.shape}."
-            )
-        return tf.cast(negatives, tf.float32)
-
 
 def _fingerprint(ids: tf.Tensor) -> tf.Tensor:
-    """[n] int64 that stand for `ids`, so that ids of every dtype compare at the price of an integer."""
+    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
     return (
         tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
         if ids.dtype == tf.string
         else tf.cast(ids, tf.int64)
     )
-
-
-def _takes_training(network) -> bool:
-    function = network.call if isinstance(network, keras.layers.Layer) else network
-    return "training" in inspect.signature(function).parameters
-
-
-def _known_output_dim(network) -> int | None:
-    """The last output dimension of a network whose output shape is known before it runs."""
-    outputs = getattr(network, "outputs", None)
-    if not outputs or outputs[0].shape is None:
-        return None
-    if len(outputs) != 1 or len(outputs[0].shape) != 2:
-        raise ValueError(
-            "`candidate_network` must return one tensor of embeddings of shape [n, dim]. Received outputs of shapes:"
-            f" {[tuple(output.shape) for output in outputs]}."
-        )
-    return outputs[0].shape[-1]
 
 
 def _as_list(metrics) -> list:

@@ -1,9 +1,9 @@
-"""`FrequencyEstimator`: how often each candidate appears in the training stream, estimated online."""
+"""`FrequencyEstimator`: how often each candidate is in the training stream, estimated online."""
 
 import tensorflow as tf
 
 from negative_cache._compat import keras
-from negative_cache.layers.cache import make_state_variable, scatter_rows
+from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
 
 
 class FrequencyEstimator(keras.layers.Layer):
@@ -11,9 +11,9 @@ class FrequencyEstimator(keras.layers.Layer):
 
     Streaming frequency estimation of Yi et al. (RecSys 2019): one array keeps when a hashed
     candidate was last seen, one keeps the moving average of its gaps, and p̂ = 1 / gap. Time is
-    counted in candidates, not in steps, and a candidate that occurs c times in a batch has seen c
-    gaps, so p̂ is the probability *per draw* whatever the batch size is, also for a candidate that
-    is in every batch.
+    counted in candidates, not in steps, and c occurrences within a batch are c gaps of equal
+    length. So p̂ is the probability *per draw* whatever the batch size is, also for a candidate
+    that is in every batch.
 
     Candidates that share a bucket share their estimate, which then is too high.
 
@@ -42,6 +42,9 @@ class FrequencyEstimator(keras.layers.Layer):
 
     def update(self, keys: tf.Tensor) -> None:
         """Counts the occurrences `keys` [n] int64 of a batch."""
+        on_every_replica(self._update, keys)
+
+    def _update(self, keys):
         buckets = self._bucket(keys)
         self._state.num_seen.assign_add(tf.shape(keys, out_type=tf.int64)[0])
         now = tf.convert_to_tensor(self._state.num_seen)
@@ -50,15 +53,16 @@ class FrequencyEstimator(keras.layers.Layer):
         occurrences = tf.reduce_sum(tf.cast(same, tf.float32), axis=1)
         new_gap = tf.cast(now - last_seen, tf.float32) / occurrences
         old_gap = tf.gather(self._state.gap, buckets)
-        moved = old_gap + self.learning_rate * (new_gap - old_gap)
+        # One step towards each of the occurrences' gaps: rare and frequent candidates are alike.
+        rate = 1.0 - tf.pow(1.0 - self.learning_rate, occurrences)
+        moved = old_gap + rate * (new_gap - old_gap)
         # The first gap of a candidate is the time until it first came, not a step away from an
         # arbitrary start.
         scatter_rows(self._state.gap, buckets, tf.where(last_seen == 0, new_gap, moved))
         scatter_rows(self._state.last_seen, buckets, tf.fill(tf.shape(buckets), now))
 
     def probability(self, keys: tf.Tensor) -> tf.Tensor:
-        """[n] float32, the estimated probability that a draw from the stream is each of `keys` [n]
-        int64.
+        """Estimates the probability that a draw from the stream is each of `keys` [n]: [n] float32.
 
         A candidate never seen has the probability of one occurrence in the whole stream so far.
         """

@@ -1,9 +1,7 @@
-"""Stateless TensorFlow functions: the mathematics of the package, without Keras and without
-variables of their own.
+"""Stateless TensorFlow functions: the mathematics of the package, without Keras or variables.
 
 Shapes: B queries of dimension d, C candidates, S draws per query. Scores and partitions are float32
-  whatever the
-embeddings are. No function here lets a gradient through unless its docstring says so.
+whatever the embeddings are. No function here lets a gradient through unless its docstring says so.
 """
 
 from negative_cache.ops.cache_rows import cache_update_rows, masked_rows, oldest_rows

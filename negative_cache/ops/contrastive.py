@@ -17,7 +17,7 @@ def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
 
 
 def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
-    """The `count` largest of each row of `logits` [B, N]; all of them where N is smaller: [B, min(count, N)]."""
+    """Keeps the `count` largest of each row of `logits` [B, N], or all: [B, min(count, N)]."""
     return tf.math.top_k(logits, k=tf.minimum(count, tf.shape(logits)[1]), sorted=False).values
 
 

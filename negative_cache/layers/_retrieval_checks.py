@@ -1,0 +1,90 @@
+"""What `CachedRetrieval` checks of its arguments. Nothing here computes."""
+
+import tensorflow as tf
+
+from negative_cache import _validation
+
+REDUCTIONS = ("sum_over_batch_size", "sum", "none")
+
+
+def check_settings(task, reserved_names: tuple[str, ...]) -> None:
+    """Checks the constructor's arguments, which `task` has as attributes."""
+    if task.reduction not in REDUCTIONS:
+        raise ValueError(f"`reduction` must be one of {REDUCTIONS}. Received: {task.reduction!r}.")
+    if task.num_negatives < 1:
+        raise ValueError(f"`num_negatives` must be at least 1. Received: {task.num_negatives}.")
+    if task.cache_size < 0:
+        raise ValueError(f"`cache_size` must not be negative. Received: {task.cache_size}.")
+    if task.temperature is not None and not task.temperature > 0:
+        raise ValueError(f"`temperature` must be positive. Received: {task.temperature}.")
+    hard = task.num_hard_negatives
+    if hard is not None and not (task.in_batch_negatives and hard > 0):
+        raise ValueError(
+            "`num_hard_negatives` must be positive and needs `in_batch_negatives=True`. Received:"
+            f" num_hard_negatives={hard}, in_batch_negatives={task.in_batch_negatives}."
+        )
+    _validation.check_specs(task.feature_specs)
+    reserved = sorted(set(task.feature_specs) & set(reserved_names))
+    if reserved:
+        raise ValueError(
+            f"`feature_specs` must not use the names {reserved_names}. Received: {reserved}."
+        )
+    _check_candidate_id(task)
+
+
+def _check_candidate_id(task) -> None:
+    key, specs = task.candidate_id_key, task.feature_specs
+    if key is None:
+        for name in ("remove_accidental_hits", "frequency_correction"):
+            if getattr(task, name):
+                raise ValueError(f"`{name}=True` needs a `candidate_id_key`. Received: None.")
+        return
+    if key not in specs:
+        raise ValueError(
+            "`candidate_id_key` must be one of the features in `feature_specs`. Received:"
+            f" {key!r}, and specs for {sorted(specs)}."
+        )
+    dtype = tf.as_dtype(specs[key].dtype)
+    if len(specs[key].shape) != 0 or not (dtype.is_integer or dtype == tf.string):
+        raise ValueError(
+            f"The candidate id must be a scalar integer or string. Received the spec: {specs[key]}."
+        )
+
+
+def check_embeddings(queries: tf.Tensor, candidates: tf.Tensor) -> None:
+    """Checks `query_embeddings` [B, d] and `candidate_embeddings` [N, d], N >= B."""
+    for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
+        if values.shape.rank != 2 or not values.dtype.is_floating:
+            raise ValueError(
+                f"`{name}` must be floating point of shape [batch, dim]. Received dtype"
+                f" {values.dtype.name}, shape {values.shape}."
+            )
+    if queries.shape[1] != candidates.shape[1]:
+        raise ValueError(
+            "`query_embeddings` and `candidate_embeddings` must have the same dimension. Received"
+            f" shapes: {queries.shape} and {candidates.shape}."
+        )
+    num_queries, num_candidates = queries.shape[0], candidates.shape[0]
+    if None not in (num_queries, num_candidates) and num_candidates < num_queries:
+        raise ValueError(
+            "Every query needs a positive: `candidate_embeddings` must have at least as many rows"
+            f" as `query_embeddings`. Received shapes: {candidates.shape} and {queries.shape}."
+        )
+
+
+def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> None:
+    """Checks `negative_embeddings` [B, M, d]."""
+    wanted = tf.TensorShape([queries.shape[0], None, queries.shape[1]])
+    if not negatives.shape.is_compatible_with(wanted) or not negatives.dtype.is_floating:
+        raise ValueError(
+            "`negative_embeddings` must be floating point of shape [batch, negatives, dim], here"
+            f" {wanted}. Received dtype {negatives.dtype.name}, shape {negatives.shape}."
+        )
+
+
+def check_vector(values: tf.Tensor, like: tf.Tensor, name: str) -> None:
+    """Checks that `values` are [n], n being the number of rows of `like`."""
+    if not values.shape.is_compatible_with(like.shape[:1]):
+        raise ValueError(
+            f"`{name}` must have shape {like.shape[:1]}. Received shape: {values.shape}."
+        )
