@@ -19,6 +19,7 @@ from negative_cache.negative_cache import CacheManager, NegativeCache
 CacheLossFn = Callable[..., CacheLossReturn]
 
 _SOURCE = "cache"
+_HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 class _Handler(keras.layers.Layer):
@@ -55,7 +56,7 @@ class _Handler(keras.layers.Layer):
         if self.use_cross_replica:
             new_items = {key: _concat_replicas(value) for key, value in new_items.items()}
             masks = {source: _concat_replicas(mask) for source, mask in masks.items()}
-        updates = self._updates(loss)
+        updates = self._refreshed_rows(loss)
         for source, cache in self._caches.items():
             cache.update(
                 new_items=new_items, new_items_mask=masks[source], **updates.get(source, {})
@@ -73,7 +74,7 @@ class _Handler(keras.layers.Layer):
         new_items[self.embedding_key] = tf.stop_gradient(pos_item_embeddings)
         return new_items
 
-    def _updates(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
+    def _refreshed_rows(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
         """Source -> the arguments of `Cache.update` that say what the loss has refreshed."""
         data = loss.updated_item_data or {}
         _validation.check_keys(data, self._caches, what="updated_item_data", exact=False)
@@ -169,7 +170,7 @@ class CacheLossHandler(_Handler):
         masks = {_SOURCE: tf.ones(tf.shape(pos_item_embeddings)[:1], tf.bool)}
         return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
 
-    def _updates(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
+    def _refreshed_rows(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
         data = loss.updated_item_data or {}
         if data and not any(isinstance(part, Mapping) for part in data.values()):
             loss = loss._replace(
@@ -177,7 +178,7 @@ class CacheLossHandler(_Handler):
                 updated_item_indices={_SOURCE: loss.updated_item_indices},
                 updated_item_mask={_SOURCE: loss.updated_item_mask},
             )
-        return super()._updates(loss)
+        return super()._refreshed_rows(loss)
 
 
 class MultiCacheLossHandler(_Handler):
@@ -268,7 +269,7 @@ def _write_summaries(loss: CacheLossReturn) -> None:
     except Exception:
         # TensorFlow's scalar summaries live in TensorBoard, which recent releases do not install,
         # and raise without it even where there is no summary writer.
-        if importlib.util.find_spec("tensorboard") is not None:
+        if _HAS_TENSORBOARD:
             raise
 
 

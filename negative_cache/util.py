@@ -70,9 +70,13 @@ def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) 
             return tf.identity(tensor)
         axis %= rank
         if tensor.dtype == tf.string:
-            return _gather_strings(tensor, axis)
-        carrier = _carrier_dtype(tensor.dtype)
-        return tf.cast(_all_gather(tf.cast(tensor, carrier), axis), tensor.dtype)
+            gathered = _gather_strings(tensor, axis)
+        else:
+            carried = tf.cast(tensor, _carrier_dtype(tensor.dtype))
+            gathered = tf.cast(_all_gather(carried, axis), tensor.dtype)
+        # The collective operation forgets the static shape.
+        shape = tensor.shape.as_list()
+        return tf.ensure_shape(gathered, [*shape[:axis], None, *shape[axis + 1 :]])
 
 
 def num_replicas() -> int:

@@ -38,8 +38,9 @@ def test_features_of_several_dimensions(cache, items, dtype):
         matrix = tf.reshape(tf.constant(rows), [-1, 2, 2])
         return tf.as_string(matrix) if dtype == tf.string else tf.cast(matrix, dtype)
 
-    mask = IsInCacheFilterFn(["table"])(make_cache(table=features(cache)), {"table":
-    features(items)}) assert mask.numpy().tolist() == [item not in cache for item in items]
+    new_items = {"table": features(items)}
+    mask = IsInCacheFilterFn(["table"])(make_cache(table=features(cache)), new_items)
+    assert mask.numpy().tolist() == [item not in cache for item in items]
 
 
 def test_result_is_a_mask_of_new_items():
