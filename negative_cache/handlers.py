@@ -107,16 +107,25 @@ class CacheLossHandler(_Handler):
       ValueError: where the features of `cache_manager` are not `data_keys` and `embedding_key`.
 
     Example:
+      >>> from negative_cache.losses import CacheClassificationLoss
       >>> specs = {
       ...     "id": tf.io.FixedLenFeature([], tf.int64),
       ...     "embedding": tf.io.FixedLenFeature([2], tf.float32),
       ... }
-      >>> handler = CacheLossHandler(CacheManager(specs, cache_size=8),
-      ...                            CacheClassificationLoss("embedding", ["id"]), "embedding",
-      ["id"]) >>> loss = handler.update_cache_and_compute_loss( ...     lambda features:
-      tf.one_hot(features["id"], 2), query_embeddings=tf.eye(2), ...
-      pos_item_embeddings=tf.eye(2), features={"id": tf.constant([0, 1], tf.int64)}) >>>
-      handler.cache.data["id"][:3].numpy().tolist() [0, 1, 0]
+      >>> handler = CacheLossHandler(
+      ...     CacheManager(specs, cache_size=3, use_lru=False),
+      ...     CacheClassificationLoss("embedding", ["id"]),
+      ...     embedding_key="embedding",
+      ...     data_keys=["id"],
+      ... )
+      >>> loss = handler.update_cache_and_compute_loss(
+      ...     lambda features: tf.one_hot(features["id"], 2),
+      ...     query_embeddings=tf.eye(2),
+      ...     pos_item_embeddings=tf.eye(2),
+      ...     features={"id": tf.constant([8, 9], tf.int64)},
+      ... )
+      >>> handler.cache.data["id"].numpy().tolist()
+      [8, 9, 0]
     """
 
     def __init__(

@@ -265,7 +265,8 @@ class _Candidates:
             raise ValueError(
                 f"`cache` must map at least one source to a `NegativeCache`. Received: {cache!r}."
             )
-        self._keys = {embedding_key, *data_keys}
+        # Sorted, because workers must gather the features of their shards in the same order.
+        self._keys = sorted({embedding_key, *data_keys})
         self.sources = {source: cache[source].data for source in sorted(cache)}
         self._sizes = {}
         for source, data in self.sources.items():
@@ -362,9 +363,9 @@ def _check_pairs(query_embeddings, pos_doc_embeddings):
 
 
 def _check_source(source, data, keys, embedding_key: str, dim: int) -> None:
-    if not keys <= set(data):
+    if not set(keys) <= set(data):
         raise ValueError(
-            f"The cache {source!r} must have `embedding_key` and `data_keys`, {sorted(keys)}."
+            f"The cache {source!r} must have `embedding_key` and `data_keys`, {keys}."
             f" Received a cache of {sorted(data)}."
         )
     shape = tf.TensorShape(data[embedding_key].shape)

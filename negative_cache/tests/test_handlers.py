@@ -21,7 +21,7 @@ SPECS = {
 
 
 class ItemNetwork(keras.Model):
-    """Embeds the item "k" as weight · [k, 1]; the "" of an unfilled row, which may be drawn, as "0"."""
+    """Embeds "k" as weight · [k, 1], and the "" of an unfilled row, which may be drawn, as "0"."""
 
     def __init__(self):
         super().__init__()
