@@ -58,7 +58,20 @@ if IS_KERAS_2:
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
 else:
-    Model = keras.Model
+
+    class Model(keras.Model):
+        """`keras.Model` whose `fit` takes strings under a distribution strategy."""
+
+        def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+            # To know the shape of a batch, Keras averages those of the replicas.
+            if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
+                _, _, batches = next(iter(iterator))
+                data_batch = tf.nest.map_structure(
+                    lambda values: self.distribute_strategy.experimental_local_results(values)[0],
+                    next(batches),
+                )
+                iterator = None
+            super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
 
 
 def _num_replicas() -> int:

@@ -88,11 +88,15 @@ class CacheWarmStart(keras.callbacks.Callback):
 
     Without it a streaming cache starts empty and the first steps train against few negatives.
     Batches are encoded until the cache is full or the dataset ends. A cache that already holds
-    rows, as after a restored checkpoint, is left as it is.
+    rows, as after a restored checkpoint, is left as it is. Under a `tf.distribute` strategy every
+    replica's cache gets the same candidates.
 
     Args:
-      candidates: batches of candidate features, no batch larger than the cache.
+      candidates: batches of candidate features.
       verbose: 1 shows a progress bar.
+
+    Raises:
+      ValueError: when training begins, where the dataset is empty or the model has no cache.
     """
 
     def __init__(self, candidates: Iterable, *, verbose: int = 1):
@@ -102,22 +106,40 @@ class CacheWarmStart(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         task = self.model.task
+        if not task.cache_size:
+            raise ValueError("There is no cache to fill. Received a task with `cache_size=0`.")
         if task.cache is not None and int(task.cache.num_filled) > 0:
             return
-        add = tf.function(task.add_to_cache, reduce_retracing=True)
         bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
-        num_seen = 0
-        for features in self.candidates:
-            room = task.cache_size - num_seen
-            if room <= 0:
-                break
-            features = tf.nest.map_structure(lambda values: values[:room], features)  # noqa: B023
-            add(features)
-            num_seen += int(tf.nest.flatten(features)[0].shape[0])
-            if bar:
-                bar.update(num_seen)
-        if num_seen == 0:
+        # In the scope, but outside of the replicas: what is added reaches every one of them.
+        with self.model.distribute_strategy.scope():
+            num_added = self._fill(task, bar)
+        if num_added == 0:
             raise ValueError("The dataset to fill the cache from is empty.")
+        if bar and num_added < task.cache_size:
+            bar.update(num_added, finalize=True)
+
+    def _fill(self, task, bar) -> int:
+        """Adds candidates until the cache is full, and returns their number."""
+        add = tf.function(task.add_to_cache, reduce_retracing=True)
+        num_added = 0
+        for features in self.candidates:
+            num_rows = min(_num_rows(features), task.cache_size - num_added)
+            add(_first_rows(features, num_rows))
+            num_added += num_rows
+            if bar:
+                bar.update(num_added)
+            if num_added >= task.cache_size:
+                break
+        return num_added
+
+
+def _num_rows(features) -> int:
+    return int(tf.shape(tf.nest.flatten(features)[0])[0])
+
+
+def _first_rows(features, count: int):
+    return tf.nest.map_structure(lambda values: values[:count], features)
 
 
 def _progress_bar(batches, verbose):

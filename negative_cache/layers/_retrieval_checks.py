@@ -82,9 +82,8 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> None:
         )
 
 
-def check_vector(values: tf.Tensor, like: tf.Tensor, name: str) -> None:
-    """Checks that `values` are [n], n being the number of rows of `like`."""
-    if not values.shape.is_compatible_with(like.shape[:1]):
-        raise ValueError(
-            f"`{name}` must have shape {like.shape[:1]}. Received shape: {values.shape}."
-        )
+def check_rows(values: tf.Tensor, like: tf.Tensor, name: str, rank: int | None = None) -> None:
+    """Checks that `values` have as many rows as `like`, and where given the `rank`."""
+    wanted = like.shape[:1].concatenate([None] * ((rank or values.shape.rank) - 1))
+    if not values.shape.is_compatible_with(wanted):
+        raise ValueError(f"`{name}` must have shape {wanted}. Received shape: {values.shape}.")

@@ -152,13 +152,14 @@ class Cache(keras.layers.Layer):
         on_every_replica(self._update, new_items, new_items_mask, updates)
 
     def _update(self, new_items, new_items_mask, updates):
-        # A batch whose size was unknown until now.
-        tf.debugging.assert_less_equal(
+        # A batch whose size was unknown until now is refused before anything changes.
+        fits = tf.debugging.assert_less_equal(
             tf.size(new_items_mask),
             self.cache_size,
             "A batch must fit into the cache. `new_items` have more rows than `cache_size`.",
         )
-        self._state.step.assign_add(1)
+        with tf.control_dependencies([] if fits is None else [fits]):
+            self._state.step.assign_add(1)
         if updates is not None:
             items, indices, mask = updates
             updated = masked_rows(indices, self._admit(items, mask))

@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
 
+from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache._validation import check_items
 from negative_cache.layers import _networks, _retrieval_checks
 from negative_cache.layers._state import make_state_variable, on_every_replica
 from negative_cache.layers.cache import Cache
@@ -205,6 +205,11 @@ class CachedRetrieval(keras.layers.Layer):
         _retrieval_checks.check_embeddings(queries, candidates)
         queries, candidates = tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
         items = self._cache_items(candidate_features, candidates, candidate_sampling_probability)
+        if self.cache_size and training:
+            _validation.check_fits(items, self.cache_size, what="candidate_features")
+        weight = {}
+        if sample_weight is not None:
+            weight["sample_weight"] = self._row_weights(sample_weight, queries)
         num_queries = tf.shape(queries)[0]
         raw_scores = self._score(queries, candidates)
         positive_scores = tf.linalg.diag_part(raw_scores)
@@ -245,9 +250,6 @@ class CachedRetrieval(keras.layers.Layer):
             )
 
         loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
-        weight = {}
-        if sample_weight is not None:
-            weight["sample_weight"] = self._row_weights(sample_weight, queries)
         loss = self._reduce(loss, **weight)
         if updates is not None:
             self._update_cache(items, updates)
@@ -402,13 +404,15 @@ class CachedRetrieval(keras.layers.Layer):
         """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
         features = self._check_features(candidate_features)
         self._make_cache(embeddings.shape[1])
+        for name, values in features.items():
+            _retrieval_checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
         size = tf.shape(embeddings)[0]
         if probabilities is None:
             log_probability = tf.fill([size], float("nan"))
         else:
             probabilities = tf.cast(probabilities, tf.float32)
             name = "candidate_sampling_probability"
-            _retrieval_checks.check_vector(probabilities, embeddings, name)
+            _retrieval_checks.check_rows(probabilities, embeddings, name, rank=1)
             log_probability = tf.math.log(tf.clip_by_value(probabilities, 1e-6, 1.0))
         items = {**features, _EMBEDDING: embeddings, _LOG_PROBABILITY: log_probability}
         if self.candidate_id_key is not None:
@@ -449,7 +453,7 @@ class CachedRetrieval(keras.layers.Layer):
 
     def _row_weights(self, sample_weight, queries):
         weights = tf.reshape(tf.cast(sample_weight, tf.float32), [-1])
-        _retrieval_checks.check_vector(weights, queries, "sample_weight")
+        _retrieval_checks.check_rows(weights, queries, "sample_weight", rank=1)
         return weights
 
     def _reduce(self, loss, sample_weight=None):
@@ -462,7 +466,9 @@ class CachedRetrieval(keras.layers.Layer):
     def _check_features(self, features):
         if self._takes_one_tensor and not isinstance(features, Mapping):
             features = {_ONE_FEATURE: features}
-        return check_items(features, self.feature_specs, what="candidate_features", exact=True)
+        return _validation.check_items(
+            features, self.feature_specs, what="candidate_features", exact=True
+        )
 
 
 def _fingerprint(ids: tf.Tensor) -> tf.Tensor:
