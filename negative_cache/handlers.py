@@ -39,6 +39,8 @@ class _Handler(keras.layers.Layer):
             source: Cache(manager.specs, manager.cache_size, embedding_key, manager.use_lru)
             for source, manager in cache_managers.items()
         }
+        # TensorFlow's checkpoints leave out layers that Keras 3 finds in a dict.
+        self._checkpointed = tf.train.Checkpoint(caches=dict(self._caches))
         self.built = True
 
     def _as_negative_caches(self) -> dict[str, NegativeCache]:
