@@ -1,10 +1,12 @@
 """Drop-in losses and layers that train dual encoders against enormous pools of negatives.
 
-The modules of the published Google Research API keep their names and places: `negative_cache.negative_cache`,
-`losses`, `handlers`, `retrieval_fns`, `filter_fns` and `util`. What most users need is here, flat.
+The modules of the published Google Research API keep their names and places:
+`negative_cache.negative_cache`, `losses`, `handlers`, `retrieval_fns`, `filter_fns` and `util`.
+What most users need is here, flat.
 """
 
-from negative_cache import datasets, layers, ops
+# `_compat` is first, because it refuses what the others would fail on.
+from negative_cache import _compat, datasets, layers, ops  # noqa: F401
 from negative_cache.callbacks import CacheWarmStart, CorpusMetrics
 from negative_cache.layers import Cache, CachedRetrieval
 from negative_cache.models import DualEncoder

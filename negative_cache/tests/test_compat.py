@@ -1,0 +1,41 @@
+"""Tests of which Keras the package runs on, and of what it says to one it does not support."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import tensorflow as tf
+
+from negative_cache import _compat
+
+
+@pytest.mark.end_to_end
+def test_another_backend_is_a_clear_import_error():
+    result = subprocess.run(
+        [sys.executable, "-c", "import negative_cache"],
+        env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode != 0
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError: ")
+    assert "KERAS_BACKEND='jax'" in last_line
+    assert "set KERAS_BACKEND=tensorflow" in last_line
+
+
+def test_keras_is_that_of_tensorflow():
+    assert _compat.keras is tf.keras
+    is_legacy = os.environ.get("TF_USE_LEGACY_KERAS") == "1"
+    assert is_legacy == _compat.IS_KERAS_2
+
+
+def test_loss_is_divided_by_the_number_of_replicas():
+    loss = tf.constant(6.0)
+    assert _compat.scale_loss_for_distribution(loss).numpy() == 6.0
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    results = strategy.run(lambda: _compat.scale_loss_for_distribution(loss))
+    for result in strategy.experimental_local_results(results):
+        assert result.numpy() == 3.0

@@ -1,0 +1,34 @@
+"""Tests of `Latest`."""
+
+import pytest
+import tensorflow as tf
+
+from negative_cache.metrics import Latest
+
+
+def test_is_the_last_value_and_forgets_it_when_reset():
+    metric = Latest(name="fill")
+    assert metric.name == "fill"
+    for value in (3.0, 1.0, 2):
+        metric.update_state(value, sample_weight=5.0)
+        assert float(metric.result()) == pytest.approx(value)
+    metric.reset_state()
+    assert float(metric.result()) == 0.0
+
+
+def test_is_the_mean_of_the_replicas_last_values():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        metric = Latest(name="fill")
+
+    @tf.function
+    def step():
+        def replica_step():
+            replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+            metric.update_state(1.0 + tf.cast(replica, tf.float32))
+
+        strategy.run(replica_step)
+
+    for _ in range(3):
+        step()
+    assert float(metric.result()) == pytest.approx(1.5)
