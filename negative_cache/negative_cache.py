@@ -105,7 +105,7 @@ class CacheManager:
             )
         like = next(iter(new_items.values()))
         mask = _validation.check_mask(new_items_mask, like, what="new_items_mask")
-        rows = cache_update_rows(cache.age, mask, touched=None)
+        rows = cache_update_rows(cache.age, mask)
         return _reset_age(_write(cache, rows, new_items), rows)
 
     def _update_rows(self, cache, items, indices, mask) -> NegativeCache:

@@ -167,7 +167,7 @@ class Cache(keras.layers.Layer):
             if self.use_lru:
                 self._touch(updated)
         mask = self._admit(new_items, new_items_mask)
-        inserted = cache_update_rows(self.age, mask, None)
+        inserted = cache_update_rows(self.age, mask)
         self._write(inserted, new_items)
         self._touch(inserted)
         scatter_rows(

@@ -5,7 +5,12 @@ whatever the embeddings are. No function here lets a gradient through unless its
 """
 
 from negative_cache.ops.cache_rows import cache_update_rows, masked_rows, oldest_rows
-from negative_cache.ops.softmax_sampling import SoftmaxSample, merge_samples, sample_softmax
+from negative_cache.ops.softmax_sampling import (
+    SoftmaxSample,
+    merge_samples,
+    sample_softmax,
+    sample_softmax_with_gradient,
+)
 
 __all__ = [
     "SoftmaxSample",
@@ -14,4 +19,5 @@ __all__ = [
     "merge_samples",
     "oldest_rows",
     "sample_softmax",
+    "sample_softmax_with_gradient",
 ]

@@ -12,8 +12,7 @@ import tensorflow as tf
 
 
 class MaskedRows(NamedTuple):
-    """Rows to write, with the entries that masks leave out redirected to an entry that is written
-    anyway.
+    """Rows to write, where an entry that is left out repeats one that is written anyway.
 
     Scatters of fixed shape cannot leave an entry out. An entry that must not be written therefore
     repeats the first entry that must; where there is none, it rewrites what its row holds.
@@ -29,7 +28,10 @@ class MaskedRows(NamedTuple):
     any_written: tf.Tensor
 
     def values(self, new_values: tf.Tensor, old_values: tf.Tensor | tf.Variable) -> tf.Tensor:
-        """The [n, ...] values to scatter into `rows`, from `new_values` [n, ...] or, where none is, `old_values`."""
+        """The [n, ...] values to scatter into `rows`, out of `new_values` [n, ...].
+
+        Where nothing is to be written they are what `rows` of `old_values` [C, ...] hold.
+        """
         chosen = tf.gather(new_values, self.sources)
         return tf.cond(self.any_written, lambda: chosen, lambda: tf.gather(old_values, self.rows))
 
@@ -48,29 +50,20 @@ def masked_rows(rows: tf.Tensor, mask: tf.Tensor) -> MaskedRows:
 
 
 def oldest_rows(age: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
-    """[count] int64: the rows of largest `age` [C] int32, oldest first, the smallest row first among equals."""
+    """The `count` rows of largest `age` [C] int32, the smallest first among equals: int64."""
     return tf.cast(tf.math.top_k(age, k=count).indices, tf.int64)
 
 
-def cache_update_rows(
-    age: tf.Tensor, new_items_mask: tf.Tensor, touched: MaskedRows | None
-) -> MaskedRows:
+def cache_update_rows(age: tf.Tensor, new_items_mask: tf.Tensor) -> MaskedRows:
     """The rows that new items go to: the k-th unmasked item to the k-th oldest row.
 
     Args:
-      age: [C] int32, ages before the update.
+      age: [C] int32, where rows that the update has touched already have age 0 and no other has.
       new_items_mask: [n] bool, n <= C; items with False are not inserted.
-      touched: rows whose age this update has already reset, which are therefore the youngest; or
-        None.
 
     Returns:
       The rows of the new items.
     """
-    if touched is not None:
-        updates = tf.where(
-            touched.any_written, tf.fill(tf.shape(touched.rows), -1), tf.gather(age, touched.rows)
-        )
-        age = tf.tensor_scatter_nd_update(age, touched.rows[:, tf.newaxis], updates)
     rows = oldest_rows(age, tf.shape(new_items_mask)[0])
     rank = tf.maximum(tf.cumsum(tf.cast(new_items_mask, tf.int32)) - 1, 0)
     return masked_rows(tf.gather(rows, rank), new_items_mask)

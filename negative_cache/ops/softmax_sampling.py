@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from negative_cache.ops._block_scorer import BlockScorer
+
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 Seed = int | tf.Tensor | Sequence[int] | None
 
-# A second scoring of a candidate may round differently from the first. The threshold `max_scores`
-# is therefore widened by this relative amount when a drawn group is scored again, so that no
-# admitted candidate vanishes.
-_RESCORING_TOLERANCE = 1e-4
+# Sizes to plan for where they are not known when a function is traced.
+_LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
 
 
 class SoftmaxSample(NamedTuple):
@@ -33,7 +33,7 @@ class SoftmaxSample(NamedTuple):
 
     Attributes:
       indices: [B, S] int64, the drawn candidates; -1 where a query has no admissible candidate.
-      scores: [B, S] float32, their scores (log weights included); -inf where `indices` is -1.
+      scores: [B, S] float32, their scores, log weights included; -inf where `indices` is -1.
       log_partition: [B] float32, log Σ exp(score) over the admissible candidates; -inf where there
         is none.
     """
@@ -71,11 +71,10 @@ def sample_softmax(
       num_samples: S, the number of draws per query.
       score_transform: elementwise function of the inner products, of any shape, for instance a
         division by a temperature. Scores are inner products where None.
-      embedding_transform: function [n, d] -> [n, d] applied to each block of candidates before it
-        is scored.
+      embedding_transform: function [n, d] -> [n, d] applied to candidates before they are scored.
       candidate_mask: [C] bool; candidates with False are left out.
       candidate_ids: [C] ids of any comparable dtype, used with `positive_ids`.
-      positive_ids: [B] ids; a candidate with a query's own positive id is left out for that query.
+      positive_ids: [B] ids; candidates with a query's own positive id are left out for that query.
       log_weights: [C] float added to the scores.
       max_scores: [B] float; candidates whose score, before `log_weights`, is higher are left out
         for that query.
@@ -89,9 +88,13 @@ def sample_softmax(
     Raises:
       ValueError: where a rank, a dimension or a dtype does not fit.
     """
-    scorer = _BlockScorer(
+    sample, _ = sample_softmax_with_gradient(
         query_embeddings,
         candidate_embeddings,
+        num_samples=num_samples,
+        block_size=block_size,
+        seed=seed,
+        compute_gradient=False,
         score_transform=score_transform,
         embedding_transform=embedding_transform,
         candidate_mask=candidate_mask,
@@ -100,39 +103,73 @@ def sample_softmax(
         log_weights=log_weights,
         max_scores=max_scores,
     )
+    return sample
+
+
+def sample_softmax_with_gradient(
+    query_embeddings: tf.Tensor,
+    candidate_embeddings: tf.Tensor | tf.Variable,
+    *,
+    num_samples: int = 1,
+    block_size: int | None = None,
+    seed: Seed = None,
+    compute_gradient: bool = True,
+    **scoring,
+) -> tuple[SoftmaxSample, tf.Tensor | None]:
+    """`sample_softmax`, and in the same pass the exact gradient of log Z by the query.
+
+    ∇_x log Z(x) = Σ_y P(y|x) s'(⟨x, y⟩) y, where s' is the derivative of `score_transform` and
+    y stands for the candidate's (transformed) embedding. It costs a second matrix product.
+
+    Args:
+      query_embeddings: [B, d] float.
+      candidate_embeddings: [C, d] float, a tensor or a variable.
+      num_samples: S, the number of draws per query.
+      block_size: candidates scored at a time. Chosen from the shapes where None.
+      seed: as in `sample_softmax`.
+      compute_gradient: whether the gradient is wanted.
+      **scoring: the further arguments of `sample_softmax`.
+
+    Returns:
+      The `SoftmaxSample`, and [B, d] float32, zero where a query has no admissible candidate; None
+      where it is not wanted.
+
+    Raises:
+      ValueError: where a rank, a dimension or a dtype does not fit.
+    """
+    scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1. Received: {num_samples}.")
-    group_size = _choose_group_size(scorer.num_candidates_hint, scorer.dim, num_samples)
-    if block_size is None:
-        block_size = _choose_block_size(scorer.num_queries_hint)
-    elif block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
-    else:
-        group_size = min(group_size, block_size)
-    block_size = min(block_size, scorer.num_candidates_hint)
-    block_size = math.ceil(block_size / group_size) * group_size
+    block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
 
-    block_max, group_sums = _sum_groups(scorer, block_size, group_size)
-    block_sums = tf.reduce_sum(group_sums, axis=2)
-    overall_max = tf.reduce_max(block_max, axis=1)
-    block_weights = block_sums * tf.exp(block_max - _finite_or_zero(overall_max)[:, tf.newaxis])
-    log_partition = overall_max + tf.math.log(tf.reduce_sum(block_weights, axis=1))
+    sums = _sum_groups(scorer, block_size, group_size, compute_gradient)
+    block_sums = tf.reduce_sum(sums.groups, axis=2)
+    overall_max = tf.reduce_max(sums.block_max, axis=1)
+    block_weights = block_sums * tf.exp(sums.block_max - _or_zero(overall_max)[:, tf.newaxis])
+    total = tf.reduce_sum(block_weights, axis=1)
 
     uniforms = _uniforms([3, scorer.num_queries, num_samples], seed)
     blocks = _inverse_cdf(block_weights, uniforms[0])
-    groups = _inverse_cdf(
-        tf.gather(group_sums, blocks, batch_dims=1), uniforms[1][..., tf.newaxis]
-    )[..., 0]
-    group_starts = (blocks * (block_size // group_size) + groups) * group_size
-    rows = group_starts[..., tf.newaxis] + tf.range(group_size)
+    drawn_block = tf.gather(sums.groups, blocks, batch_dims=1)
+    groups = _inverse_cdf(drawn_block, uniforms[1][..., tf.newaxis])[..., 0]
+    starts = (blocks * (block_size // group_size) + groups) * group_size
+    rows = starts[..., tf.newaxis] + tf.range(group_size)
     scores = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, num_samples * group_size]))
     scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
-    weights = tf.exp(scores - _finite_or_zero(tf.reduce_max(scores, axis=2, keepdims=True)))
+    weights = tf.exp(scores - _or_zero(tf.reduce_max(scores, axis=2, keepdims=True)))
     picks = _inverse_cdf(weights, uniforms[2][..., tf.newaxis])
 
-    indices = tf.cast(tf.gather(rows, picks, batch_dims=2)[..., 0], tf.int64)
-    scores = tf.gather(scores, picks, batch_dims=2)[..., 0]
-    return _without_draws_from_nothing(SoftmaxSample(indices, scores, log_partition))
+    sample = _without_draws_from_nothing(
+        SoftmaxSample(
+            tf.cast(tf.gather(rows, picks, batch_dims=2)[..., 0], tf.int64),
+            tf.gather(scores, picks, batch_dims=2)[..., 0],
+            overall_max + tf.math.log(total),
+        )
+    )
+    gradient = None
+    if compute_gradient:
+        gradient = tf.math.divide_no_nan(sums.moment, total[:, tf.newaxis])
+    return sample, gradient
 
 
 def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> SoftmaxSample:
@@ -159,8 +196,7 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
         return samples[0]
     log_partitions = tf.stack([sample.log_partition for sample in samples], axis=1)
     overall_max = tf.reduce_max(log_partitions, axis=1)
-    weights = tf.exp(log_partitions - _finite_or_zero(overall_max)[:, tf.newaxis])
-    log_partition = overall_max + tf.math.log(tf.reduce_sum(weights, axis=1))
+    weights = tf.exp(log_partitions - _or_zero(overall_max)[:, tf.newaxis])
     indices = tf.stack([sample.indices for sample in samples], axis=2)
     scores = tf.stack([sample.scores for sample in samples], axis=2)
     winners = _inverse_cdf(weights, _uniforms(tf.shape(indices)[:2], seed))[..., tf.newaxis]
@@ -168,164 +204,97 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
         SoftmaxSample(
             tf.gather(indices, winners, batch_dims=2)[..., 0],
             tf.gather(scores, winners, batch_dims=2)[..., 0],
-            log_partition,
+            overall_max + tf.math.log(tf.reduce_sum(weights, axis=1)),
         )
     )
 
 
-class _BlockScorer:
-    """Scores of queries against blocks or chosen rows of the candidates; -inf where a candidate is inadmissible."""
+class _Sums(NamedTuple):
+    """What one pass over the candidates keeps.
 
-    def __init__(
-        self,
-        query_embeddings,
-        candidate_embeddings,
-        *,
-        score_transform,
-        embedding_transform,
-        candidate_mask,
-        candidate_ids,
-        positive_ids,
-        log_weights,
-        max_scores,
-    ):
-        queries = tf.convert_to_tensor(query_embeddings)
-        if not is_variable(candidate_embeddings):
-            candidate_embeddings = tf.stop_gradient(tf.convert_to_tensor(candidate_embeddings))
-        _check_embeddings(queries, candidate_embeddings)
-        if (candidate_ids is None) != (positive_ids is None):
-            given = "candidate_ids" if positive_ids is None else "positive_ids"
-            raise ValueError(
-                f"`candidate_ids` and `positive_ids` are used together. Received only `{given}`."
-            )
-        self._queries = tf.stop_gradient(tf.cast(queries, tf.float32))
-        self._candidates = candidate_embeddings
-        self._score_transform = score_transform
-        self._embedding_transform = embedding_transform
-        num_queries, num_candidates = queries.shape[0], candidate_embeddings.shape[0]
-        self._mask = _vector(candidate_mask, "candidate_mask", num_candidates, tf.bool)
-        self._ids = _vector(candidate_ids, "candidate_ids", num_candidates)
-        self._positive_ids = _vector(positive_ids, "positive_ids", num_queries)
-        self._log_weights = _vector(log_weights, "log_weights", num_candidates, tf.float32)
-        self._max_scores = _vector(max_scores, "max_scores", num_queries, tf.float32)
-        if self._ids is not None and self._ids.dtype != self._positive_ids.dtype:
-            raise ValueError(
-                "`candidate_ids` and `positive_ids` must have one dtype. Received:"
-                f" {self._ids.dtype.name} and {self._positive_ids.dtype.name}."
-            )
-        self.dim = candidate_embeddings.shape[1]
-        self.num_queries = num_queries if num_queries is not None else tf.shape(queries)[0]
-        self.num_queries_hint = num_queries or 256
-        if num_candidates is None:
-            num_candidates = tf.shape(candidate_embeddings)[0]
-        self.num_candidates = num_candidates
-        self.num_candidates_hint = candidate_embeddings.shape[0] or 2**17
-
-    def score_block(self, start, size):
-        """[B, size] scores of the `size` candidates from row `start` on."""
-        if is_variable(self._candidates):
-            # A slice of a variable that scatters have touched copies all of it; a gather copies
-            # only these rows.
-            block = tf.gather(self._candidates, start + tf.range(size))
-        else:
-            block = tf.slice(self._candidates, [start, 0], [size, self.dim])
-        scores = tf.matmul(self._queries, self._embed(block), transpose_b=True)
-        take = lambda values: tf.slice(values, [start], [size])[tf.newaxis]  # noqa: E731
-        return self._admit(scores, take, self._max_scores)
-
-    def score_rows(self, rows):
-        """[B, n] scores of other rows for each query, `rows` [B, n] int32; rows beyond the last are inadmissible."""
-        exists = rows < self.num_candidates
-        rows = tf.minimum(rows, self.num_candidates - 1)
-        candidates = self._embed(tf.gather(self._candidates, tf.reshape(rows, [-1])))
-        candidates = tf.reshape(candidates, [self.num_queries, -1, self.dim])
-        scores = tf.matmul(candidates, self._queries[..., tf.newaxis])[..., 0]
-        max_scores = self._max_scores
-        if max_scores is not None:
-            max_scores += _RESCORING_TOLERANCE * tf.maximum(tf.abs(max_scores), 1.0)
-        scores = self._admit(scores, lambda values: tf.gather(values, rows), max_scores)
-        return tf.where(exists, scores, -math.inf)
-
-    def _embed(self, block):
-        if self._embedding_transform is not None:
-            block = self._embedding_transform(block)
-        return tf.stop_gradient(tf.cast(block, tf.float32))
-
-    def _admit(self, scores, take, max_scores):
-        if self._score_transform is not None:
-            scores = tf.cast(self._score_transform(scores), tf.float32)
-        scores = tf.stop_gradient(scores)
-        if max_scores is not None:
-            scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, -math.inf)
-        if self._log_weights is not None:
-            scores += take(self._log_weights)
-        if self._mask is not None:
-            scores = tf.where(take(self._mask), scores, -math.inf)
-        if self._ids is not None:
-            accidental_hits = tf.equal(take(self._ids), self._positive_ids[:, tf.newaxis])
-            scores = tf.where(accidental_hits, -math.inf, scores)
-        return scores
-
-
-def _sum_groups(scorer: _BlockScorer, block_size: int, group_size: int):
-    """Sums exp(score - block maximum) over every group of every block.
-
-    Returns:
-      block_max: [B, blocks] float32, the largest score of each block, -inf where it has no
-        admissible candidate.
-      group_sums: [B, blocks, groups per block] float32.
+    Attributes:
+      block_max: [B, blocks], the largest score of each block, -inf where none is admissible.
+      groups: [B, blocks, groups per block], Σ exp(score - block_max) over each group.
+      moment: [B, d], Σ exp(score - overall maximum) · slope · embedding, or zeros.
     """
+
+    block_max: tf.Tensor
+    groups: tf.Tensor
+    moment: tf.Tensor
+
+
+def _sum_groups(scorer: BlockScorer, block_size: int, group_size: int, with_moment: bool) -> _Sums:
     groups_per_block = block_size // group_size
     num_full_blocks = scorer.num_candidates // block_size
     remainder = scorer.num_candidates - num_full_blocks * block_size
-    has_remainder = remainder if tf.is_tensor(remainder) else bool(remainder)
-    num_blocks = num_full_blocks + (1 if has_remainder is not False else 0)
+    has_remainder = tf.is_tensor(remainder) or remainder > 0
+    num_blocks = num_full_blocks + int(has_remainder)
 
-    def sum_block(block, size):
-        scores = scorer.score_block(block * block_size, size)
+    def add_block(block, size, maxima, groups, moment_max, moment):
+        embeddings = scorer.read_block(block * block_size, size)
+        scores, slopes = scorer.score_block(
+            embeddings, block * block_size, size, with_slopes=with_moment
+        )
         block_max = tf.reduce_max(scores, axis=1)
-        weights = tf.exp(scores - _finite_or_zero(block_max)[:, tf.newaxis])
+        weights = tf.exp(scores - _or_zero(block_max)[:, tf.newaxis])
+        if with_moment:
+            this_moment = tf.matmul(weights if slopes is None else weights * slopes, embeddings)
+            new_max = tf.maximum(moment_max, block_max)
+            moment = moment * _rescale(moment_max, new_max) + this_moment * _rescale(
+                block_max, new_max
+            )
+            moment_max = new_max
         if size is not block_size:
             weights = tf.pad(weights, [[0, 0], [0, block_size - size]])
-        weights = tf.reshape(weights, [scorer.num_queries, groups_per_block, group_size])
-        return block_max, tf.reduce_sum(weights, axis=2)
+        sums = tf.reshape(weights, [scorer.num_queries, groups_per_block, group_size])
+        sums = tf.reduce_sum(sums, axis=2)
+        return maxima.write(block, block_max), groups.write(block, sums), moment_max, moment
 
-    def body(block, block_max, group_sums):
-        this_max, this_sums = sum_block(block, block_size)
-        return block + 1, block_max.write(block, this_max), group_sums.write(block, this_sums)
-
-    block_max, group_sums = (
+    state = (
         tf.TensorArray(tf.float32, num_blocks),
         tf.TensorArray(tf.float32, num_blocks),
+        tf.fill([scorer.num_queries], -math.inf),
+        tf.zeros([scorer.num_queries, scorer.dim]),
     )
     if tf.is_tensor(num_full_blocks) or num_full_blocks > 0:
-        _, block_max, group_sums = tf.while_loop(
+        _, *state = tf.while_loop(
             lambda block, *_: block < num_full_blocks,
-            body,
-            (tf.constant(0), block_max, group_sums),
+            lambda block, *state: (block + 1, *add_block(block, block_size, *state)),
+            (tf.constant(0), *state),
             parallel_iterations=1,
         )
-    if has_remainder is not False:
-        this_max, this_sums = sum_block(num_full_blocks, remainder)
-        block_max = block_max.write(num_full_blocks, this_max)
-        group_sums = group_sums.write(num_full_blocks, this_sums)
-    return tf.transpose(block_max.stack()), tf.transpose(group_sums.stack(), [1, 0, 2])
+    if has_remainder:
+        state = add_block(num_full_blocks, remainder, *state)
+    maxima, groups, _, moment = state
+    return _Sums(tf.transpose(maxima.stack()), tf.transpose(groups.stack(), [1, 0, 2]), moment)
 
 
-def _choose_group_size(num_candidates: int, dim: int, num_samples: int) -> int:
-    """The power of two that balances the group sums, B·C/g floats, with the rows drawn again, B·S·g·d floats."""
-    balanced = math.sqrt(num_candidates / (num_samples * dim))
-    return min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
+def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
+    """The block size, a multiple of the group size, and the group size, both from the shapes.
 
-
-def _choose_block_size(num_queries: int) -> int:
-    """As many candidates as keep the [B, block] scores at about 2^19 floats, so that they stay in cache."""
-    return min(max(2**19 // num_queries, 1024), 2**14)
+    A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
+    scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that what one
+    read brings into the processor's cache is still there when it is scored, and at most 2^22
+    scores; within these limits it is as large as can be, because every block costs some operations.
+    """
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
+    num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else _LIKELY_QUERIES
+    num_candidates = scorer.num_candidates
+    if not isinstance(num_candidates, int):
+        num_candidates = _LIKELY_CANDIDATES
+    balanced = math.sqrt(max(num_candidates, 1) / (num_samples * scorer.dim))
+    group_size = min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
+    if block_size is None:
+        block_size = max(min(2**21 // scorer.dim, 2**22 // max(num_queries, 1)), group_size)
+    else:
+        group_size = min(group_size, block_size)
+    block_size = max(min(block_size, num_candidates), 1)
+    return math.ceil(block_size / group_size) * group_size, group_size
 
 
 def _inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
-    """Draws positions in proportion to `weights` [..., n], one for each of `uniforms` [..., S]:
-    [..., S] int32.
+    """[..., S] int32 positions drawn in proportion to `weights` [..., n] by `uniforms` [..., S].
 
     A position of weight zero is never drawn, unless all are zero.
     """
@@ -348,41 +317,15 @@ def _uniforms(shape, seed: Seed) -> tf.Tensor:
         return tf.random.uniform(shape)
     if isinstance(seed, int):
         seed = [0, seed]
+    # A fixed algorithm: the default one differs between devices, and so under XLA.
     return tf.random.stateless_uniform(shape, seed, alg="philox")
 
 
-def _finite_or_zero(values: tf.Tensor) -> tf.Tensor:
+def _or_zero(maxima: tf.Tensor) -> tf.Tensor:
     """Replaces the -inf of an empty set, so that subtracting it leaves -inf and not NaN."""
-    return tf.where(tf.equal(values, -math.inf), 0.0, values)
+    return tf.where(tf.equal(maxima, -math.inf), 0.0, maxima)
 
 
-def is_variable(values) -> bool:
-    return isinstance(values, tf.Variable)
-
-
-def _check_embeddings(queries: tf.Tensor, candidates) -> None:
-    for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
-        if values.shape.rank != 2:
-            raise ValueError(
-                f"`{name}` must have shape [rows, dim]. Received shape: {values.shape}."
-            )
-        if not values.dtype.is_floating:
-            raise ValueError(
-                f"`{name}` must be floating point. Received dtype: {values.dtype.name}."
-            )
-    if queries.shape[1] != candidates.shape[1] or candidates.shape[1] is None:
-        raise ValueError(
-            "`query_embeddings` and `candidate_embeddings` must have the same, known last dimension. Received"
-            f" shapes: {queries.shape} and {candidates.shape}."
-        )
-
-
-def _vector(values, name: str, size: int | None, dtype: tf.DType | None = None) -> tf.Tensor | None:
-    if values is None:
-        return None
-    values = tf.convert_to_tensor(values)
-    if dtype == tf.bool and values.dtype != tf.bool:
-        raise ValueError(f"`{name}` must be boolean. Received dtype: {values.dtype.name}.")
-    if values.shape.rank != 1 or not values.shape.is_compatible_with([size]):
-        raise ValueError(f"`{name}` must have shape [{size}]. Received shape: {values.shape}.")
-    return tf.stop_gradient(values if dtype is None else tf.cast(values, dtype))
+def _rescale(old_max: tf.Tensor, new_max: tf.Tensor) -> tf.Tensor:
+    """[B, 1] factors that turn sums relative to one maximum into sums relative to a larger one."""
+    return tf.exp(old_max - _or_zero(new_max))[:, tf.newaxis]

@@ -1,4 +1,4 @@
-"""Statistical assertions with a stated false-alarm rate. Seeds are fixed, so that a pass is a pass for ever."""
+"""Statistical assertions with a stated false-alarm rate; seeds are fixed, so a pass stays a pass."""
 
 import numpy as np
 from scipy import stats

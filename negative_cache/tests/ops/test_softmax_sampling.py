@@ -7,7 +7,12 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negative_cache.ops import SoftmaxSample, merge_samples, sample_softmax
+from negative_cache.ops import (
+    SoftmaxSample,
+    merge_samples,
+    sample_softmax,
+    sample_softmax_with_gradient,
+)
 from negative_cache.tests.statistics import assert_draws_follow
 
 QUERIES, CANDIDATES, DIM = 3, 50, 4
@@ -31,7 +36,7 @@ def log_sum_exp(scores):
 
 
 def assert_law(query, candidates, scores, *, draws=20_000, **kwargs):
-    """Asserts that the draws of one query [d] follow the softmax of `scores` [C], -inf for inadmissible ones."""
+    """Asserts that the draws of one query [d] follow the softmax of `scores` [C]."""
     sample = sample_softmax(
         np.repeat(query[None], 100, axis=0), candidates, num_samples=draws // 100, seed=3, **kwargs
     )
@@ -172,6 +177,44 @@ def test_no_gradient_flows():
         sample = sample_softmax(queries, candidates)
         total = tf.reduce_sum(sample.log_partition) + tf.reduce_sum(sample.scores)
     assert tape.gradient(total, [queries, candidates]) == [None, None]
+
+
+@pytest.mark.parametrize("block_size", [None, 16, 7])
+@pytest.mark.parametrize("transform", [None, lambda s: 3 * tf.tanh(s)])
+def test_gradient_of_the_log_partition_is_that_of_autodiff(block_size, transform):
+    queries, candidates = map(tf.constant, random_problem(candidates=40))
+    weights = tf.range(40, dtype=tf.float32) / 10
+    ids = tf.range(40) // 2
+    with tf.GradientTape() as tape:
+        tape.watch(queries)
+        products = tf.matmul(queries, 2 * candidates, transpose_b=True)
+        scores = products if transform is None else transform(products)
+        is_positive = ids[tf.newaxis] == tf.constant([3, 4, 99])[:, tf.newaxis]
+        scores = tf.where(is_positive, -math.inf, scores + weights)
+        log_partition = tf.reduce_logsumexp(scores, axis=1)
+    expected = tape.gradient(log_partition, queries)
+    sample, gradient = sample_softmax_with_gradient(
+        queries,
+        candidates,
+        block_size=block_size,
+        score_transform=transform,
+        embedding_transform=lambda block: 2 * block,
+        log_weights=weights,
+        candidate_ids=ids,
+        positive_ids=[3, 4, 99],
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(sample.log_partition, log_partition, rtol=1e-5)
+
+
+def test_gradient_of_an_empty_log_partition_is_zero():
+    queries, candidates = random_problem(candidates=5)
+    ids = np.zeros(5, "i")
+    _, gradient = sample_softmax_with_gradient(
+        queries, candidates, candidate_ids=ids, positive_ids=[0, 1, 0], block_size=2
+    )
+    np.testing.assert_array_equal(gradient[::2], np.zeros([2, DIM]))
+    assert np.any(gradient[1])
 
 
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=6), st.integers(0, 2**31 - 1))

@@ -1,0 +1,163 @@
+"""Scores of queries with a block or a choice of candidates, and everything that leaves some out.
+
+`sample_softmax` and `top_k_scores` share it. It reads candidates without ever copying them whole.
+"""
+
+import math
+
+import tensorflow as tf
+
+# A second scoring of a candidate may round differently from the first. The threshold `max_scores`
+# is widened by this relative amount then, so that no candidate admitted before vanishes.
+_RESCORING_TOLERANCE = 1e-4
+
+
+class BlockScorer:
+    """Scores s(x, y) + log weight, -inf where a candidate is not admissible for a query.
+
+    The arguments are those of `sample_softmax`, which this checks.
+
+    Attributes:
+      num_queries: B, an int where it is known and a scalar tensor otherwise.
+      num_candidates: C, likewise.
+      dim: d.
+    """
+
+    def __init__(
+        self,
+        query_embeddings,
+        candidate_embeddings,
+        *,
+        score_transform=None,
+        embedding_transform=None,
+        candidate_mask=None,
+        candidate_ids=None,
+        positive_ids=None,
+        log_weights=None,
+        max_scores=None,
+    ):
+        queries = tf.convert_to_tensor(query_embeddings)
+        self._is_variable = isinstance(candidate_embeddings, tf.Variable)
+        if not self._is_variable:
+            candidate_embeddings = tf.stop_gradient(tf.convert_to_tensor(candidate_embeddings))
+        _check_embeddings(queries, candidate_embeddings)
+        if (candidate_ids is None) != (positive_ids is None):
+            given = "candidate_ids" if positive_ids is None else "positive_ids"
+            raise ValueError(
+                f"`candidate_ids` and `positive_ids` are used together. Received only `{given}`."
+            )
+        self._queries = tf.stop_gradient(tf.cast(queries, tf.float32))
+        self._candidates = candidate_embeddings
+        self._score_transform = score_transform
+        self._embedding_transform = embedding_transform
+        num_queries, num_candidates = queries.shape[0], candidate_embeddings.shape[0]
+        self._mask = _vector(candidate_mask, "candidate_mask", num_candidates, tf.bool)
+        self._ids = _vector(candidate_ids, "candidate_ids", num_candidates)
+        self._positive_ids = _vector(positive_ids, "positive_ids", num_queries)
+        self._log_weights = _vector(log_weights, "log_weights", num_candidates, tf.float32)
+        self._max_scores = _vector(max_scores, "max_scores", num_queries, tf.float32)
+        if self._ids is not None and self._ids.dtype != self._positive_ids.dtype:
+            raise ValueError(
+                "`candidate_ids` and `positive_ids` must have one dtype. Received:"
+                f" {self._ids.dtype.name} and {self._positive_ids.dtype.name}."
+            )
+        self.dim = candidate_embeddings.shape[1]
+        self.num_queries = tf.shape(queries)[0] if num_queries is None else num_queries
+        self.num_candidates = num_candidates
+        if num_candidates is None:
+            self.num_candidates = tf.shape(candidate_embeddings)[0]
+
+    def read_block(self, start, size) -> tf.Tensor:
+        """[size, d] float32, the (transformed) embeddings of `size` candidates from `start` on."""
+        if self._is_variable:
+            # A slice of a variable that scatters have touched copies all of it, at every read; a
+            # gather copies these rows only.
+            block = tf.gather(self._candidates, start + tf.range(size))
+        else:
+            block = tf.slice(self._candidates, [start, 0], [size, self.dim])
+        return self._embed(block)
+
+    def score_block(self, block, start, size, *, with_slopes=False):
+        """Scores of all queries with a block that `read_block(start, size)` has read.
+
+        Returns:
+          scores: [B, size] float32.
+          slopes: [B, size] float32, the derivatives of the score by the inner product; None where
+            they are all one, or not asked for.
+        """
+        products = tf.matmul(self._queries, block, transpose_b=True)
+        slopes = None
+        if with_slopes and self._score_transform is not None:
+            with tf.GradientTape() as tape:
+                tape.watch(products)
+                transformed = self._score_transform(products)
+            slopes = tf.stop_gradient(tape.gradient(transformed, products))
+
+        def take(values):
+            return tf.slice(values, [start], [size])[tf.newaxis]
+
+        return self._admit(products, take, self._max_scores), slopes
+
+    def score_rows(self, rows) -> tf.Tensor:
+        """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
+
+        Rows from C on have the score -inf.
+        """
+        exists = rows < self.num_candidates
+        rows = tf.minimum(rows, self.num_candidates - 1)
+        candidates = self._embed(tf.gather(self._candidates, tf.reshape(rows, [-1])))
+        candidates = tf.reshape(candidates, [self.num_queries, -1, self.dim])
+        products = tf.matmul(candidates, self._queries[..., tf.newaxis])[..., 0]
+        max_scores = self._max_scores
+        if max_scores is not None:
+            max_scores += _RESCORING_TOLERANCE * tf.maximum(tf.abs(max_scores), 1.0)
+        scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
+        return tf.where(exists, scores, -math.inf)
+
+    def _embed(self, block):
+        if self._embedding_transform is not None:
+            block = self._embedding_transform(block)
+        return tf.stop_gradient(tf.cast(block, tf.float32))
+
+    def _admit(self, products, take, max_scores):
+        scores = products
+        if self._score_transform is not None:
+            scores = tf.stop_gradient(tf.cast(self._score_transform(products), tf.float32))
+        if max_scores is not None:
+            scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, -math.inf)
+        if self._log_weights is not None:
+            scores += take(self._log_weights)
+        if self._mask is not None:
+            scores = tf.where(take(self._mask), scores, -math.inf)
+        if self._ids is not None:
+            is_positive = tf.equal(take(self._ids), self._positive_ids[:, tf.newaxis])
+            scores = tf.where(is_positive, -math.inf, scores)
+        return scores
+
+
+def _check_embeddings(queries: tf.Tensor, candidates) -> None:
+    for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
+        if values.shape.rank != 2:
+            raise ValueError(
+                f"`{name}` must have shape [rows, dim]. Received shape: {values.shape}."
+            )
+        if not values.dtype.is_floating:
+            raise ValueError(
+                f"`{name}` must be floating point. Received dtype: {values.dtype.name}."
+            )
+    if queries.shape[1] != candidates.shape[1] or candidates.shape[1] is None:
+        raise ValueError(
+            "`query_embeddings` and `candidate_embeddings` must have the same, known last"
+            f" dimension. Received shapes: {queries.shape} and {candidates.shape}."
+        )
+
+
+def _vector(values, name: str, size: int | None, dtype: tf.DType | None = None):
+    if values is None:
+        return None
+    values = tf.convert_to_tensor(values)
+    if dtype == tf.bool and values.dtype != tf.bool:
+        raise ValueError(f"`{name}` must be boolean. Received dtype: {values.dtype.name}.")
+    if values.shape.rank != 1 or not values.shape.is_compatible_with([size]):
+        raise ValueError(f"`{name}` must have shape [{size}]. Received shape: {values.shape}.")
+    return tf.stop_gradient(values if dtype is None else tf.cast(values, dtype))
