@@ -1,0 +1,186 @@
+"""Tests of the callbacks inside `fit`."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import CachedRetrieval, CacheWarmStart, CorpusMetrics, DualEncoder
+from negative_cache._compat import keras
+from negative_cache.evaluation import retrieval_metrics
+
+NUM_CANDIDATES, DIM = 20, 4
+
+
+class Tower(keras.layers.Layer):
+    """Looks up row `features["id"]` of a table of embeddings."""
+
+    def __init__(self, seed):
+        super().__init__()
+        values = np.random.default_rng(seed).normal(size=[NUM_CANDIDATES, DIM])
+        self.table = self.add_weight(
+            shape=values.shape, initializer=keras.initializers.Constant(values), name="table"
+        )
+
+    def call(self, features):
+        return tf.gather(tf.convert_to_tensor(self.table), features["id"])
+
+
+def make_model(cache_size=8, learning_rate=0.1, run_eagerly=True):
+    # Eager unless the graph matters, because tracing `fit` takes seconds.
+    tower = Tower(1)
+    task = CachedRetrieval(tower, {"id": tf.io.FixedLenFeature([], tf.int64)}, cache_size, seed=1)
+    model = DualEncoder(Tower(0), tower, task)
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), run_eagerly=run_eagerly)
+    return model
+
+
+def candidates(count=NUM_CANDIDATES, batch=6):
+    return tf.data.Dataset.from_tensor_slices({"id": np.arange(count)}).batch(batch)
+
+
+def pairs(batch=4):
+    ids = {"id": np.arange(NUM_CANDIDATES)}
+    return tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(batch)
+
+
+def ranks_of(model):
+    queries, corpus = model.query_network.table, model.candidate_network.table
+    scores = np.asarray(tf.convert_to_tensor(queries)) @ np.asarray(tf.convert_to_tensor(corpus)).T
+    return np.sum(scores > np.diag(scores)[:, None] + 1e-6, axis=1)
+
+
+class Recorder(keras.callbacks.Callback):
+    """Keeps the logs of each epoch, as the callbacks after `CorpusMetrics` see them."""
+
+    def __init__(self):
+        super().__init__()
+        self.logs, self.ranks = [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.logs.append(dict(logs))
+        self.ranks.append(ranks_of(self.model))
+
+
+@pytest.mark.parametrize("candidate_id_key", [None, "id"])
+def test_corpus_metrics_are_in_the_logs_of_each_epoch(candidate_id_key):
+    model, recorder = make_model(learning_rate=1.0), Recorder()
+    metrics = CorpusMetrics(candidates(), pairs(3), k=(1, 5), candidate_id_key=candidate_id_key)
+    history = model.fit(pairs(), epochs=3, verbose=0, callbacks=[metrics, recorder])
+    for logs, ranks in zip(recorder.logs, recorder.ranks):
+        for name, value in retrieval_metrics(ranks, (1, 5)).items():
+            assert logs[f"val_{name}"] == pytest.approx(value)
+    assert history.history["val_mrr"] == [logs["val_mrr"] for logs in recorder.logs]
+    # Towers train, so that the numbers move.
+    assert recorder.logs[0]["val_mrr"] != recorder.logs[2]["val_mrr"]
+
+
+def test_corpus_metrics_every_so_many_epochs():
+    model, recorder = make_model(), Recorder()
+    metrics = CorpusMetrics(candidates(), pairs(), every=2)
+    model.fit(pairs(), epochs=3, verbose=0, callbacks=[metrics, recorder])
+    assert ["val_mrr" in logs for logs in recorder.logs] == [False, True, False]
+
+
+def test_early_stopping_monitors_a_corpus_metric():
+    model = make_model(learning_rate=0.0)
+    callbacks = [
+        CorpusMetrics(candidates(), pairs()),
+        keras.callbacks.EarlyStopping(monitor="val_mrr", mode="max", patience=2),
+    ]
+    history = model.fit(pairs(), epochs=20, verbose=0, callbacks=callbacks)
+    # Nothing improves at a learning rate of zero: the first epoch, then two of patience.
+    assert len(history.epoch) == 3
+
+
+def test_corpus_metrics_of_a_model_at_any_time(capsys):
+    model = make_model()
+    metrics = CorpusMetrics(candidates(), pairs(), k=[1], verbose=1)
+    expected = retrieval_metrics(ranks_of(model), [1])
+    assert metrics.evaluate(model) == pytest.approx(expected)
+    # 20 candidates in batches of 6.
+    assert "4/4" in capsys.readouterr().out
+
+
+def test_corpus_metrics_follow_the_model_they_are_set_to():
+    metrics = CorpusMetrics(candidates(), pairs(), k=[1])
+    first, second = make_model(), make_model()
+    second.query_network.table.assign(second.candidate_network.table)
+    assert metrics.evaluate(first) == pytest.approx(retrieval_metrics(ranks_of(first), [1]))
+    assert metrics.evaluate(second) == pytest.approx(retrieval_metrics(ranks_of(second), [1]))
+    assert metrics.evaluate(first)["mrr"] != metrics.evaluate(second)["mrr"]
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"k": ()}, "`k` must be positive cut-offs. Received: ()"),
+        ({"k": (0, 1)}, "`k` must be positive cut-offs"),
+        ({"every": 0}, "`every` must be at least 1. Received: 0"),
+    ],
+)
+def test_corpus_metrics_refuse(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        CorpusMetrics(candidates(), pairs(), **kwargs)
+
+
+class LookAtBegin(keras.callbacks.Callback):
+    """Looks at the cache before the first step."""
+
+    def on_train_begin(self, logs=None):
+        self.embeddings = self.model.task.cache.embeddings.numpy()
+        self.cached = [
+            rows.numpy()[filled.numpy()].tolist()
+            for rows, filled in zip(
+                self.model.distribute_strategy.experimental_local_results(
+                    self.model.task.cache.data["id"]
+                ),
+                self.model.distribute_strategy.experimental_local_results(
+                    self.model.task.cache.filled
+                ),
+            )
+        ]
+
+
+@pytest.mark.parametrize("count, cached", [(20, range(8)), (8, range(8)), (5, range(5))])
+@pytest.mark.parametrize("batch", [3, 10])
+def test_warm_start_fills_the_cache_before_the_first_step(count, cached, batch, capsys):
+    model, look = make_model(cache_size=8), LookAtBegin()
+    warm_start = CacheWarmStart(candidates(count, batch))
+    model.fit(pairs(), epochs=1, verbose=0, callbacks=[warm_start, look])
+    assert look.cached == [list(cached)]
+    # The tower's table as it was made, before any step.
+    table = np.random.default_rng(1).normal(size=[NUM_CANDIDATES, DIM])
+    np.testing.assert_allclose(look.embeddings[: len(cached)], table[list(cached)], rtol=1e-6)
+    out = capsys.readouterr().out
+    assert f"{len(cached)}/8" in out
+    # The bar is over: whatever is printed next has a line of its own.
+    assert out.endswith("\n")
+
+
+def test_warm_start_leaves_a_cache_with_rows_alone():
+    model, look = make_model(), LookAtBegin()
+    model.task.add_to_cache({"id": tf.constant([17], tf.int64)})
+    model.fit(pairs(), epochs=1, verbose=0, callbacks=[CacheWarmStart(candidates()), look])
+    assert look.cached == [[17]]
+
+
+def test_warm_start_is_silent_where_asked(capsys):
+    model = make_model()
+    model.fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates(), verbose=0)])
+    assert capsys.readouterr().out == ""
+
+
+def test_warm_start_fills_the_cache_of_every_replica():
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = make_model(run_eagerly=False)
+    look = LookAtBegin()
+    model.fit(pairs(), epochs=1, verbose=0, callbacks=[CacheWarmStart(candidates()), look])
+    assert look.cached == [list(range(8))] * 2
+
+
+def test_warm_start_refuses_an_empty_dataset_and_a_task_without_cache():
+    with pytest.raises(ValueError, match="dataset to fill the cache from is empty"):
+        make_model().fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates().take(0))])
+    with pytest.raises(ValueError, match="no cache to fill"):
+        make_model(cache_size=0).fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates())])

@@ -1,0 +1,258 @@
+"""Tests of `DualEncoder` through what a user of Keras calls: fit, evaluate, predict and export."""
+
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import CachedRetrieval, DualEncoder
+from negative_cache._compat import keras
+
+NUM_CANDIDATES, DIM = 20, 4
+INT_ID = tf.io.FixedLenFeature([], tf.int64)
+
+
+class Tower(keras.layers.Layer):
+    """Looks up row `features["id"]` of a table of embeddings; ids may be strings of digits."""
+
+    def __init__(self, seed, scale=1.0):
+        super().__init__()
+        values = scale * np.random.default_rng(seed).normal(size=[NUM_CANDIDATES, DIM])
+        self.table = self.add_weight(
+            shape=values.shape, initializer=keras.initializers.Constant(values), name="table"
+        )
+
+    def call(self, features):
+        ids = features["id"]
+        if ids.dtype == tf.string:
+            ids = tf.strings.to_number(ids, tf.int64)
+        return tf.gather(tf.convert_to_tensor(self.table), ids)
+
+    def values(self):
+        return tf.convert_to_tensor(self.table).numpy()
+
+
+def make_model(cache_size=8, learning_rate=0.1, spec=INT_ID, run_eagerly=True, **kwargs):
+    # Eager unless the graph matters, because tracing `fit` takes seconds.
+    tower = Tower(1)
+    task = CachedRetrieval(tower, {"id": spec}, cache_size, **{"seed": 1, **kwargs})
+    model = DualEncoder(Tower(0), tower, task)
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), run_eagerly=run_eagerly)
+    return model
+
+
+def batch(ids, **more):
+    ids = tf.constant(ids)
+    return {"query": {"id": ids}, "candidate": {"id": ids}, **more}
+
+
+def pairs(batch_size=4, convert=tf.identity):
+    ids = {"id": convert(tf.range(NUM_CANDIDATES, dtype=tf.int64))}
+    return tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(batch_size)
+
+
+def in_batch_loss(queries, candidates, ids):
+    """The loss [B] of every query, by hand, when only the batch's candidates are negatives."""
+    scores = queries[ids].astype(np.float64) @ candidates[ids].T.astype(np.float64)
+    return np.logaddexp.reduce(scores, axis=1) - np.diag(scores)
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_fit_learns_and_evaluate_and_predict_leave_the_cache_alone(as_string):
+    convert = tf.strings.as_string if as_string else tf.identity
+    spec = tf.io.FixedLenFeature([], tf.string) if as_string else INT_ID
+    model = make_model(spec=spec, learning_rate=2.0, run_eagerly=False, in_batch_negatives=True)
+    history = model.fit(pairs(convert=convert), epochs=4, verbose=0).history
+    assert set(history) == {"loss", "staleness", "fill", "skipped_rows"}
+    assert history["loss"][-1] < history["loss"][0]
+    assert history["fill"] == [1.0] * 4
+    cached = model.task.cache.embeddings.numpy(), model.task.cache.age.numpy()
+    results = model.evaluate(pairs(convert=convert), verbose=0, return_dict=True)
+    assert set(results) == {"loss"}
+    embeddings = model.predict(pairs(convert=convert), verbose=0)
+    np.testing.assert_allclose(embeddings["query"], model.query_network.values(), rtol=1e-6)
+    np.testing.assert_allclose(embeddings["candidate"], model.candidate_network.values(), rtol=1e-6)
+    np.testing.assert_array_equal(model.task.cache.embeddings.numpy(), cached[0])
+    np.testing.assert_array_equal(model.task.cache.age, cached[1])
+
+
+@pytest.mark.parametrize("reduction", ["sum_over_batch_size", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_logged_loss_is_that_of_the_task(reduction, weighted):
+    model = make_model(
+        cache_size=0, learning_rate=0.0, in_batch_negatives=True, reduction=reduction
+    )
+    weight = np.linspace(0.0, 2.0, NUM_CANDIDATES).astype(np.float32)
+    data = pairs(8)
+    if weighted:
+        weights = tf.data.Dataset.from_tensor_slices(weight).batch(8)
+        data = tf.data.Dataset.zip((data, weights)).map(lambda x, w: (x, 0.0, w))
+    else:
+        weight[:] = 1.0
+    logged = model.fit(data, epochs=1, verbose=0).history["loss"][0]
+    evaluated = model.evaluate(data, verbose=0, return_dict=True)["loss"]
+    towers = model.query_network.values(), model.candidate_network.values()
+    sizes, losses = [], []
+    for ids in (np.arange(0, 8), np.arange(8, 16), np.arange(16, 20)):
+        each = weight[ids] * in_batch_loss(*towers, ids)
+        losses.append(each.sum() if reduction == "sum" else each.mean())
+        sizes.append(len(ids))
+    # Keras weighs a batch's loss by its size.
+    expected = np.average(losses, weights=sizes)
+    assert logged == pytest.approx(expected, rel=1e-5)
+    assert evaluated == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_step_of_training_descends_the_gradient_of_the_loss():
+    model = make_model(cache_size=0, learning_rate=0.5, in_batch_negatives=True, reduction="sum")
+    queries, candidates = model.query_network.values(), model.candidate_network.values()
+    ids = np.array([3, 5, 7])
+    model.fit(tf.data.Dataset.from_tensors(batch(ids)), epochs=1, verbose=0)
+    scores = queries[ids] @ candidates[ids].T
+    probabilities = np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+    gradient = (probabilities - np.eye(3)) @ candidates[ids]
+    expected = queries.copy()
+    expected[ids] -= 0.5 * gradient
+    np.testing.assert_allclose(model.query_network.values(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_explicit_negatives_and_sampling_probabilities_of_the_batch():
+    model = make_model(cache_size=0, learning_rate=0.0, in_batch_negatives=True)
+    ids, negatives = np.array([3, 5]), np.array([[7, 8, 9], [1, 2, 0]])
+    probability = np.float32([0.5, 0.01])
+    data = batch(
+        ids,
+        negative={"id": tf.constant(negatives)},
+        candidate_sampling_probability=tf.constant(probability),
+    )
+    queries, candidates = model.query_network.values(), model.candidate_network.values()
+    expected = []
+    for i in range(2):
+        # Two draws from the stream are in the batch; explicit negatives are not drawn from it.
+        in_batch = queries[ids[i]] @ candidates[ids].T - np.log(2 * probability)
+        explicit = queries[ids[i]] @ candidates[negatives[i]].T
+        expected.append(np.logaddexp.reduce([*in_batch, *explicit]) - in_batch[i])
+    logged = model.fit(tf.data.Dataset.from_tensors(data), epochs=1, verbose=0).history["loss"][0]
+    assert logged == pytest.approx(np.mean(expected), rel=1e-5)
+    embeddings = model(data)
+    assert embeddings["negative"].shape == [2, 3, DIM]
+    np.testing.assert_array_equal(embeddings["negative"], candidates[negatives])
+
+
+def test_towers_may_be_functions_without_a_training_argument():
+    tower = Tower(1)
+    task = CachedRetrieval(tower, {"id": INT_ID}, 8)
+    model = DualEncoder(lambda features: tower(features), tower, task)
+    model.compile(optimizer="sgd", run_eagerly=True)
+    model.fit(pairs().take(1), verbose=0)
+
+
+def test_two_replicas_see_the_gradient_of_the_joint_batch():
+    # Explicit negatives only, so that the loss of a query does not depend on its batch.
+    rng = np.random.default_rng(5)
+    data = batch(
+        np.arange(8), negative={"id": tf.constant(rng.integers(0, NUM_CANDIDATES, [8, 3]))}
+    )
+    dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+    for reduction in ("sum", "sum_over_batch_size"):
+        results = []
+        for strategy in (
+            tf.distribute.get_strategy(),
+            tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+        ):
+            with strategy.scope():
+                model = make_model(cache_size=0, run_eagerly=False, reduction=reduction)
+            logged = model.fit(dataset, epochs=1, verbose=0).history["loss"][0]
+            results.append((model.query_network.values(), model.candidate_network.values(), logged))
+        (queries, candidates, loss), (queries_2, candidates_2, loss_2) = results
+        np.testing.assert_allclose(queries_2, queries, rtol=1e-5)
+        np.testing.assert_allclose(candidates_2, candidates, rtol=1e-5)
+        assert np.abs(queries - Tower(0).values()).max() > 1e-3
+        assert loss_2 == pytest.approx(loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("as_string", [False, True])
+def test_two_replicas_train_with_caches_of_their_own(as_string):
+    convert = tf.strings.as_string if as_string else tf.identity
+    spec = tf.io.FixedLenFeature([], tf.string) if as_string else INT_ID
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        model = make_model(spec=spec, cache_size=4, run_eagerly=False)
+    ids = {"id": convert(tf.range(8, dtype=tf.int64))}
+    data = tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(8)
+    history = model.fit(data, epochs=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"])) and history["fill"] == [1.0, 1.0]
+    first, second = [
+        {int(value) for value in rows.numpy()}
+        for rows in strategy.experimental_local_results(model.task.cache.data["id"])
+    ]
+    assert len(first) == len(second) == 4
+    assert first | second == set(range(8))
+    assert np.isfinite(model.evaluate(data, verbose=0))
+
+
+def folder_size(path):
+    return sum(
+        os.path.getsize(os.path.join(folder, file))
+        for folder, _, files in os.walk(path)
+        for file in files
+    )
+
+
+def test_export_embeds_like_the_towers_and_holds_no_cache(tmp_path):
+    sizes = []
+    for cache_size in (8, 100_000):
+        model = make_model(cache_size=cache_size)
+        model.fit(pairs(), verbose=0)
+        model.export(tmp_path / str(cache_size))
+        sizes.append(folder_size(tmp_path / str(cache_size)))
+    # 100,000 rows of 4 floats are 1.6 MB.
+    assert abs(sizes[1] - sizes[0]) < 10_000
+    served = tf.saved_model.load(str(tmp_path / "100000"))
+    for batch_size in (1, 3):
+        ids = {"id": tf.range(batch_size, dtype=tf.int64)}
+        np.testing.assert_allclose(served.embed_query(ids), model.query_network(ids))
+        np.testing.assert_allclose(served.embed_candidate(ids), model.candidate_network(ids))
+
+
+def test_export_needs_a_model_that_has_seen_a_batch(tmp_path):
+    with pytest.raises(ValueError, match="must have seen a batch before `export`"):
+        make_model().export(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    "data, received",
+    [
+        ({"query": tf.zeros([2])}, r"\['query'\]"),
+        ({"user": tf.zeros([2]), "candidate": tf.zeros([2])}, r"\['candidate', 'user'\]"),
+        (tf.zeros([2, 3]), "Tensor"),
+    ],
+)
+def test_a_batch_must_have_queries_and_candidates(data, received):
+    message = f'dictionary with "query" and "candidate". Received: .*{received}'
+    with pytest.raises(ValueError, match=message):
+        make_model()(data)
+
+
+def test_a_tower_must_return_embeddings():
+    tower = Tower(1)
+    task = CachedRetrieval(tower, {"id": INT_ID}, 8)
+    model = DualEncoder(lambda features: tf.zeros([2, 3, 4]), tower, task)
+    with pytest.raises(ValueError, match=r"shape \[n, dim\]. Received from .*\(2, 3, 4\)"):
+        model(batch([0, 1]))
+
+
+def test_the_loss_of_the_task_must_be_a_scalar():
+    with pytest.raises(ValueError, match="scalar loss. Received a task with `reduction='none'`"):
+        make_model(reduction="none")
+
+
+def test_global_seed_makes_two_fits_identical():
+    weights = []
+    for _ in range(2):
+        keras.utils.set_random_seed(7)
+        model = make_model(seed=None)
+        model.fit(pairs().shuffle(5), epochs=2, verbose=0)
+        weights.append(model.candidate_network.values())
+    np.testing.assert_array_equal(*weights)
