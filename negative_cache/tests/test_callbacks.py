@@ -7,6 +7,7 @@ import tensorflow as tf
 from negative_cache import CachedRetrieval, CacheWarmStart, CorpusMetrics, DualEncoder
 from negative_cache._compat import keras
 from negative_cache.evaluation import retrieval_metrics
+from negative_cache.tests.replicas import two_replicas
 
 NUM_CANDIDATES, DIM = 20, 4
 
@@ -171,7 +172,7 @@ def test_warm_start_is_silent_where_asked(capsys):
 
 
 def test_warm_start_fills_the_cache_of_every_replica():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         model = make_model(run_eagerly=False)
     look = LookAtBegin()

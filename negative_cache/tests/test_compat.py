@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import _compat
+from negative_cache.tests.replicas import two_replicas
 
 
 @pytest.mark.end_to_end
@@ -35,7 +36,7 @@ def test_keras_is_that_of_tensorflow():
 def test_loss_is_divided_by_the_number_of_replicas():
     loss = tf.constant(6.0)
     assert _compat.scale_loss_for_distribution(loss).numpy() == 6.0
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     results = strategy.run(lambda: _compat.scale_loss_for_distribution(loss))
     for result in strategy.experimental_local_results(results):
         assert result.numpy() == 3.0

@@ -4,6 +4,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.metrics import Latest
+from negative_cache.tests.replicas import two_replicas
 
 
 def test_is_the_last_value_and_forgets_it_when_reset():
@@ -17,7 +18,7 @@ def test_is_the_last_value_and_forgets_it_when_reset():
 
 
 def test_is_the_mean_of_the_replicas_last_values():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         metric = Latest(name="fill")
 

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from negative_cache import CachedRetrieval, DualEncoder
 from negative_cache._compat import keras
+from negative_cache.tests.replicas import two_replicas
 
 NUM_CANDIDATES, DIM = 20, 4
 INT_ID = tf.io.FixedLenFeature([], tf.int64)
@@ -159,7 +160,7 @@ def test_two_replicas_see_the_gradient_of_the_joint_batch():
         results = []
         for strategy in (
             tf.distribute.get_strategy(),
-            tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
+            two_replicas(),
         ):
             with strategy.scope():
                 model = make_model(cache_size=0, run_eagerly=False, reduction=reduction)
@@ -176,7 +177,7 @@ def test_two_replicas_see_the_gradient_of_the_joint_batch():
 def test_two_replicas_train_with_caches_of_their_own(as_string):
     convert = tf.strings.as_string if as_string else tf.identity
     spec = tf.io.FixedLenFeature([], tf.string) if as_string else INT_ID
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         model = make_model(spec=spec, cache_size=4, run_eagerly=False)
     ids = {"id": convert(tf.range(8, dtype=tf.int64))}

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from negative_cache._compat import keras
 from negative_cache.layers import Cache
+from negative_cache.tests.replicas import two_replicas
 
 SPECS = {
     "id": tf.io.FixedLenFeature([], tf.int64),
@@ -161,7 +162,7 @@ def test_does_not_retrace():
 
 
 def test_two_replicas_have_rows_of_their_own():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         cache = Cache(SPECS, 2)
     first, second = items(1, 2), items(3, 4)
@@ -197,7 +198,7 @@ def test_two_replicas_have_rows_of_their_own():
 
 @pytest.mark.parametrize("use_function", [False, True])
 def test_an_update_outside_of_the_replicas_reaches_each_of_them(use_function):
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         cache = Cache(SPECS, 2)
         update = tf.function(cache.update) if use_function else cache.update

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.layers import CachedRetrieval
+from negative_cache.tests.replicas import two_replicas
 from negative_cache.tests.statistics import assert_draws_follow, assert_mean_is
 
 INT_ID = tf.io.FixedLenFeature([], tf.int64)
@@ -575,7 +576,7 @@ def test_global_seed_makes_trainings_identical(same_seed):
 
 def test_replicas_have_caches_and_draws_of_their_own():
     table = make_table()
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         task = make_task(table, cache_size=2)
 
@@ -599,7 +600,7 @@ def test_replicas_have_caches_and_draws_of_their_own():
 
 
 def test_outside_of_the_replicas_candidates_reach_every_cache():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         task = make_task(make_table(), cache_size=3, filled_with=[5, 6])
         task._next_seed()

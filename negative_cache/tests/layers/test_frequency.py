@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.tests.replicas import two_replicas
 
 
 def update(estimator, keys):
@@ -79,7 +80,7 @@ def test_config_round_trip():
 
 
 def test_two_replicas_count_streams_of_their_own():
-    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    strategy = two_replicas()
     with strategy.scope():
         estimator = FrequencyEstimator(10)
 
