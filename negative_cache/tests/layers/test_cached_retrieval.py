@@ -474,6 +474,8 @@ def test_metrics_are_given_what_the_docstring_says():
     task = make_task(
         table,
         in_batch_negatives=True,
+        # A positive has its own id, and is no hit.
+        remove_accidental_hits=True,
         metrics=metrics,
         batch_metrics=[batch_metric],
         loss_metrics=[loss_metric],
