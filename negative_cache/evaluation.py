@@ -82,12 +82,15 @@ def _count_higher(queries, positives, candidates, positive_rows, block_size):
     count = tf.zeros(tf.shape(queries)[:1], tf.int64)
     for start in tf.range(0, tf.shape(candidates)[0], block_size):
         scores = tf.matmul(queries, candidates[start : start + block_size], transpose_b=True)
-        count += tf.math.count_nonzero(scores > threshold[:, tf.newaxis], axis=1)
+        # All but those that do not score higher: a model of NaN has the worst ranks, not the best.
+        size = tf.shape(scores, out_type=tf.int64)[1]
+        count += size - tf.math.count_nonzero(scores <= threshold[:, tf.newaxis], axis=1)
         if positive_rows is not None:
             local_rows = positive_rows - tf.cast(start, tf.int64)
-            is_here = (local_rows >= 0) & (local_rows < tf.shape(scores, out_type=tf.int64)[1])
+            is_here = (local_rows >= 0) & (local_rows < size)
             own_scores = tf.gather(scores, tf.where(is_here, local_rows, 0), batch_dims=1)
-            count -= tf.cast(is_here & (own_scores > threshold), tf.int64)
+            is_counted = 1 - tf.cast(own_scores <= threshold, tf.int64)
+            count -= tf.where(is_here, is_counted, 0)
     return count
 
 

@@ -11,7 +11,12 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache.ops.cache_rows import MaskedRows, cache_update_rows, masked_rows
+from negative_cache.ops.cache_rows import (
+    MaskedRows,
+    insertion_rows,
+    masked_rows,
+    oldest_rows,
+)
 
 
 class NegativeCache(NamedTuple):
@@ -105,7 +110,7 @@ class CacheManager:
             )
         like = next(iter(new_items.values()))
         mask = _validation.check_mask(new_items_mask, like, what="new_items_mask")
-        rows = cache_update_rows(cache.age, mask)
+        rows = insertion_rows(oldest_rows(cache.age, tf.size(mask)), mask)
         return _reset_age(_write(cache, rows, new_items), rows)
 
     def _update_rows(self, cache, items, indices, mask) -> NegativeCache:

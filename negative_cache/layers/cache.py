@@ -8,7 +8,11 @@ from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
 from negative_cache.negative_cache import NegativeCache
-from negative_cache.ops import cache_update_rows, masked_rows
+from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_rows
+
+# A larger cache keeps a queue of its oldest rows. Making the queue anew takes a pass over all rows,
+# once in about (queue size / batch size) updates; using it takes a pass over the queue.
+_QUEUE_SIZE = 2**15
 
 
 class Cache(keras.layers.Layer):
@@ -71,9 +75,11 @@ class Cache(keras.layers.Layer):
             },
             last_touched=self._make_rows([], tf.int32, "last_touched"),
             filled=self._make_rows([], tf.bool, "filled"),
+            num_filled=make_state_variable(lambda: tf.zeros([], tf.int32), "num_filled"),
             step=make_state_variable(lambda: tf.zeros([], tf.int32), "step"),
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
         )
+        self._queue = self._make_queue() if self.cache_size > _QUEUE_SIZE else None
         self.built = True
 
     @property
@@ -100,9 +106,9 @@ class Cache(keras.layers.Layer):
         return self._state.filled
 
     @property
-    def num_filled(self) -> tf.Tensor:
+    def num_filled(self) -> tf.Variable:
         """Scalar int32, the number of rows that hold a candidate."""
-        return tf.math.count_nonzero(self._state.filled, dtype=tf.int32)
+        return self._state.num_filled
 
     @property
     def num_skipped(self) -> tf.Variable:
@@ -167,14 +173,40 @@ class Cache(keras.layers.Layer):
             if self.use_lru:
                 self._touch(updated)
         mask = self._admit(new_items, new_items_mask)
-        inserted = cache_update_rows(self.age, mask)
+        size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
+        inserted = insertion_rows(self._oldest_rows(size), mask)
         self._write(inserted, new_items)
         self._touch(inserted)
-        scatter_rows(
-            self._state.filled,
-            inserted.rows,
-            inserted.values(tf.ones_like(mask), self._state.filled),
-        )
+        filled = self._state.filled
+        is_more = mask & ~tf.gather(filled, inserted.rows)
+        self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
+        scatter_rows(filled, inserted.rows, inserted.values(tf.ones_like(mask), filled))
+
+    def _oldest_rows(self, count):
+        """[count] int64, the rows touched longest ago, the smallest first among equals."""
+        last_touched = self._state.last_touched
+        if self._queue is None:
+            return oldest_rows(self.age, count)
+        queue = OldestRows(tf.convert_to_tensor(self._queue.rows), self._queue.last_touched)
+        usable = queue.untouched(last_touched)
+
+        def from_queue():
+            return queue.first(usable, count)
+
+        def from_new_queue():
+            size = (
+                tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
+            )
+            new = OldestRows.of(tf.convert_to_tensor(last_touched), size)
+            # Rows touched in this very update may be needed now, but tie with rows that it is yet
+            # to touch: they are not kept.
+            is_old = new.last_touched < self._state.step
+            self._queue.rows.assign(new.rows[:_QUEUE_SIZE])
+            self._queue.last_touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
+            return new.rows[:count]
+
+        num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
+        return tf.cond(num_usable >= count, from_queue, from_new_queue)
 
     def get_config(self):
         specs = {
@@ -223,6 +255,14 @@ class Cache(keras.layers.Layer):
         now = tf.fill(tf.shape(rows.rows), self._state.step)
         scatter_rows(
             self._state.last_touched, rows.rows, rows.values(now, self._state.last_touched)
+        )
+
+    def _make_queue(self):
+        """Variables of an `OldestRows` without a usable entry."""
+        size = [_QUEUE_SIZE]
+        return tf.train.Checkpoint(
+            rows=make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
+            last_touched=make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
         )
 
     def _make_rows(self, shape, dtype, name):

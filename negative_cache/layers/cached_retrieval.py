@@ -12,7 +12,7 @@ from negative_cache.layers._state import make_state_variable, on_every_replica
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.metrics import Latest
-from negative_cache.ops import contrastive, sample_softmax
+from negative_cache.ops import contrastive, sample_softmax_with_gradient
 
 _EMBEDDING = "embedding"
 _ID_KEY = "candidate_id_key"
@@ -59,6 +59,13 @@ class CachedRetrieval(keras.layers.Layer):
       use_lru: as in `Cache`.
       false_negative_margin: leave out in-batch and cached negatives that score above the positive
         minus this margin; they are likely unlabelled positives.
+      exact_query_gradient: whether the cache's part of the queries' gradient is computed and not
+        sampled. It is the mean of the cached embeddings under the softmax, which the pass that
+        samples yields at the price of a second matrix product. The draws then only correct it for
+        staleness, as a control variate: ∇_x log Z ≈ Σ_y P̂(y|x) s' ĝ(y) + mean over the draws of
+        s' (g(ŷ) - ĝ(ŷ)), with s' the derivative of the score by the inner product. The expectation
+        is that of the sampled estimator, Σ_y P̂(y|x) s' g(y), stale cache or fresh; what is left of
+        the variance is that of g - ĝ. The candidate tower's gradient is sampled in any case.
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives, so that the partition is an estimate over the corpus
         and not over the stream, in which popular candidates repeat. Estimated online
@@ -70,6 +77,7 @@ class CachedRetrieval(keras.layers.Layer):
         with the sample weights where there are any.
       loss_metrics: Keras metrics updated with the loss.
       embedding_dim: d. Taken from the first call where None.
+      embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
       seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
 
     Raises:
@@ -103,12 +111,14 @@ class CachedRetrieval(keras.layers.Layer):
         remove_accidental_hits: bool = False,
         use_lru: bool = True,
         false_negative_margin: float | None = None,
+        exact_query_gradient: bool = True,
         frequency_correction: bool = False,
         reduction: str | None = "sum_over_batch_size",
         metrics: Sequence[keras.metrics.Metric] | keras.metrics.Metric | None = None,
         batch_metrics: Sequence[keras.metrics.Metric] | None = None,
         loss_metrics: Sequence[keras.metrics.Metric] | None = None,
         embedding_dim: int | None = None,
+        embedding_dtype: str | tf.DType = tf.float32,
         seed: int | None = None,
         **kwargs,
     ):
@@ -130,7 +140,9 @@ class CachedRetrieval(keras.layers.Layer):
         self.remove_accidental_hits = remove_accidental_hits
         self.use_lru = use_lru
         self.false_negative_margin = false_negative_margin
+        self.exact_query_gradient = exact_query_gradient
         self.frequency_correction = frequency_correction
+        self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
         _retrieval_checks.check_settings(self, _INTERNAL_KEYS)
         self.seed = random.randrange(2**31) if seed is None else seed
@@ -236,7 +248,7 @@ class CachedRetrieval(keras.layers.Layer):
             explicit = tf.convert_to_tensor(negative_embeddings)
             _retrieval_checks.check_negatives(explicit, queries)
             explicit = tf.cast(explicit, tf.float32)
-            negative_logits.append(self._score_each(queries, explicit))
+            negative_logits.append(self._score_each(self._scale(queries), explicit))
         updates = None
         if self.cache_size:
             cache_logit, updates = self._cache_logit(
@@ -300,15 +312,19 @@ class CachedRetrieval(keras.layers.Layer):
                 "candidate_ids": tf.convert_to_tensor(cache.data[_ID_KEY]),
                 "positive_ids": positive_ids,
             }
-        sample = sample_softmax(
+        exact = training and self.exact_query_gradient
+        # Queries are divided by the temperature, which is cheaper than to divide scores.
+        queries = self._scale(queries)
+        sample, query_gradient = sample_softmax_with_gradient(
             queries,
             cache.embeddings,
             num_samples=self.num_negatives,
-            score_transform=self._transform,
+            score_transform=self.score_transform,
             candidate_mask=cache.filled,
             log_weights=log_weights,
             max_scores=threshold,
             seed=self._next_seed() if training else 0,
+            compute_gradient=exact,
             **hits,
         )
         if not training:
@@ -316,16 +332,20 @@ class CachedRetrieval(keras.layers.Layer):
         drawn = tf.reshape(sample.indices >= 0, [-1])
         rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
         fresh = self._encode(self._drawn_features(rows, drawn, items), training=True)
-        negatives = tf.reshape(fresh, [-1, self.num_negatives, fresh.shape[1]])
-        fresh_scores = self._score_each(queries, negatives)
-        staleness = contrastive.relative_staleness(tf.gather(cache.embeddings, rows), fresh)
-        self._staleness.update_state(staleness, sample_weight=tf.cast(drawn, tf.float32))
+        stale = tf.stop_gradient(tf.cast(tf.gather(cache.embeddings, rows), tf.float32))
+        self._staleness.update_state(
+            contrastive.relative_staleness(stale, fresh), sample_weight=tf.cast(drawn, tf.float32)
+        )
+        surrogate = self._mean_score(queries, fresh)
+        if exact:
+            exact_term = tf.reduce_sum(queries * query_gradient, axis=1)
+            surrogate += exact_term - self._mean_score(queries, stale)
         updates = {
             "updated_item_data": {_EMBEDDING: fresh},
             "updated_item_indices": rows,
             "updated_item_mask": drawn,
         }
-        return contrastive.sampled_log_partition(sample, fresh_scores), updates
+        return contrastive.value_with_gradient(sample.log_partition, surrogate), updates
 
     def _drawn_features(self, rows, drawn, items):
         """The features [B * S, ...] of the drawn rows.
@@ -350,14 +370,22 @@ class CachedRetrieval(keras.layers.Layer):
 
     def _score(self, queries, candidates):
         """[B, N] scores of every query with every candidate."""
-        return self._transform(tf.matmul(queries, candidates, transpose_b=True))
+        return self._transform(tf.matmul(self._scale(queries), candidates, transpose_b=True))
 
-    def _score_each(self, queries, candidates):
+    def _score_each(self, scaled_queries, candidates):
         """[B, n] scores of every query with candidates [B, n, d] of its own."""
-        return self._transform(tf.einsum("bd,bnd->bn", queries, candidates))
+        return self._transform(tf.einsum("bd,bnd->bn", scaled_queries, candidates))
 
-    def _transform(self, inner_products):
-        scores = inner_products if self.temperature is None else inner_products / self.temperature
+    def _mean_score(self, scaled_queries, drawn_embeddings):
+        """[B], each query's mean score of its draws, whose embeddings are [B * S, d]."""
+        shape = [-1, self.num_negatives, drawn_embeddings.shape[1]]
+        scores = self._score_each(scaled_queries, tf.reshape(drawn_embeddings, shape))
+        return tf.reduce_mean(scores, axis=1)
+
+    def _scale(self, queries):
+        return queries if self.temperature is None else queries / self.temperature
+
+    def _transform(self, scores):
         return scores if self.score_transform is None else self.score_transform(scores)
 
     def _not_a_negative(self, items, scores, is_positive, threshold):
@@ -395,9 +423,9 @@ class CachedRetrieval(keras.layers.Layer):
 
     def _log_num_negatives(self, items):
         """The log of the number of draws from the stream that are negatives now."""
-        count = self._cache.num_filled if self.cache_size else 0
-        if self.in_batch_negatives:
-            count += tf.shape(items[_EMBEDDING])[0]
+        count = tf.shape(items[_EMBEDDING])[0] if self.in_batch_negatives else 0
+        if self.cache_size:
+            count += tf.convert_to_tensor(self._cache.num_filled)
         return tf.math.log(tf.cast(tf.maximum(count, 1), tf.float32))
 
     def _cache_items(self, candidate_features, embeddings, probabilities):
@@ -431,7 +459,7 @@ class CachedRetrieval(keras.layers.Layer):
         if self._cache is None:
             specs = {
                 **self.feature_specs,
-                _EMBEDDING: tf.io.FixedLenFeature([dim], tf.float32),
+                _EMBEDDING: tf.io.FixedLenFeature([dim], self.embedding_dtype),
                 _LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
             }
             if self.candidate_id_key is not None:

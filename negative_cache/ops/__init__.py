@@ -4,7 +4,7 @@ Shapes: B queries of dimension d, C candidates, S draws per query. Scores and pa
 whatever the embeddings are. No function here lets a gradient through unless its docstring says so.
 """
 
-from negative_cache.ops.cache_rows import cache_update_rows, masked_rows, oldest_rows
+from negative_cache.ops.cache_rows import OldestRows, insertion_rows, masked_rows, oldest_rows
 from negative_cache.ops.softmax_sampling import (
     SoftmaxSample,
     merge_samples,
@@ -13,8 +13,9 @@ from negative_cache.ops.softmax_sampling import (
 )
 
 __all__ = [
+    "OldestRows",
     "SoftmaxSample",
-    "cache_update_rows",
+    "insertion_rows",
     "masked_rows",
     "merge_samples",
     "oldest_rows",

@@ -54,16 +54,48 @@ def oldest_rows(age: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.math.top_k(age, k=count).indices, tf.int64)
 
 
-def cache_update_rows(age: tf.Tensor, new_items_mask: tf.Tensor) -> MaskedRows:
+class OldestRows(NamedTuple):
+    """A queue of the rows touched longest ago, so that not every update has to look at all C.
+
+    The queue is the start of the list of all rows ordered by (when last touched, row), as it was at
+    some time. A row that has been touched since has another time than its entry, which is then
+    passed over. All other rows of the cache are later in that order, and rows touched since are
+    later still, so the entries that are left *are* the oldest rows, in their exact order, until the
+    queue has too few and is made anew.
+
+    Attributes:
+      rows: [K] int64.
+      last_touched: [K] int32, when each was last touched as the queue was made; -1 in an entry
+        that is not to be used again.
+    """
+
+    rows: tf.Tensor
+    last_touched: tf.Tensor
+
+    @classmethod
+    def of(cls, last_touched: tf.Tensor, size: int | tf.Tensor) -> "OldestRows":
+        """The `size` oldest of the rows [C] that were `last_touched` [C] int32."""
+        # Of equal elements top-k takes the one of lower index first.
+        oldest = tf.math.top_k(-last_touched, k=size)
+        return cls(tf.cast(oldest.indices, tf.int64), -oldest.values)
+
+    def untouched(self, last_touched: tf.Tensor | tf.Variable) -> tf.Tensor:
+        """[K] bool, which entries still are what they were."""
+        return tf.equal(tf.gather(last_touched, self.rows), self.last_touched)
+
+    def first(self, usable: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
+        """[count] int64, the rows of the first entries with `usable` [K] bool."""
+        size = tf.size(usable)
+        positions = tf.where(usable, tf.range(size), size)
+        return tf.gather(self.rows, tf.math.top_k(-positions, k=count).indices)
+
+
+def insertion_rows(oldest: tf.Tensor, new_items_mask: tf.Tensor) -> MaskedRows:
     """The rows that new items go to: the k-th unmasked item to the k-th oldest row.
 
     Args:
-      age: [C] int32, where rows that the update has touched already have age 0 and no other has.
-      new_items_mask: [n] bool, n <= C; items with False are not inserted.
-
-    Returns:
-      The rows of the new items.
+      oldest: [n] int64, the oldest rows of the cache in order.
+      new_items_mask: [n] bool; items with False are not inserted.
     """
-    rows = oldest_rows(age, tf.shape(new_items_mask)[0])
     rank = tf.maximum(tf.cumsum(tf.cast(new_items_mask, tf.int32)) - 1, 0)
-    return masked_rows(tf.gather(rows, rank), new_items_mask)
+    return masked_rows(tf.gather(oldest, rank), new_items_mask)

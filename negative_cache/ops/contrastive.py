@@ -8,8 +8,6 @@ import math
 
 import tensorflow as tf
 
-from negative_cache.ops.softmax_sampling import SoftmaxSample
-
 
 def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
     """Sets `logits` [...] to -inf where `left_out` [...] bool."""
@@ -21,24 +19,9 @@ def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
     return tf.math.top_k(logits, k=tf.minimum(count, tf.shape(logits)[1]), sorted=False).values
 
 
-def sampled_log_partition(sample: SoftmaxSample, fresh_scores: tf.Tensor) -> tf.Tensor:
-    """The log partition of a candidate set, differentiable through the fresh scores of a few draws.
-
-    The gradient of log Z is E_{y∼P}[∇s(x, y)]. The value returned is the sample's log partition, a
-    constant; the gradient is the mean of ∇s over the S draws, an unbiased estimate of that
-    expectation where the candidates that were sampled from are fresh (Lindgren et al., NeurIPS
-    2021).
-
-    Args:
-      sample: S draws from the set.
-      fresh_scores: [B, S] scores of the drawn candidates under the current weights, whose gradient
-        is wanted.
-
-    Returns:
-      [B] float32.
-    """
-    value_free = fresh_scores - tf.stop_gradient(fresh_scores)
-    return tf.stop_gradient(sample.log_partition) + tf.reduce_mean(value_free, axis=1)
+def value_with_gradient(value: tf.Tensor, surrogate: tf.Tensor) -> tf.Tensor:
+    """A tensor with the value of one and the gradient of another, both of the same shape."""
+    return tf.stop_gradient(value) + surrogate - tf.stop_gradient(surrogate)
 
 
 def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Statistical assertions with a stated false-alarm rate; seeds are fixed, so a pass stays a pass."""
+"""Statistical assertions with a stated false-alarm rate. Seeds are fixed: a pass stays one."""
 
 import numpy as np
 from scipy import stats

@@ -68,6 +68,14 @@ def test_ranks_of_real_embeddings_in_several_chunks_of_queries(block_size):
         assert np.mean(ranks != expected) < 0.01
 
 
+@pytest.mark.parametrize("positive_rows", [None, [0, 1]])
+def test_a_model_of_nan_has_the_worst_ranks(positive_rows):
+    queries, corpus = np.ones([2, 3], np.float32), np.full([5, 3], np.nan, np.float32)
+    ranks = positive_ranks(queries, corpus[:2], corpus, positive_rows=positive_rows)
+    # All five candidates are before the positive, or the four that are not the positive itself.
+    assert ranks.tolist() == ([5, 5] if positive_rows is None else [4, 4])
+
+
 def test_a_positive_never_beats_itself_although_rounding_says_so():
     # The score of the positive is given another rounding by hand: a slightly smaller embedding.
     queries, corpus = np.ones([1, 3], np.float32), np.ones([5, 3], np.float32)

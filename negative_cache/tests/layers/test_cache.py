@@ -1,11 +1,18 @@
 """Tests of `Cache`. That it means what `CacheManager` means is tested beside that class."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given
+from hypothesis import strategies as st
 
 from negative_cache._compat import keras
 from negative_cache.layers import Cache
+from negative_cache.layers import cache as cache_module
+from negative_cache.negative_cache import CacheManager
+from negative_cache.ops import OldestRows
 from negative_cache.tests.replicas import two_replicas
 
 SPECS = {
@@ -295,3 +302,51 @@ def test_update_refuses_and_changes_nothing(arguments, message):
         cache.update(**{"new_items": items(5), **arguments})
     assert_rows(cache, [1, None])
     np.testing.assert_array_equal(cache.age, [0, 1])
+
+
+@st.composite
+def histories(draw):
+    """A cache size, LRU or not, and the new and updated rows of some updates, with masks."""
+    size = draw(st.integers(2, 12))
+    masks = lambda n: st.lists(st.booleans(), min_size=n, max_size=n)  # noqa: E731
+    updates = []
+    for _ in range(draw(st.integers(1, 12))):
+        new_mask = draw(masks(draw(st.integers(0, size))))
+        rows = draw(st.lists(st.integers(0, size - 1), unique=True, max_size=size))
+        updates.append((new_mask, rows, draw(masks(len(rows)))))
+    return size, draw(st.booleans()), updates
+
+
+@given(histories(), st.integers(1, 5))
+def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
+    size, use_lru, updates = history
+    specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
+    manager = CacheManager(specs, size, use_lru=use_lru)
+    expected = manager.init_cache()
+    with mock.patch.object(cache_module, "_QUEUE_SIZE", queue_size):
+        cache = Cache(specs, size, use_lru=use_lru)
+        assert (cache._queue is not None) == (size > queue_size)
+        for step, (new_mask, rows, mask) in enumerate(updates):
+            update = {
+                "new_items": {"embedding": 100.0 * step + np.arange(len(new_mask))[:, None]},
+                "new_items_mask": np.array(new_mask, bool),
+                "updated_item_data": {"embedding": -100.0 * step - np.array(rows, "f")[:, None]},
+                "updated_item_indices": np.array(rows, np.int64),
+                "updated_item_mask": np.array(mask, bool),
+            }
+            cache.update(**update)
+            expected = manager.update_cache(expected, **update)
+            np.testing.assert_array_equal(cache.embeddings, expected.data["embedding"])
+            np.testing.assert_array_equal(cache.age, expected.age)
+            assert int(cache.num_filled) == np.count_nonzero(cache.filled)
+
+
+def test_a_queue_is_used_and_made_anew_as_it_runs_out():
+    specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
+    with mock.patch.object(cache_module, "_QUEUE_SIZE", 6):
+        cache = Cache(specs, 20)
+        with mock.patch.object(OldestRows, "of", wraps=OldestRows.of) as made:
+            for step in range(9):
+                cache.update(new_items={"embedding": np.full([2, 1], float(step), "f")})
+    # Each queue of 6 serves 3 updates of 2.
+    assert made.call_count == 3

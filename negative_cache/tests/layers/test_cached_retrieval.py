@@ -188,11 +188,17 @@ def exact_gradients(table, queries, ids, cached):
     return by_query, by_table
 
 
+@pytest.mark.parametrize("exact_query_gradient", [False, True])
 @pytest.mark.parametrize("num_negatives", [1, 4])
-def test_expected_gradient_is_the_softmax_gradient(num_negatives):
+def test_expected_gradient_is_the_softmax_gradient(num_negatives, exact_query_gradient):
     table, queries, ids, cached = make_table(), make_queries(2), [0, 1], [5, 6, 7, 8, 9]
     task = make_task(
-        table, filled_with=cached, num_negatives=num_negatives, reduction="sum", cache_size=6000
+        table,
+        filled_with=cached,
+        num_negatives=num_negatives,
+        exact_query_gradient=exact_query_gradient,
+        reduction="sum",
+        cache_size=6000,
     )
     by_query, by_table = draw_gradients(task, table, queries, ids, num_draws=3000)
     expected_by_query, expected_by_table = exact_gradients(table, queries, ids, cached)
@@ -207,13 +213,65 @@ def test_several_negatives_divide_the_variance_of_the_gradient():
     variances = {}
     for num_negatives in (1, 4):
         task = make_task(
-            table, filled_with=cached, num_negatives=num_negatives, reduction="sum", cache_size=4000
+            table,
+            filled_with=cached,
+            num_negatives=num_negatives,
+            exact_query_gradient=False,
+            reduction="sum",
+            cache_size=4000,
         )
         by_query, _ = draw_gradients(task, table, queries, [0], num_draws=4000)
         variances[num_negatives] = by_query.var(axis=0).sum()
     # The mean of 4 independent draws has a quarter of the variance. A variance over 4,000 draws has
     # a relative standard error of about 3 %.
     assert variances[1] / variances[4] == pytest.approx(4.0, rel=0.25)
+
+
+def test_exact_query_gradient_of_a_fresh_cache_has_no_variance():
+    table, queries, cached = make_table(), make_queries(2), [5, 6, 7, 8, 9]
+    task = make_task(table, filled_with=cached, reduction="sum", cache_size=200)
+    by_query, _ = draw_gradients(task, table, queries, [0, 1], num_draws=100)
+    expected, _ = exact_gradients(table, queries, [0, 1], cached)
+    np.testing.assert_allclose(by_query, np.tile(expected, [100, 1, 1]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [None, lambda scores: 2.0 * tf.tanh(scores)])
+def test_exact_query_gradient_of_a_stale_cache_keeps_the_mean_and_cuts_the_variance(transform):
+    old_table, queries, cached = make_table(), make_queries(1), [5, 6, 7, 8, 9]
+    drift = 0.2 * np.random.default_rng(3).normal(size=old_table.shape).astype(np.float32)
+    table = old_table + drift
+
+    # Both estimate p̂_cache (Σ_y P̂(y) s'(⟨x, g⟩) g(y) - ∇s⁺): stale probabilities, fresh embeddings.
+    def scores_and_slopes(products):
+        if transform is None:
+            return products, np.ones_like(products)
+        return 2.0 * np.tanh(products), 2.0 / np.cosh(products) ** 2
+
+    query = queries[0].astype(np.float64)
+    stale_scores, _ = scores_and_slopes(old_table[cached] @ query)
+    _, fresh_slopes = scores_and_slopes(table[cached] @ query)
+    positive_score, positive_slope = scores_and_slopes(table[0] @ query)
+    log_partition = np.logaddexp.reduce(stale_scores)
+    in_cache = 1.0 / (1.0 + np.exp(positive_score - log_partition))
+    probabilities = np.exp(stale_scores - log_partition)
+    expected = in_cache * ((probabilities * fresh_slopes) @ table[cached])
+    expected -= in_cache * positive_slope * table[0]
+
+    variance = {}
+    for exact in (False, True):
+        task = make_task(
+            old_table,
+            filled_with=cached,
+            exact_query_gradient=exact,
+            score_transform=transform,
+            reduction="sum",
+            cache_size=4000,
+        )
+        task.candidate_network.table.assign(table)
+        by_query, _ = draw_gradients(task, table, queries, [0], num_draws=4000)
+        assert_mean_is(by_query, expected[np.newaxis])
+        variance[exact] = by_query.var(axis=0).sum()
+    assert variance[True] < 0.5 * variance[False]
 
 
 def test_no_gradient_reaches_the_cache_and_drawn_rows_are_refreshed():

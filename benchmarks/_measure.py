@@ -1,0 +1,67 @@
+"""What the benchmarks share: side-by-side timing, tables, and the record of a run."""
+
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+
+def side_by_side(
+    functions: Mapping[str, Callable[[], object]], *, repeats: int = 11, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of each function, called in turn so that all see the same machine.
+
+    A call counts until its results are in host memory.
+    """
+    seconds = {name: [] for name in functions}
+    for repeat in range(warmup + repeats):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            tf.nest.map_structure(lambda value: value.numpy(), function())
+            if repeat >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(values)) for name, values in seconds.items()}
+
+
+def table(rows: Sequence[Mapping[str, object]]) -> str:
+    """Lines of a table whose columns are the keys of the first row."""
+    columns = list(rows[0])
+    cells = [columns, *([_text(row.get(column, "")) for column in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def save(path: pathlib.Path, record: Mapping[str, object]) -> None:
+    """Writes a run as JSON, with what it ran on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {
+        "tensorflow": tf.__version__,
+        "python": platform.python_version(),
+        "processor": _processor(),
+        "threads": len(tf.config.list_logical_devices("CPU")) and _cores(),
+    }
+    path.write_text(json.dumps({"machine": machine, **record}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def _text(value) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _cores() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _processor() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

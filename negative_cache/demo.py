@@ -1,0 +1,296 @@
+"""Trains one two-tower text model twice, with in-batch softmax and with a negative cache.
+
+`python -m negative_cache.demo` finds Python functions by what they do: the query is a sentence, the
+candidates are the functions of the packages installed on this machine. Both models have the same
+towers, data order and number of steps; both are evaluated against the whole corpus.
+"""
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+import negative_cache as nc
+from negative_cache._compat import keras
+from negative_cache.datasets import installed_code
+
+QUERIES = (
+    "read a csv file into rows",
+    "compute the eigenvalues of a symmetric matrix",
+    "parse an http date header",
+    "draw a histogram of the values",
+)
+EVALUATIONS = 8
+CODE_LENGTH, QUERY_LENGTH = 128, 24
+_ENCODING_BATCH = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What both trainings share, and the size of the cache."""
+
+    steps: int = 2400
+    batch_size: int = 64
+    cache_size: int = 16384
+    num_negatives: int = 1
+    dim: int = 64
+    temperature: float = 0.05
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One trained model and how it did: `history` has the metrics after each evaluated step."""
+
+    name: str
+    model: nc.DualEncoder
+    steps: list[int]
+    history: dict[str, list[float]]
+    milliseconds_per_step: float
+    candidates_encoded: int
+
+    def final(self, metric: str) -> float:
+        return self.history[f"val_{metric}"][-1]
+
+
+class TextTower(keras.layers.Layer):
+    """Mean of word vectors, of unit length: ids [n, words], or features with `"ids"`, -> [n, d]."""
+
+    def __init__(self, words: keras.layers.Layer, **kwargs):
+        super().__init__(**kwargs)
+        self.words = words
+        self.pool = keras.layers.GlobalAveragePooling1D()
+        self.normalize = keras.layers.UnitNormalization()
+
+    def call(self, inputs):
+        ids = inputs["ids"] if isinstance(inputs, dict) else inputs
+        mask = self.words.compute_mask(ids)
+        return self.normalize(self.pool(self.words(ids), mask=mask))
+
+
+class Data:
+    """The corpus as word ids, and the datasets that training and evaluation read."""
+
+    def __init__(self, corpus: installed_code.Corpus):
+        train = corpus.train
+        texts = np.concatenate([corpus.codes[train], corpus.summaries[train]])
+        code_words = installed_code.text_to_ids(texts, sequence_length=CODE_LENGTH)
+        self.query_words = installed_code.text_to_ids(
+            vocabulary=code_words.get_vocabulary(), sequence_length=QUERY_LENGTH
+        )
+        self.corpus = corpus
+        self.vocabulary_size = code_words.vocabulary_size()
+        self.code_ids = _vectorize(code_words, corpus.codes)
+        self.query_ids = _vectorize(self.query_words, corpus.summaries)
+
+    def candidates(self, rows: np.ndarray) -> tf.data.Dataset:
+        """Batches of candidate features: word ids, and the row in the corpus as the id."""
+        features = {"ids": self.code_ids[rows], "row": rows.astype(np.int32)}
+        return tf.data.Dataset.from_tensor_slices(features).batch(_ENCODING_BATCH)
+
+    def pairs(self, rows: np.ndarray) -> tf.data.Dataset:
+        """Single pairs of query and candidate features."""
+        features = {"ids": self.code_ids[rows], "row": rows.astype(np.int32)}
+        return tf.data.Dataset.from_tensor_slices(
+            {"query": self.query_ids[rows], "candidate": features}
+        )
+
+
+def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
+    """Trains a model, without a cache where `cache_size` is 0, and evaluates it as it goes."""
+    keras.utils.set_random_seed(settings.seed)
+    words = keras.layers.Embedding(data.vocabulary_size, settings.dim, mask_zero=True)
+    query_tower, candidate_tower = TextTower(words), TextTower(words)
+    task = nc.CachedRetrieval(
+        candidate_tower,
+        {
+            "ids": tf.io.FixedLenFeature([CODE_LENGTH], tf.int64),
+            "row": tf.io.FixedLenFeature([], tf.int32),
+        },
+        cache_size,
+        temperature=settings.temperature,
+        num_negatives=settings.num_negatives,
+        in_batch_negatives=True,
+        candidate_id_key="row",
+        remove_accidental_hits=True,
+    )
+    model = nc.DualEncoder(query_tower, candidate_tower, task)
+    model.compile(optimizer=keras.optimizers.Adam(settings.learning_rate))
+
+    corpus = data.corpus
+    order = np.random.default_rng(settings.seed).permutation(corpus.train)
+    batches = data.pairs(order).shuffle(len(order), seed=settings.seed).repeat()
+    batches = batches.batch(settings.batch_size).prefetch(tf.data.AUTOTUNE)
+    evaluation = nc.CorpusMetrics(
+        data.candidates(np.arange(len(corpus))),
+        data.pairs(corpus.validation).batch(_ENCODING_BATCH),
+        candidate_id_key="row",
+    )
+    timer = _StepTimer()
+    callbacks = [evaluation, timer]
+    encoded_per_step = settings.batch_size
+    if cache_size:
+        callbacks.insert(0, nc.CacheWarmStart(data.candidates(order)))
+        encoded_per_step *= 1 + settings.num_negatives
+    print(f"\n{name}: {settings.steps} steps of {settings.batch_size} pairs")
+    evaluations = min(EVALUATIONS, settings.steps)
+    steps_per_epoch = settings.steps // evaluations
+    history = model.fit(
+        batches, epochs=evaluations, steps_per_epoch=steps_per_epoch, callbacks=callbacks, verbose=2
+    ).history
+    return Result(
+        name=name,
+        model=model,
+        steps=[steps_per_epoch * (epoch + 1) for epoch in range(evaluations)],
+        history={key: [float(value) for value in values] for key, values in history.items()},
+        milliseconds_per_step=timer.median_milliseconds(),
+        candidates_encoded=min(cache_size, len(order))
+        + encoded_per_step * steps_per_epoch * evaluations,
+    )
+
+
+def table(results: Sequence[Result]) -> str:
+    """One row a model."""
+    metrics = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
+    rows = [("", "MRR", "recall@1", "recall@10", "recall@100", "ms/step", "candidates encoded")]
+    for result in results:
+        rows.append(
+            (
+                result.name,
+                *(f"{result.final(metric):.3f}" for metric in metrics),
+                f"{result.milliseconds_per_step:.1f}",
+                f"{result.candidates_encoded:,}",
+            )
+        )
+    rows.append(
+        (
+            "ratio",
+            *(f"{results[1].final(m) / max(results[0].final(m), 1e-9):.2f}x" for m in metrics),
+            "",
+            "",
+        )
+    )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot(results: Sequence[Result], path: pathlib.Path) -> None:
+    """MRR against steps, a line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for result in results:
+        axes.plot(result.steps, result.history["val_mrr"], marker="o", label=result.name)
+    axes.set(xlabel="training steps", ylabel="MRR over the whole corpus", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def answer(model: nc.DualEncoder, data: Data, queries: Sequence[str], count: int = 5) -> str:
+    """The functions that the model finds for each query, with their scores."""
+    encoder = nc.evaluation.Encoder(model.candidate_network)
+    corpus = encoder(data.candidates(np.arange(len(data.corpus))))
+    scores = model.query_network(data.query_words(tf.constant(list(queries)))).numpy() @ corpus.T
+    lines = []
+    for query, row in zip(queries, scores):
+        lines.append(f"\n“{query}”")
+        for best in np.argsort(-row)[:count]:
+            lines.append(f"  {row[best]:.2f}  {data.corpus.names[best]}")
+    return "\n".join(lines)
+
+
+class _StepTimer(keras.callbacks.Callback):
+    def __init__(self):
+        super().__init__()
+        self._seconds = []
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._seconds.append(time.perf_counter() - self._start)
+
+    def median_milliseconds(self):
+        return 1000 * float(np.median(self._seconds))
+
+
+def _vectorize(layer, texts):
+    starts = range(0, len(texts), _ENCODING_BATCH)
+    return np.concatenate([layer(texts[i : i + _ENCODING_BATCH]).numpy() for i in starts])
+
+
+def _parse_arguments(arguments):
+    defaults = Settings()
+    parser = argparse.ArgumentParser(prog="python -m negative_cache.demo", description=__doc__)
+    add = parser.add_argument
+    add("--steps", type=int, default=defaults.steps, help="training steps of each model")
+    add("--cache-size", type=int, default=defaults.cache_size, help="rows of the cache")
+    add("--num-negatives", type=int, default=defaults.num_negatives, help="draws a query a step")
+    add("--seed", type=int, default=defaults.seed)
+    add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
+    add("--query", action="append", metavar="TEXT", help="a query of your own; may be repeated")
+    parsed = parser.parse_args(arguments)
+    for name in ("steps", "num_negatives"):
+        if getattr(parsed, name) < 1:
+            parser.error(
+                f"--{name.replace('_', '-')} must be at least 1, received {getattr(parsed, name)}"
+            )
+    if parsed.cache_size < 1024:
+        parser.error(f"--cache-size must be at least 1024, received {parsed.cache_size}")
+    return parsed
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the demo; `arguments` are those of the command line."""
+    options = _parse_arguments(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    settings = Settings(
+        steps=options.steps,
+        cache_size=options.cache_size,
+        num_negatives=options.num_negatives,
+        seed=options.seed,
+    )
+    corpus = installed_code.load()
+    print(f"{len(corpus):,} functions, {len(corpus.train):,} of them to train on")
+    data = Data(corpus)
+    results = [
+        train("in-batch softmax", data, 0, settings),
+        train("negative cache", data, settings.cache_size, settings),
+    ]
+    print(f"\n{len(corpus.validation):,} held-out queries against all {len(corpus):,} functions\n")
+    print(table(results))
+    plot(results, options.output / "mrr.png")
+    record = {
+        "settings": dataclasses.asdict(settings),
+        "results": [
+            {
+                "name": r.name,
+                "steps": r.steps,
+                "history": r.history,
+                "ms_per_step": r.milliseconds_per_step,
+            }
+            for r in results
+        ],
+    }
+    (options.output / "results.json").write_text(json.dumps(record, indent=1))
+    print(f"\nPlot and figures: {options.output}/mrr.png, {options.output}/results.json")
+    print(answer(results[1].model, data, options.query or QUERIES))
+
+
+if __name__ == "__main__":
+    main()
