@@ -34,11 +34,11 @@ _ENCODING_BATCH = 1024
 class Settings:
     """What both trainings share, and the size of the cache."""
 
-    steps: int = 2400
+    steps: int = 2000
     batch_size: int = 64
     cache_size: int = 16384
     num_negatives: int = 1
-    dim: int = 64
+    dim: int = 128
     temperature: float = 0.05
     learning_rate: float = 2e-3
     seed: int = 0

@@ -16,7 +16,13 @@ import tensorflow as tf
 
 from negative_cache import retrieval_fns, util
 from negative_cache.negative_cache import NegativeCache
-from negative_cache.ops import SoftmaxSample, merge_samples, sample_softmax
+from negative_cache.ops import (
+    SoftmaxSample,
+    contrastive,
+    merge_samples,
+    sample_softmax,
+    top_k_scores,
+)
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 DocNetwork = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
@@ -76,8 +82,8 @@ class CacheClassificationLoss(CacheLoss):
     Where the cache is fresh, the expected gradient of the training loss is the gradient of −log
     p⁺. No gradient flows into the cache. Rows that were never filled are candidates too.
 
-    As long as the retrieval function is Gumbel-max at inverse temperature 1 and there is no
-    `top_k`, candidates are scored block by block and no [B, C] array exists.
+    Candidates are scored block by block, and no [B, C] array exists, with `top_k` over one cache,
+    and without it as long as the retrieval function is Gumbel-max at inverse temperature 1.
 
     Args:
       embedding_key: the feature that holds the cached embeddings, [C, d].
@@ -133,7 +139,7 @@ class CacheClassificationLoss(CacheLoss):
             self._reduce(training_loss),
             self._reduce(tf.nn.softplus(log_odds)),
             *self._updates(indices, fresh, candidates),
-            self._reduce(_staleness(stale, tf.cast(fresh, tf.float32))),
+            self._reduce(contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))),
         )
 
     def _retrieve(self, queries, candidates):
@@ -141,6 +147,16 @@ class CacheClassificationLoss(CacheLoss):
         if self._samples_by_blocks():
             sample = self._sample(queries, candidates)
             return sample.indices[:, 0], sample.log_partition
+        if self.top_k is not None and len(candidates.sources) == 1:
+            (source,) = candidates.sources.values()
+            best = top_k_scores(
+                queries,
+                source[self.embedding_key],
+                self.top_k,
+                approximate=True,
+                score_transform=self.score_transform,
+            )
+            return self._draw(*best)
         return self._retrieve_from_scores(self._score_all(queries, candidates))
 
     def _fetch(self, indices, candidates):
@@ -174,9 +190,12 @@ class CacheClassificationLoss(CacheLoss):
         return tf.stop_gradient(self._transform(products))
 
     def _retrieve_from_scores(self, scores):
-        columns = None
-        if self.top_k is not None:
-            scores, columns = util.approximate_top_k_with_indices(scores, self.top_k)
+        if self.top_k is None:
+            return self._draw(scores)
+        return self._draw(*util.approximate_top_k_with_indices(scores, self.top_k))
+
+    def _draw(self, scores, columns=None):
+        """Lets the retrieval function choose among `scores` [B, n] of candidates `columns`."""
         picks = tf.convert_to_tensor(self._retrieval_fn(scores))
         if not picks.dtype.is_integer or not picks.shape.is_compatible_with([scores.shape[0], 1]):
             raise ValueError(
@@ -342,12 +361,6 @@ def _shift(sample: SoftmaxSample, offset) -> SoftmaxSample:
     """Moves the indices of a sample by `offset`, except the -1 that stand for no draw."""
     is_draw = sample.indices >= 0
     return sample._replace(indices=tf.where(is_draw, sample.indices + offset, sample.indices))
-
-
-def _staleness(stale: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:
-    """[B] float32, ‖ĝ − g‖² / ‖g‖², 0 where g is 0."""
-    drift = tf.reduce_sum(tf.math.squared_difference(stale, fresh), axis=1)
-    return tf.math.divide_no_nan(drift, tf.reduce_sum(tf.square(fresh), axis=1))
 
 
 def _check_pairs(query_embeddings, pos_doc_embeddings):

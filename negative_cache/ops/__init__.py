@@ -11,6 +11,7 @@ from negative_cache.ops.softmax_sampling import (
     sample_softmax,
     sample_softmax_with_gradient,
 )
+from negative_cache.ops.top_k import top_k_scores
 
 __all__ = [
     "OldestRows",
@@ -21,4 +22,5 @@ __all__ = [
     "oldest_rows",
     "sample_softmax",
     "sample_softmax_with_gradient",
+    "top_k_scores",
 ]

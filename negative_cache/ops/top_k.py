@@ -1,0 +1,140 @@
+"""The k best candidates of each query, one block of candidates at a time."""
+
+import math
+
+import tensorflow as tf
+
+from negative_cache.ops._block_scorer import BlockScorer
+
+# Candidates of a block at the most: see `softmax_sampling` for why it is bounded from both sides.
+_BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**22
+
+
+def top_k_scores(
+    query_embeddings: tf.Tensor,
+    candidate_embeddings: tf.Tensor | tf.Variable,
+    k: int,
+    *,
+    approximate: bool = False,
+    block_size: int | None = None,
+    **scoring,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds candidates of high score without an array of all scores.
+
+    Exactly, or approximately as published with the negative cache (Lindgren et al., NeurIPS 2021):
+    the candidates form, in order, k runs of equal length, and each run's best is kept. The best
+    candidate of all always is among them. Of equal scores the smallest index is kept.
+
+    Args:
+      query_embeddings: [B, d] float.
+      candidate_embeddings: [C, d] float, a tensor or a variable; C must be known.
+      k: how many to keep. If `approximate` it must divide C.
+      approximate: whether to keep each run's best and not the best of all.
+      block_size: candidates scored at a time. Chosen from the shapes where None.
+      **scoring: what `sample_softmax` takes, from `score_transform` to `max_scores`.
+
+    Returns:
+      scores: [B, k] float32, in descending order if exact, in the order of the runs if approximate;
+        -inf where there are too few admissible candidates.
+      indices: [B, k] int64, -1 where the score is -inf.
+
+    Raises:
+      ValueError: where a rank, a dimension or a dtype does not fit, or k does not.
+    """
+    scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
+    num_candidates = scorer.num_candidates
+    if not isinstance(num_candidates, int):
+        raise ValueError("`candidate_embeddings` must have a known number of rows. Received: None.")
+    if approximate and (k < 1 or num_candidates % k):
+        raise ValueError(
+            f"`k` must divide the number of candidates. Received: k = {k} and {num_candidates}"
+            " candidates."
+        )
+    if not 1 <= k <= num_candidates:
+        raise ValueError(
+            f"`k` must lie between 1 and the number of candidates. Received: k = {k} and"
+            f" {num_candidates} candidates."
+        )
+    if block_size is None:
+        num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else 256
+        block_size = min(_BLOCK_EMBEDDINGS // scorer.dim, _BLOCK_SCORES // max(num_queries, 1))
+    block_size = max(block_size, 1)
+    best = _best_of_runs if approximate else _best_of_all
+    scores, indices = best(scorer, k, block_size)
+    return scores, tf.where(tf.equal(scores, -math.inf), tf.constant(-1, tf.int64), indices)
+
+
+def _best_of_all(scorer: BlockScorer, k: int, block_size: int):
+    block_size = min(max(block_size, k), scorer.num_candidates)
+    num_blocks = scorer.num_candidates // block_size
+
+    def add_block(start, size, scores, indices):
+        block_scores, _ = scorer.score_block(scorer.read_block(start, size), start, size)
+        best = tf.math.top_k(block_scores, k=min(k, size))
+        both_scores = tf.concat([scores, best.values], axis=1)
+        both_indices = tf.concat([indices, tf.cast(start + best.indices, tf.int64)], axis=1)
+        best = tf.math.top_k(both_scores, k=k)
+        return best.values, tf.gather(both_indices, best.indices, batch_dims=1)
+
+    nothing = tf.fill([scorer.num_queries, k], -math.inf)
+    _, scores, indices = tf.while_loop(
+        lambda block, *_: block < num_blocks,
+        lambda block, *best: (block + 1, *add_block(block * block_size, block_size, *best)),
+        (tf.constant(0), nothing, tf.fill(tf.shape(nothing), tf.constant(-1, tf.int64))),
+        parallel_iterations=1,
+    )
+    start = num_blocks * block_size
+    if start < scorer.num_candidates:
+        scores, indices = add_block(start, scorer.num_candidates - start, scores, indices)
+    return scores, indices
+
+
+def _best_of_runs(scorer: BlockScorer, k: int, block_size: int):
+    """Scores whole runs at a time, or a long run in parts.
+
+    The last part of a long run is as long as the others and so may overlap the one before, which
+    does not change the best.
+    """
+    run_size = scorer.num_candidates // k
+    part_size = min(run_size, block_size)
+    parts = math.ceil(run_size / part_size)
+    runs_per_block = max(block_size // run_size, 1) if parts == 1 else 1
+    runs_per_block = min(runs_per_block, k)
+    num_blocks = (k // runs_per_block) * parts
+
+    def best_of_block(block, runs):
+        run, part = block // parts * runs_per_block, block % parts
+        start = run * run_size + tf.minimum(part * part_size, run_size - part_size)
+        size = runs * part_size
+        scores, _ = scorer.score_block(scorer.read_block(start, size), start, size)
+        scores = tf.reshape(scores, [scorer.num_queries, runs, part_size])
+        first = tf.cast(start + tf.range(runs) * part_size, tf.int64)
+        return tf.reduce_max(scores, axis=2), tf.argmax(scores, axis=2) + first
+
+    def body(block, scores, indices):
+        block_scores, block_indices = best_of_block(block, runs_per_block)
+        return block + 1, scores.write(block, block_scores), indices.write(block, block_indices)
+
+    arrays = (tf.TensorArray(tf.float32, num_blocks), tf.TensorArray(tf.int64, num_blocks))
+    _, *arrays = tf.while_loop(
+        lambda block, *_: block < num_blocks,
+        body,
+        (tf.constant(0), *arrays),
+        parallel_iterations=1,
+    )
+    # [blocks, B, runs of a block] -> [B, runs, parts]
+    shape = [scorer.num_queries, num_blocks // parts * runs_per_block, parts]
+    scores, indices = (
+        tf.reshape(tf.transpose(array.stack(), [1, 0, 2]), shape) for array in arrays
+    )
+    # Of parts that tie, the first holds the smallest index.
+    best_part = tf.argmax(scores, axis=2)[..., tf.newaxis]
+    scores, indices = (
+        tf.gather(values, best_part, batch_dims=2)[..., 0] for values in (scores, indices)
+    )
+    rest = k % runs_per_block
+    if rest:
+        rest_scores, rest_indices = best_of_block(tf.constant(num_blocks), rest)
+        scores = tf.concat([scores, rest_scores], axis=1)
+        indices = tf.concat([indices, rest_indices], axis=1)
+    return scores, indices
