@@ -3,9 +3,11 @@
 `sample_softmax` and `top_k_scores` share it. It reads candidates without ever copying them whole.
 """
 
-import math
-
 import tensorflow as tf
+
+# The score of a candidate that is not admissible: exp of it is zero beside any other score, and,
+# unlike -inf, it stays finite where no candidate is admissible.
+INADMISSIBLE = -1e30
 
 # A second scoring of a candidate may round differently from the first. The threshold `max_scores`
 # is widened by this relative amount then, so that no candidate admitted before vanishes.
@@ -13,7 +15,7 @@ _RESCORING_TOLERANCE = 1e-4
 
 
 class BlockScorer:
-    """Scores s(x, y) + log weight, -inf where a candidate is not admissible for a query.
+    """Scores s(x, y) + log weight; `INADMISSIBLE` where a candidate is left out for a query.
 
     The arguments are those of `sample_softmax`, which this checks.
 
@@ -101,7 +103,7 @@ class BlockScorer:
     def score_rows(self, rows) -> tf.Tensor:
         """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
 
-        Rows from C on have the score -inf.
+        Rows from C on are inadmissible.
         """
         exists = rows < self.num_candidates
         rows = tf.minimum(rows, self.num_candidates - 1)
@@ -112,7 +114,7 @@ class BlockScorer:
         if max_scores is not None:
             max_scores += _RESCORING_TOLERANCE * tf.maximum(tf.abs(max_scores), 1.0)
         scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
-        return tf.where(exists, scores, -math.inf)
+        return tf.where(exists, scores, INADMISSIBLE)
 
     def _embed(self, block):
         if self._embedding_transform is not None:
@@ -124,15 +126,20 @@ class BlockScorer:
         if self._score_transform is not None:
             scores = tf.stop_gradient(tf.cast(self._score_transform(products), tf.float32))
         if max_scores is not None:
-            scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, -math.inf)
+            scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, INADMISSIBLE)
         if self._log_weights is not None:
-            scores += take(self._log_weights)
+            scores = tf.maximum(scores + take(self._log_weights), INADMISSIBLE)
         if self._mask is not None:
-            scores = tf.where(take(self._mask), scores, -math.inf)
+            scores = tf.where(take(self._mask), scores, INADMISSIBLE)
         if self._ids is not None:
             is_positive = tf.equal(take(self._ids), self._positive_ids[:, tf.newaxis])
-            scores = tf.where(is_positive, -math.inf, scores)
+            scores = tf.where(is_positive, INADMISSIBLE, scores)
         return scores
+
+
+def is_admissible(scores: tf.Tensor) -> tf.Tensor:
+    """Whether scores, or log partitions of sets of them, are of any admissible candidate."""
+    return scores > 0.5 * INADMISSIBLE
 
 
 def _check_embeddings(queries: tf.Tensor, candidates) -> None:

@@ -1,11 +1,12 @@
 """Exact sampling from a softmax over many candidates, one block of candidates at a time.
 
-The candidates are cut into blocks, and each block into groups. One pass over the blocks scores
-every candidate and keeps, for every query, only the sum of exp(score) over each group. The
-partition function is the sum of those sums, and a draw is an inverse CDF in three steps: a block in
-proportion to its sum, a group of that block likewise, and a candidate of that group, whose few
-scores are computed a second time. No [B, C] array exists, no random number or logarithm is spent
-per candidate, and more draws per query cost nothing but the last step.
+The candidates are cut into blocks, and each block into groups, of every so-many-th candidate. One
+pass over the blocks takes the softmax of each, and keeps of it, for every query, the block's log
+partition and the probabilities of its groups. The log partition of all candidates follows from
+those of the blocks, and a draw is an inverse CDF in three steps: a block, a group of that block,
+and a candidate of that group, whose few scores are computed a second time. No [B, C] array exists,
+no random number or logarithm is spent per candidate, and more draws per query cost nothing but the
+last step.
 
 `merge_samples` joins samples over disjoint candidate sets, so that caches, shards and trees share
 one rule.
@@ -17,11 +18,13 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from negative_cache.ops._block_scorer import BlockScorer
+from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 Seed = int | tf.Tensor | Sequence[int] | None
 
+# A probability whose logarithm is as exact as that of a larger one: float32 holds it in full.
+_SMALLEST_PROBABILITY = 1e-30
 # Sizes to plan for where they are not known when a function is traced.
 _LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
 
@@ -142,34 +145,30 @@ def sample_softmax_with_gradient(
         raise ValueError(f"`num_samples` must be at least 1. Received: {num_samples}.")
     block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
 
-    sums = _sum_groups(scorer, block_size, group_size, compute_gradient)
-    block_sums = tf.reduce_sum(sums.groups, axis=2)
-    overall_max = tf.reduce_max(sums.block_max, axis=1)
-    block_weights = block_sums * tf.exp(sums.block_max - _or_zero(overall_max)[:, tf.newaxis])
-    total = tf.reduce_sum(block_weights, axis=1)
+    blocks = _scan_blocks(scorer, block_size, group_size, compute_gradient)
+    log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
 
     uniforms = _uniforms([3, scorer.num_queries, num_samples], seed)
-    blocks = _inverse_cdf(block_weights, uniforms[0])
-    drawn_block = tf.gather(sums.groups, blocks, batch_dims=1)
-    groups = _inverse_cdf(drawn_block, uniforms[1][..., tf.newaxis])[..., 0]
-    starts = (blocks * (block_size // group_size) + groups) * group_size
-    rows = starts[..., tf.newaxis] + tf.range(group_size)
+    block = _inverse_cdf(tf.nn.softmax(blocks.log_partition), uniforms[0])
+    groups_of_block = tf.gather(blocks.group_probability, block, batch_dims=1)
+    group = _inverse_cdf(groups_of_block, uniforms[1][..., tf.newaxis])[..., 0]
+    groups_per_block = block_size // group_size
+    first = block * block_size + group
+    rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
     scores = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, num_samples * group_size]))
     scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
-    weights = tf.exp(scores - _or_zero(tf.reduce_max(scores, axis=2, keepdims=True)))
-    picks = _inverse_cdf(weights, uniforms[2][..., tf.newaxis])
+    pick = _inverse_cdf(tf.nn.softmax(scores), uniforms[2][..., tf.newaxis])
 
-    sample = _without_draws_from_nothing(
-        SoftmaxSample(
-            tf.cast(tf.gather(rows, picks, batch_dims=2)[..., 0], tf.int64),
-            tf.gather(scores, picks, batch_dims=2)[..., 0],
-            overall_max + tf.math.log(total),
-        )
+    is_empty = ~is_admissible(log_partition)
+    sample = SoftmaxSample(
+        tf.cast(tf.gather(rows, pick, batch_dims=2)[..., 0], tf.int64),
+        tf.gather(scores, pick, batch_dims=2)[..., 0],
+        tf.where(is_empty, -math.inf, log_partition),
     )
     gradient = None
     if compute_gradient:
-        gradient = tf.math.divide_no_nan(sums.moment, total[:, tf.newaxis])
-    return sample, gradient
+        gradient = tf.where(is_empty[:, tf.newaxis], 0.0, blocks.mean)
+    return _without_draws_from_nothing(sample), gradient
 
 
 def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> SoftmaxSample:
@@ -209,64 +208,88 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
     )
 
 
-class _Sums(NamedTuple):
+class _Blocks(NamedTuple):
     """What one pass over the candidates keeps.
 
     Attributes:
-      block_max: [B, blocks], the largest score of each block, -inf where none is admissible.
-      groups: [B, blocks, groups per block], Σ exp(score - block_max) over each group.
-      moment: [B, d], Σ exp(score - overall maximum) · slope · embedding, or zeros.
+      log_partition: [B, blocks].
+      group_probability: [B, blocks, groups per block], the softmax over a block, summed by groups.
+      mean: [B, d], Σ_y P(y|x) s' y over all candidates; zero where it is not wanted.
     """
 
-    block_max: tf.Tensor
-    groups: tf.Tensor
-    moment: tf.Tensor
+    log_partition: tf.Tensor
+    group_probability: tf.Tensor
+    mean: tf.Tensor
 
 
-def _sum_groups(scorer: BlockScorer, block_size: int, group_size: int, with_moment: bool) -> _Sums:
+def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mean: bool) -> _Blocks:
     groups_per_block = block_size // group_size
     num_full_blocks = scorer.num_candidates // block_size
     remainder = scorer.num_candidates - num_full_blocks * block_size
     has_remainder = tf.is_tensor(remainder) or remainder > 0
     num_blocks = num_full_blocks + int(has_remainder)
 
-    def add_block(block, size, maxima, groups, moment_max, moment):
+    def scan_block(block, size, log_partitions, group_probabilities, seen_partition, mean):
         embeddings = scorer.read_block(block * block_size, size)
         scores, slopes = scorer.score_block(
-            embeddings, block * block_size, size, with_slopes=with_moment
+            embeddings, block * block_size, size, with_slopes=with_mean
         )
-        block_max = tf.reduce_max(scores, axis=1)
-        weights = tf.exp(scores - _or_zero(block_max)[:, tf.newaxis])
-        if with_moment:
-            this_moment = tf.matmul(weights if slopes is None else weights * slopes, embeddings)
-            new_max = tf.maximum(moment_max, block_max)
-            moment = moment * _rescale(moment_max, new_max) + this_moment * _rescale(
-                block_max, new_max
-            )
-            moment_max = new_max
         if size is not block_size:
-            weights = tf.pad(weights, [[0, 0], [0, block_size - size]])
-        sums = tf.reshape(weights, [scorer.num_queries, groups_per_block, group_size])
-        sums = tf.reduce_sum(sums, axis=2)
-        return maxima.write(block, block_max), groups.write(block, sums), moment_max, moment
+            padding = [[0, 0], [0, block_size - size]]
+            scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
+        # The softmax is one fused operation, faster than exp alone, and faster still where it may
+        # overwrite the scores: what else needs them must come first, and be small.
+        some_scores = tf.identity(scores[:, :groups_per_block])
+        with tf.control_dependencies([some_scores]):
+            probability = tf.nn.softmax(scores)
+        # Groups are columns here: this sum is of whole rows, faster than one within short rows.
+        grouped = [scorer.num_queries, group_size, groups_per_block]
+        group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
+
+        # log Z = s(y) - log P(y) for any y, here the best of some, unless its P(y) is too small.
+        some_probability = tf.reduce_max(probability[:, :groups_per_block], axis=1)
+        log_partition = tf.cond(
+            tf.reduce_all(some_probability > _SMALLEST_PROBABILITY),
+            lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(some_probability),
+            lambda: tf.reduce_logsumexp(
+                scorer.score_block(embeddings, block * block_size, size)[0], axis=1
+            ),
+        )
+        if with_mean:
+            weights = probability[:, :size]
+            block_mean = tf.matmul(weights if slopes is None else weights * slopes, embeddings)
+            new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
+            share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
+            mean += share * (block_mean - mean)
+            seen_partition = new_partition
+        return (
+            log_partitions.write(block, log_partition),
+            group_probabilities.write(block, group_probability),
+            seen_partition,
+            mean,
+        )
 
     state = (
         tf.TensorArray(tf.float32, num_blocks),
         tf.TensorArray(tf.float32, num_blocks),
-        tf.fill([scorer.num_queries], -math.inf),
+        tf.fill([scorer.num_queries], 2.0 * INADMISSIBLE),
         tf.zeros([scorer.num_queries, scorer.dim]),
     )
     if tf.is_tensor(num_full_blocks) or num_full_blocks > 0:
         _, *state = tf.while_loop(
             lambda block, *_: block < num_full_blocks,
-            lambda block, *state: (block + 1, *add_block(block, block_size, *state)),
+            lambda block, *state: (block + 1, *scan_block(block, block_size, *state)),
             (tf.constant(0), *state),
             parallel_iterations=1,
         )
     if has_remainder:
-        state = add_block(num_full_blocks, remainder, *state)
-    maxima, groups, _, moment = state
-    return _Sums(tf.transpose(maxima.stack()), tf.transpose(groups.stack(), [1, 0, 2]), moment)
+        state = scan_block(num_full_blocks, remainder, *state)
+    log_partitions, group_probabilities, _, mean = state
+    return _Blocks(
+        tf.transpose(log_partitions.stack()),
+        tf.transpose(group_probabilities.stack(), [1, 0, 2]),
+        mean,
+    )
 
 
 def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
@@ -274,7 +297,7 @@ def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None)
 
     A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
     scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that what one
-    read brings into the processor's cache is still there when it is scored, and at most 2^22
+    read brings into the processor's cache is still there when it is scored, and at most 2^21
     scores; within these limits it is as large as can be, because every block costs some operations.
     """
     if block_size is not None and block_size < 1:
@@ -286,7 +309,7 @@ def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None)
     balanced = math.sqrt(max(num_candidates, 1) / (num_samples * scorer.dim))
     group_size = min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
     if block_size is None:
-        block_size = max(min(2**21 // scorer.dim, 2**22 // max(num_queries, 1)), group_size)
+        block_size = max(min(2**21 // scorer.dim, 2**21 // max(num_queries, 1)), group_size)
     else:
         group_size = min(group_size, block_size)
     block_size = max(min(block_size, num_candidates), 1)
@@ -324,8 +347,3 @@ def _uniforms(shape, seed: Seed) -> tf.Tensor:
 def _or_zero(maxima: tf.Tensor) -> tf.Tensor:
     """Replaces the -inf of an empty set, so that subtracting it leaves -inf and not NaN."""
     return tf.where(tf.equal(maxima, -math.inf), 0.0, maxima)
-
-
-def _rescale(old_max: tf.Tensor, new_max: tf.Tensor) -> tf.Tensor:
-    """[B, 1] factors that turn sums relative to one maximum into sums relative to a larger one."""
-    return tf.exp(old_max - _or_zero(new_max))[:, tf.newaxis]

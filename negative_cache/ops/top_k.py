@@ -4,10 +4,10 @@ import math
 
 import tensorflow as tf
 
-from negative_cache.ops._block_scorer import BlockScorer
+from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
 
 # Candidates of a block at the most: see `softmax_sampling` for why it is bounded from both sides.
-_BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**22
+_BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**21
 
 
 def top_k_scores(
@@ -61,7 +61,9 @@ def top_k_scores(
     block_size = max(block_size, 1)
     best = _best_of_runs if approximate else _best_of_all
     scores, indices = best(scorer, k, block_size)
-    return scores, tf.where(tf.equal(scores, -math.inf), tf.constant(-1, tf.int64), indices)
+    found = is_admissible(scores)
+    nothing = tf.constant(-1, tf.int64)
+    return tf.where(found, scores, -math.inf), tf.where(found, indices, nothing)
 
 
 def _best_of_all(scorer: BlockScorer, k: int, block_size: int):
@@ -76,7 +78,7 @@ def _best_of_all(scorer: BlockScorer, k: int, block_size: int):
         best = tf.math.top_k(both_scores, k=k)
         return best.values, tf.gather(both_indices, best.indices, batch_dims=1)
 
-    nothing = tf.fill([scorer.num_queries, k], -math.inf)
+    nothing = tf.fill([scorer.num_queries, k], 2.0 * INADMISSIBLE)
     _, scores, indices = tf.while_loop(
         lambda block, *_: block < num_blocks,
         lambda block, *best: (block + 1, *add_block(block * block_size, block_size, *best)),
