@@ -1,6 +1,7 @@
 """What the benchmarks share: side-by-side timing, tables, and the record of a run."""
 
 import json
+import os
 import pathlib
 import platform
 import time
@@ -12,8 +13,8 @@ import tensorflow as tf
 
 def side_by_side(
     functions: Mapping[str, Callable[[], object]], *, repeats: int = 11, warmup: int = 2
-) -> dict[str, float]:
-    """Median seconds of each function, called in turn so that all see the same machine.
+) -> dict[str, np.ndarray]:
+    """[repeats] seconds of each function, called in turn so that all see the same machine.
 
     A call counts until its results are in host memory.
     """
@@ -24,7 +25,24 @@ def side_by_side(
             tf.nest.map_structure(lambda value: value.numpy(), function())
             if repeat >= warmup:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: float(np.median(values)) for name, values in seconds.items()}
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def medians(
+    functions: Mapping[str, Callable[[], object]], *, repeats: int = 11
+) -> dict[str, float]:
+    """Median milliseconds of each function, side by side."""
+    seconds = side_by_side(functions, repeats=repeats)
+    return {name: 1000 * float(np.median(values)) for name, values in seconds.items()}
+
+
+def ratios(milliseconds: Mapping[str, float], baseline: str) -> dict[str, float]:
+    """`{name}/{baseline}` of every other function."""
+    return {
+        f"{name}/{baseline}": value / milliseconds[baseline]
+        for name, value in milliseconds.items()
+        if name != baseline
+    }
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -43,7 +61,7 @@ def save(path: pathlib.Path, record: Mapping[str, object]) -> None:
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
-        "threads": len(tf.config.list_logical_devices("CPU")) and _cores(),
+        "cores": _cores(),
     }
     path.write_text(json.dumps({"machine": machine, **record}, indent=1) + "\n")
     print(f"\nwritten to {path}")
@@ -54,8 +72,6 @@ def _text(value) -> str:
 
 
 def _cores() -> int:
-    import os
-
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

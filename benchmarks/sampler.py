@@ -20,11 +20,11 @@ import functools
 import multiprocessing
 import os
 import pathlib
-import resource
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import _measure
+import numpy as np
 import tensorflow as tf
 
 import negative_cache as nc
@@ -42,6 +42,7 @@ TOP_K = 64
 DTYPE_SHAPES = ((64, 131072, 128), (256, 131072, 128), (256, 131072, 768))
 UPDATE_SIZES, UPDATE_BATCH, UPDATE_DIM = (4096, 4 * 2**20), 256, 64
 MEMORY_SHAPE = (1024, 2**20, 128)
+SCALE = 20.0
 
 
 def normalized(shape, seed):
@@ -52,7 +53,6 @@ def filled_cache(size, dim, dtype=tf.float32):
     """A cache whose rows are all filled, and which updates have scattered into."""
     cache = nc.Cache({"embedding": tf.io.FixedLenFeature([dim], dtype)}, size)
     cache.embeddings.assign(tf.cast(normalized([size, dim], 1), dtype))
-    cache.filled.assign(tf.ones([size], tf.bool))
     for seed in range(3):
         cache.update(new_items={"embedding": normalized([16, dim], seed)})
     return cache
@@ -63,7 +63,7 @@ def bare(candidates, queries):
 
 
 def straightforward(candidates, queries, positives, top_k=None):
-    """ŷ by Gumbel-max over all scores, and -log p⁺ by a softmax over the positive and all scores."""
+    """ŷ by Gumbel-max over all scores, -log p⁺ by a softmax over the positive and all scores."""
     scores = tf.matmul(queries, candidates, transpose_b=True)
     indices = None
     if top_k is not None:
@@ -97,186 +97,136 @@ def update(cache, drawn, positives):
     )
 
 
-def compare_shapes(shapes, repeats):
-    rows = []
-    for batch, size, dim in shapes:
-        cache = filled_cache(size, dim)
-        candidates = tf.Variable(cache.embeddings)
-        age = tf.Variable(cache.age)
-        queries = normalized([batch, dim], 2) * 20.0
-        positives = normalized([batch, dim], 3)
-        # (a) reads a constant tensor, which costs it no copy.
-        constant = tf.constant(candidates.numpy())
+def compare_shape(batch, size, dim, repeats):
+    cache = filled_cache(size, dim)
+    candidates, age = tf.Variable(cache.embeddings), tf.Variable(cache.age)
+    # (a) and the forward pass of (b) read a constant tensor, which costs them no copy.
+    constant = tf.constant(candidates.numpy())
+    queries, positives = normalized([batch, dim], 2) * SCALE, normalized([batch, dim], 3)
 
-        @tf.function
-        def a():
-            return bare(constant, queries)
+    def b_update():
+        drawn, loss = straightforward(candidates, queries, positives)
+        new_candidates, new_age = straightforward_update(candidates, age, drawn, positives)
+        candidates.assign(new_candidates)
+        age.assign(new_age)
+        return loss
 
-        @tf.function
-        def b_forward():
-            return straightforward(constant, queries, positives)
+    def c_update():
+        sample = ops.sample_softmax(queries, cache.embeddings)
+        update(cache, sample.indices[:, 0], positives)
+        return sample.log_partition
 
-        @tf.function
-        def b_update():
-            drawn, loss = straightforward(candidates, queries, positives)
-            new_candidates, new_age = straightforward_update(candidates, age, drawn, positives)
-            candidates.assign(new_candidates)
-            age.assign(new_age)
-            return loss
-
-        @tf.function
-        def c_forward():
-            return ops.sample_softmax(queries, cache.embeddings)
-
-        @tf.function
-        def c_gradient():
-            return ops.sample_softmax_with_gradient(queries, cache.embeddings)
-
-        @tf.function
-        def c_update():
-            sample = ops.sample_softmax(queries, cache.embeddings)
-            update(cache, sample.indices[:, 0], positives)
-            return sample.log_partition
-
-        functions = {
-            "a": a,
-            "b": b_forward,
-            "b+update": b_update,
-            "c": c_forward,
-            "c+gradient": c_gradient,
-            "c+update": c_update,
-        }
-        seconds = _measure.side_by_side(functions, repeats=repeats)
-        rows.append(
-            {
-                "B": batch,
-                "C": size,
-                "d": dim,
-                "a, ms": 1000 * seconds["a"],
-                **{f"{name}/a": seconds[name] / seconds["a"] for name in list(functions)[1:]},
-                "b/c": seconds["b"] / seconds["c"],
-                "b/c with update": seconds["b+update"] / seconds["c+update"],
-            }
-        )
-        print(_measure.table(rows[-1:]), flush=True)
-    return rows
+    functions = {
+        "a": lambda: bare(constant, queries),
+        "b": lambda: straightforward(constant, queries, positives),
+        "b+update": b_update,
+        "c": lambda: ops.sample_softmax(queries, cache.embeddings),
+        "c+update": c_update,
+        "c+gradient": lambda: ops.sample_softmax_with_gradient(queries, cache.embeddings),
+    }
+    functions = {name: tf.function(function) for name, function in functions.items()}
+    milliseconds = _measure.medians(functions, repeats=repeats)
+    return {
+        **_shape(batch, size, dim),
+        "a, ms": milliseconds["a"],
+        **_measure.ratios(milliseconds, "a"),
+        "b/c": milliseconds["b"] / milliseconds["c"],
+        "(b/c)+update": milliseconds["b+update"] / milliseconds["c+update"],
+    }
 
 
-def compare_top_k(shapes, repeats):
-    rows = []
-    for batch, size, dim in shapes:
-        cache = filled_cache(size, dim)
-        constant = tf.constant(cache.embeddings.numpy())
-        queries, positives = normalized([batch, dim], 2) * 20.0, normalized([batch, dim], 3)
-        functions = {
-            "a": tf.function(lambda: bare(constant, queries)),
-            "b": tf.function(lambda: straightforward(constant, queries, positives, TOP_K)),
-            "approximate": tf.function(
-                lambda: ops.top_k_scores(queries, cache.embeddings, TOP_K, approximate=True)
-            ),
-            "exact": tf.function(lambda: ops.top_k_scores(queries, cache.embeddings, TOP_K)),
-        }
-        seconds = _measure.side_by_side(functions, repeats=repeats)
-        rows.append(
-            {
-                "B": batch,
-                "C": size,
-                "d": dim,
-                "a, ms": 1000 * seconds["a"],
-                **{f"{name}/a": seconds[name] / seconds["a"] for name in list(functions)[1:]},
-            }
-        )
-    return rows
+def compare_top_k(batch, size, dim, repeats):
+    cache = filled_cache(size, dim)
+    constant = tf.constant(cache.embeddings.numpy())
+    queries, positives = normalized([batch, dim], 2) * SCALE, normalized([batch, dim], 3)
+    top_k = functools.partial(ops.top_k_scores, queries, cache.embeddings, TOP_K)
+    functions = {
+        "a": lambda: bare(constant, queries),
+        "b": lambda: straightforward(constant, queries, positives, TOP_K),
+        "approximate": lambda: top_k(approximate=True),
+        "exact": top_k,
+    }
+    functions = {name: tf.function(function) for name, function in functions.items()}
+    milliseconds = _measure.medians(functions, repeats=repeats)
+    return {
+        **_shape(batch, size, dim),
+        "a, ms": milliseconds["a"],
+        **_measure.ratios(milliseconds, "a"),
+        "b/approximate": milliseconds["b"] / milliseconds["approximate"],
+    }
 
 
-def compare_dtypes(shapes, repeats):
-    rows = []
-    for batch, size, dim in shapes:
-        queries = normalized([batch, dim], 2) * 20.0
-        functions = {}
-        for dtype in (tf.float32, tf.bfloat16, tf.float16):
-            embeddings = filled_cache(size, dim, dtype).embeddings
-            sample = functools.partial(ops.sample_softmax, queries, embeddings)
-            functions[dtype.name] = tf.function(sample)
-        seconds = _measure.side_by_side(functions, repeats=repeats)
-        rows.append(
-            {
-                "B": batch,
-                "C": size,
-                "d": dim,
-                "float32, ms": 1000 * seconds["float32"],
-                "bfloat16/float32": seconds["bfloat16"] / seconds["float32"],
-                "float16/float32": seconds["float16"] / seconds["float32"],
-            }
-        )
-    return rows
+def compare_dtypes(batch, size, dim, repeats):
+    queries = normalized([batch, dim], 2) * SCALE
+    functions = {}
+    for dtype in (tf.float32, tf.bfloat16, tf.float16):
+        embeddings = filled_cache(size, dim, dtype).embeddings
+        sample = functools.partial(ops.sample_softmax, queries, embeddings)
+        functions[dtype.name] = tf.function(sample)
+    milliseconds = _measure.medians(functions, repeats=repeats)
+    return {
+        **_shape(batch, size, dim),
+        "float32, ms": milliseconds["float32"],
+        **_measure.ratios(milliseconds, "float32"),
+    }
 
 
 def compare_updates(sizes, repeats):
-    """Medians, and means over enough steps to contain the rare ones that refill the queue."""
-    functions, means = {}, {}
+    """Medians, and means over enough steps to contain the rare ones that renew the queue."""
     positives = normalized([UPDATE_BATCH, UPDATE_DIM], 3)
+
+    def step(cache, size):
+        drawn = tf.random.uniform([UPDATE_BATCH], maxval=size, dtype=tf.int64)
+        update(cache, drawn, positives)
+        return tf.identity(cache.num_filled)
+
+    functions = {}
     for size in sizes:
         cache = filled_cache(size, UPDATE_DIM)
-
-        @tf.function
-        def step(cache=cache, size=size):
-            drawn = tf.random.uniform([UPDATE_BATCH], maxval=size, dtype=tf.int64)
-            update(cache, drawn, positives)
-            return cache.num_filled
-
-        functions[size] = step
-    seconds = _measure.side_by_side(functions, repeats=20 * repeats, warmup=10)
-    means = _measure.side_by_side(functions, repeats=40 * repeats, warmup=0, statistic="mean")
-    smallest = min(sizes)
+        functions[size] = tf.function(functools.partial(step, cache, size))
+    seconds = _measure.side_by_side(functions, repeats=60 * repeats, warmup=10)
+    smallest = seconds[min(sizes)]
     return [
         {
             "C": size,
-            "median, ms": 1000 * seconds[size],
-            "mean, ms": 1000 * means[size],
-            "median above smallest, ms": 1000 * (seconds[size] - seconds[smallest]),
-            "mean above smallest, ms": 1000 * (means[size] - means[smallest]),
+            "median, ms": 1000 * float(np.median(seconds[size])),
+            "mean, ms": 1000 * float(np.mean(seconds[size])),
+            "largest, ms": 1000 * float(np.max(seconds[size])),
+            "median above smallest C, ms": 1000 * float(np.median(seconds[size] - smallest)),
+            "mean above smallest C, ms": 1000 * float(np.mean(seconds[size] - smallest)),
         }
         for size in sizes
     ]
 
 
+def _shape(batch, size, dim):
+    return {"B": batch, "C": size, "d": dim}
+
+
 def _peak_growth(name, queue):
-    """Growth of the peak resident set by one call, in MB, after everything else is in memory."""
+    """Growth of the resident set's peak by one call, in MB, with all its inputs in memory."""
     batch, size, dim = MEMORY_SHAPE
     cache = filled_cache(size, dim)
-    queries = normalized([batch, dim], 2) * 20.0
+    queries = normalized([batch, dim], 2) * SCALE
     functions = {
         "sample_softmax": lambda: ops.sample_softmax(queries, cache.embeddings),
         "straightforward": lambda: straightforward(cache.embeddings, queries, queries),
     }
-    function = tf.function(functions[name])
-    # Traces, starts thread pools and loads kernels, on a few rows.
-    ops.sample_softmax(queries[:8], cache.embeddings.sparse_read(tf.range(4096)))
-    concrete = function.get_concrete_function()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    del before
-    resident = _resident()
-    tf.nest.map_structure(lambda value: value.numpy(), concrete())
-    peak = _peak_resident()
-    queue.put((peak - resident) / 2**20)
+    # Starts the thread pools and loads the kernels, on a few rows.
+    ops.sample_softmax(queries[:8], tf.gather(cache.embeddings, tf.range(4096)))
+    function = tf.function(functions[name]).get_concrete_function()
+    # Sets the high-water mark back to what is resident, so that the peak is that of the call.
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+    resident = _status("VmRSS")
+    tf.nest.map_structure(lambda value: value.numpy(), function())
+    queue.put((_status("VmHWM") - resident) / 2**20)
 
 
 def _status(key):
     for line in pathlib.Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return 1024 * int(line.split()[1])
-    raise RuntimeError(f"No {key} in /proc/self/status.")
-
-
-def _resident():
-    # Resets the high-water mark, so that the peak is that of the call.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _peak_resident():
-    return _status("VmHWM")
+    raise RuntimeError(f"No {key} in /proc/self/status: the memory part needs Linux.")
 
 
 def compare_memory():
@@ -288,8 +238,15 @@ def compare_memory():
         process.start()
         growth = queue.get(timeout=600)
         process.join()
-        batch, size, dim = MEMORY_SHAPE
-        rows.append({"B": batch, "C": size, "d": dim, "what": name, "peak growth, MB": growth})
+        rows.append({**_shape(*MEMORY_SHAPE), "what": name, "peak growth, MB": growth})
+    return rows
+
+
+def over_shapes(compare, shapes, repeats):
+    rows = []
+    for shape in shapes:
+        rows.append(compare(*shape, repeats))
+        print(_measure.table(rows[-1:]), flush=True)
     return rows
 
 
@@ -305,9 +262,9 @@ def main():
     repeats = 3 if options.quick else 15
     shapes = SHAPES[:2] if options.quick else SHAPES
     run = {
-        "shapes": lambda: compare_shapes(shapes, repeats),
-        "top_k": lambda: compare_top_k(shapes, repeats),
-        "dtype": lambda: compare_dtypes(DTYPE_SHAPES, repeats),
+        "shapes": lambda: over_shapes(compare_shape, shapes, repeats),
+        "top_k": lambda: over_shapes(compare_top_k, shapes, repeats),
+        "dtype": lambda: over_shapes(compare_dtypes, DTYPE_SHAPES, repeats),
         "update": lambda: compare_updates(UPDATE_SIZES, repeats),
         "memory": compare_memory,
     }

@@ -279,12 +279,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": dataclasses.asdict(settings),
         "results": [
             {
-                "name": r.name,
-                "steps": r.steps,
-                "history": r.history,
-                "ms_per_step": r.milliseconds_per_step,
+                "name": result.name,
+                "steps": result.steps,
+                "history": result.history,
+                "milliseconds_per_step": result.milliseconds_per_step,
+                "candidates_encoded": result.candidates_encoded,
             }
-            for r in results
+            for result in results
         ],
     }
     (options.output / "results.json").write_text(json.dumps(record, indent=1))

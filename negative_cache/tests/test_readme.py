@@ -1,0 +1,86 @@
+"""Runs the README's Python, in order, with towers and data as a reader would have them."""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache._compat import IS_KERAS_2, keras
+
+README = pathlib.Path(__file__).parents[2] / "README.md"
+TITLES = np.array([f"title {i}" for i in range(300)])
+
+
+def blocks():
+    if not README.exists():
+        pytest.skip("The README is not part of an installed package.")
+    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def block(marker):
+    (found,) = [code for code in blocks() if marker in code]
+    return found
+
+
+class TitleTower(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.ids = keras.layers.Hashing(1000)
+        self.table = keras.layers.Embedding(1000, 8)
+
+    def call(self, inputs):
+        titles = inputs["title"] if isinstance(inputs, dict) else inputs
+        return self.table(self.ids(titles))
+
+
+@pytest.mark.end_to_end
+def test_ten_lines_and_callbacks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"query": TITLES, "candidate": {"title": TITLES}}
+    names = {
+        "query_tower": TitleTower(),
+        "candidate_tower": TitleTower(),
+        "pairs": tf.data.Dataset.from_tensor_slices(data),
+    }
+    exec(block("model.fit(pairs"), names)
+    assert set(tf.saved_model.load("retriever").signatures) >= {"embed_query", "embed_candidate"}
+    names["validation"] = names["pairs"].take(50)
+    names["candidates"] = names["pairs"].map(lambda pair: pair["candidate"])
+    exec(block("callbacks = ["), names)
+    history = names["model"].fit(names["pairs"].batch(64), callbacks=names["callbacks"], verbose=0)
+    assert {"val_mrr", "val_recall_at_10"} <= set(history.history)
+
+
+@pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
+def test_tfrs_model():
+    import tensorflow_recommenders as tfrs
+
+    import negative_cache as nc
+
+    names = {"tf": tf, "tfrs": tfrs, "nc": nc}
+    exec(block("class MovieModel"), names)
+    model = names["MovieModel"](TitleTower(), TitleTower())
+    model.compile(optimizer="adam")
+    features = {"user_id": TITLES, "movie_title": TITLES}
+    dataset = tf.data.Dataset.from_tensor_slices(features).batch(64)
+    model.fit(dataset, verbose=0)
+    filled = int(model.task.cache.num_filled)
+    assert filled == len(TITLES)
+    model.evaluate(dataset, verbose=0)
+    assert int(model.task.cache.num_filled) == filled
+
+
+def test_published_api():
+    table = tf.random.normal([10, 128])
+    text = tf.random.uniform([4, 64], maxval=10, dtype=tf.int32)
+    names = {
+        "tf": tf,
+        "item_network": lambda features: tf.gather(table, features["text"][:, 0]),
+        "query_embeddings": tf.random.normal([4, 128]),
+        "item_embeddings": tf.gather(table, text[:, 0]),
+        "text": text,
+    }
+    exec(block("CacheLossHandler("), names)
+    assert np.isfinite(names["loss"])
