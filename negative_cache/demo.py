@@ -38,6 +38,7 @@ class Settings:
     batch_size: int = 64
     cache_size: int = 16384
     num_negatives: int = 1
+    exact_query_gradient: bool = True
     dim: int = 128
     temperature: float = 0.05
     learning_rate: float = 2e-3
@@ -116,6 +117,7 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
         cache_size,
         temperature=settings.temperature,
         num_negatives=settings.num_negatives,
+        exact_query_gradient=settings.exact_query_gradient,
         in_batch_negatives=True,
         candidate_id_key="row",
         remove_accidental_hits=True,
