@@ -205,6 +205,9 @@ class Cache(keras.layers.Layer):
             self._queue.last_touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
             return new.rows[:count]
 
+        if not tf.is_tensor(count) and count > _QUEUE_SIZE:
+            # A branch that could not run could not be traced either.
+            return from_new_queue()
         num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
         return tf.cond(num_usable >= count, from_queue, from_new_queue)
 

@@ -84,7 +84,7 @@ class OldestRows(NamedTuple):
         return tf.equal(tf.gather(last_touched, self.rows), self.last_touched)
 
     def first(self, usable: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
-        """[count] int64, the rows of the first entries with `usable` [K] bool."""
+        """[count] int64, the rows of the first entries with `usable` [K] bool; count <= K."""
         size = tf.size(usable)
         positions = tf.where(usable, tf.range(size), size)
         return tf.gather(self.rows, tf.math.top_k(-positions, k=count).indices)

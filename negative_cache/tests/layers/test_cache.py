@@ -341,6 +341,23 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
             assert int(cache.num_filled) == np.count_nonzero(cache.filled)
 
 
+@pytest.mark.parametrize("rows", [8, None])
+def test_a_batch_larger_than_the_queue_compiles(rows):
+    specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
+    with mock.patch.object(cache_module, "_QUEUE_SIZE", 6):
+        cache = Cache(specs, 20)
+
+        @tf.function(input_signature=[tf.TensorSpec([rows, 1])])
+        def step(embeddings):
+            cache.update(new_items={"embedding": embeddings})
+
+        for number in range(3):
+            step(tf.fill([8, 1], float(number)))
+    # 16 rows are filled in order; of the last 8 items 4 go to the last rows, 4 to the oldest.
+    expected = [2.0] * 4 + [0.0] * 4 + [1.0] * 8 + [2.0] * 4
+    np.testing.assert_array_equal(cache.embeddings[:, 0], expected)
+
+
 def test_a_queue_is_used_and_made_anew_as_it_runs_out():
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
     with mock.patch.object(cache_module, "_QUEUE_SIZE", 6):
