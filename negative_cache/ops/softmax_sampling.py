@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 Seed = int | tf.Tensor | Sequence[int] | None
@@ -35,10 +35,11 @@ class SoftmaxSample(NamedTuple):
     `scores - log_partition[:, None]` is the log probability of each draw.
 
     Attributes:
-      indices: [B, S] int64, the drawn candidates; -1 where a query has no admissible candidate.
+      indices: [B, S] int64, the drawn candidates; -1 where a query has no admissible candidate, or
+        one whose score is not finite.
       scores: [B, S] float32, their scores, log weights included; -inf where `indices` is -1.
       log_partition: [B] float32, log Σ exp(score) over the admissible candidates; -inf where there
-        is none.
+        is none, NaN or inf where one's score is.
     """
 
     indices: tf.Tensor
@@ -144,6 +145,8 @@ def sample_softmax_with_gradient(
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1. Received: {num_samples}.")
     block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
+    if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:
+        return _sample_of_nothing(scorer, num_samples, compute_gradient)
 
     blocks = _scan_blocks(scorer, block_size, group_size, compute_gradient)
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
@@ -159,7 +162,8 @@ def sample_softmax_with_gradient(
     scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
     pick = _inverse_cdf(tf.nn.softmax(scores), uniforms[2][..., tf.newaxis])
 
-    is_empty = ~is_admissible(log_partition)
+    # Not the opposite of "is admissible": what is NaN must stay NaN.
+    is_empty = log_partition <= 0.5 * INADMISSIBLE
     sample = SoftmaxSample(
         tf.cast(tf.gather(rows, pick, batch_dims=2)[..., 0], tf.int64),
         tf.gather(scores, pick, batch_dims=2)[..., 0],
@@ -326,11 +330,22 @@ def _inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     return tf.minimum(positions, tf.shape(weights)[-1] - 1)
 
 
+def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool):
+    draws = [scorer.num_queries, num_samples]
+    sample = SoftmaxSample(
+        tf.fill(draws, tf.constant(-1, tf.int64)),
+        tf.fill(draws, -math.inf),
+        tf.fill([scorer.num_queries], -math.inf),
+    )
+    return sample, tf.zeros([scorer.num_queries, scorer.dim]) if with_gradient else None
+
+
 def _without_draws_from_nothing(sample: SoftmaxSample) -> SoftmaxSample:
-    is_empty = tf.equal(sample.log_partition, -math.inf)[:, tf.newaxis]
+    # Nor from candidates of which one scores NaN or inf: there is no law to draw from.
+    has_law = tf.math.is_finite(sample.log_partition)[:, tf.newaxis]
     return SoftmaxSample(
-        tf.where(is_empty, tf.constant(-1, tf.int64), sample.indices),
-        tf.where(is_empty, -math.inf, sample.scores),
+        tf.where(has_law, sample.indices, tf.constant(-1, tf.int64)),
+        tf.where(has_law, sample.scores, -math.inf),
         sample.log_partition,
     )
 

@@ -118,6 +118,33 @@ def test_a_query_without_candidates_draws_nothing(block_size):
     assert np.all(sample.indices[1] >= 0) and np.isfinite(sample.log_partition[1])
 
 
+def test_no_candidates_at_all_give_an_empty_sample():
+    sample, gradient = sample_softmax_with_gradient(
+        tf.ones([2, DIM]), tf.zeros([0, DIM]), num_samples=3
+    )
+    np.testing.assert_array_equal(sample.log_partition, [-math.inf] * 2)
+    np.testing.assert_array_equal(sample.indices, -np.ones([2, 3]))
+    np.testing.assert_array_equal(sample.scores, np.full([2, 3], -math.inf))
+    np.testing.assert_array_equal(gradient, np.zeros([2, DIM]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("block_size", [None, 16])
+def test_a_score_that_is_not_finite_is_seen_in_the_partition_and_nothing_is_drawn(bad, block_size):
+    queries, candidates = random_problem()
+    candidates[7] = [bad, 0.0, 0.0, 0.0]
+    queries[0, 0], queries[1, 0] = 1.0, 2.0
+    sample = sample_softmax(queries[:2], candidates, num_samples=3, block_size=block_size)
+    # Taken for an empty set of candidates, it would be a loss of zero that nobody notices.
+    assert not np.any(sample.log_partition < math.inf)
+    np.testing.assert_array_equal(sample.indices, -np.ones([2, 3]))
+    candidates[7] = 0.0
+    finite = sample_softmax(queries[:2], candidates, num_samples=3)
+    merged = merge_samples([sample, finite])
+    assert not np.any(merged.log_partition < math.inf)
+    np.testing.assert_array_equal(merged.indices, -np.ones([2, 3]))
+
+
 def test_huge_scores_neither_overflow_nor_lose_the_maximum():
     candidates = np.array([[1e4], [-1e4], [1e4 - 1], [0.0]], "f")
     sample = sample_softmax(
