@@ -21,7 +21,8 @@ def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
 
 def value_with_gradient(value: tf.Tensor, surrogate: tf.Tensor) -> tf.Tensor:
     """A tensor with the value of one and the gradient of another, both of the same shape."""
-    return tf.stop_gradient(value) + surrogate - tf.stop_gradient(surrogate)
+    # The difference comes first: it is zero exactly, however large the surrogate is.
+    return tf.stop_gradient(value) + (surrogate - tf.stop_gradient(surrogate))
 
 
 def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.Tensor:
@@ -36,8 +37,9 @@ def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.T
     Returns:
       [B] float32.
     """
-    logits = tf.concat([positive_logits[:, tf.newaxis], negative_logits], axis=1)
-    return tf.reduce_logsumexp(logits, axis=1) - positive_logits
+    # Relative to the positive, so that a small loss is no difference of two large numbers.
+    margins = negative_logits - positive_logits[:, tf.newaxis]
+    return tf.reduce_logsumexp(tf.pad(margins, [[0, 0], [1, 0]]), axis=1)
 
 
 def relative_staleness(cached: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:
