@@ -1,5 +1,6 @@
 """`CachedRetrieval`: the retrieval task with a cache of negatives behind it."""
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -155,7 +156,8 @@ class CachedRetrieval(keras.layers.Layer):
             self._fill = Latest(name="fill")
             self._skipped_rows = Latest(name="skipped_rows")
         self._frequency = (
-            FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16))
+            # Odd, because ids are often multiples of a power of two, which would share few buckets.
+            FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16) | 1)
             if frequency_correction
             else None
         )
@@ -413,12 +415,11 @@ class CachedRetrieval(keras.layers.Layer):
         if has_probabilities:
             log_probability = tf.convert_to_tensor(cache.data[_LOG_PROBABILITY])
         else:
-            log_probability = tf.math.log(
-                self._frequency.probability(tf.convert_to_tensor(cache.data[_ID_KEY]))
-            )
+            ids = tf.convert_to_tensor(cache.data[_ID_KEY])
+            log_probability = tf.math.log(self._frequency.probability(ids, math.nan))
         expected = log_probability + self._log_num_negatives(items)
-        # A row that came without its probability is counted as expected once, that is, not
-        # corrected.
+        # A row that came without its probability, or that `add_to_cache` and not the stream has
+        # brought, is counted as expected once, that is, not corrected.
         return tf.where(tf.math.is_nan(expected), 0.0, expected)
 
     def _log_num_negatives(self, items):
@@ -436,7 +437,7 @@ class CachedRetrieval(keras.layers.Layer):
             _retrieval_checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
         size = tf.shape(embeddings)[0]
         if probabilities is None:
-            log_probability = tf.fill([size], float("nan"))
+            log_probability = tf.fill([size], math.nan)
         else:
             probabilities = tf.cast(probabilities, tf.float32)
             name = "candidate_sampling_probability"

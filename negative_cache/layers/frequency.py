@@ -61,14 +61,16 @@ class FrequencyEstimator(keras.layers.Layer):
         scatter_rows(self._state.gap, buckets, tf.where(last_seen == 0, new_gap, moved))
         scatter_rows(self._state.last_seen, buckets, tf.fill(tf.shape(buckets), now))
 
-    def probability(self, keys: tf.Tensor) -> tf.Tensor:
+    def probability(self, keys: tf.Tensor, never_seen: float | None = None) -> tf.Tensor:
         """Estimates the probability that a draw from the stream is each of `keys` [n]: [n] float32.
 
-        A candidate never seen has the probability of one occurrence in the whole stream so far.
+        A candidate never seen has the probability `never_seen`, or where None that of one
+        occurrence in the whole stream so far.
         """
+        if never_seen is None:
+            never_seen = 1.0 / (tf.cast(self._state.num_seen, tf.float32) + 1.0)
         gap = tf.gather(self._state.gap, self._bucket(keys))
-        never_seen = tf.cast(self._state.num_seen, tf.float32) + 1.0
-        return 1.0 / tf.maximum(tf.where(gap > 0.0, gap, never_seen), 1.0)
+        return tf.where(gap > 0.0, 1.0 / tf.maximum(gap, 1.0), never_seen)
 
     def get_config(self):
         return {

@@ -508,6 +508,29 @@ def test_frequency_correction_estimates_the_partition_of_the_corpus():
     assert errors[True] < 0.25
 
 
+@pytest.mark.parametrize("cache_size", [8, 2**15])
+def test_ids_that_are_multiples_of_a_power_of_two_have_frequencies_of_their_own(cache_size):
+    task = make_task(make_table(), cache_size, frequency_correction=True)
+    ids = tf.range(8, dtype=tf.int64) * 2**17
+    task._frequency.update(ids)
+    # Each came once in 8 draws. In one bucket they would be one candidate that always comes.
+    np.testing.assert_allclose(task._frequency.probability(ids), [1 / 8] * 8)
+
+
+@pytest.mark.parametrize("draws_seen", [0, 1000])
+def test_frequency_correction_leaves_rows_alone_that_the_stream_has_not_brought(draws_seen):
+    table, queries = make_table(), make_queries(1)
+    task = make_task(table, filled_with=[5, 6, 7], frequency_correction=True)
+    task._frequency.update(tf.constant([0] * draws_seen, tf.int64))
+    scores = (queries @ table.T)[0].astype(np.float64)
+    # They are there because they were put there, whatever number of draws did not bring them.
+    np.testing.assert_allclose(
+        call(task, queries, [0], table, training=False),
+        cross_entropy(scores[0], scores[[5, 6, 7]]),
+        rtol=1e-5,
+    )
+
+
 # Metrics.
 
 

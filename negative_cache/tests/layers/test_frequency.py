@@ -30,6 +30,9 @@ def test_moving_average_of_gaps_by_hand():
     np.testing.assert_allclose(probability(estimator, 7), [2 / 3], rtol=1e-6)
     # 8 draws so far, 9 never came.
     np.testing.assert_allclose(probability(estimator, 9), [1 / 9])
+    np.testing.assert_allclose(
+        estimator.probability(tf.constant([7, 9], tf.int64), 0.25), [2 / 3, 0.25], rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize("batch_size", [16, 256])
