@@ -341,6 +341,24 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
             assert int(cache.num_filled) == np.count_nonzero(cache.filled)
 
 
+def test_a_queue_does_not_prefer_rows_that_were_touched_in_the_update_that_made_it():
+    specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
+    one = {"new_items": {"embedding": [[5.0]]}}
+    with mock.patch.object(cache_module, "_QUEUE_SIZE", 3):
+        cache = Cache(specs, 4)
+        # Rows 2 and 3 are refreshed, and the queue is 0, 1, 2 as row 0 is replaced.
+        cache.update(
+            **one,
+            updated_item_data={"embedding": [[2.0], [3.0]]},
+            updated_item_indices=[2, 3],
+        )
+        cache.update(**one)
+        np.testing.assert_array_equal(cache.age, [1, 0, 1, 1])
+        # Rows 0, 2 and 3 are as old as each other, and row 0 is not in the queue any more.
+        cache.update(**one)
+    np.testing.assert_array_equal(cache.age, [0, 1, 2, 2])
+
+
 @pytest.mark.parametrize("rows", [8, None])
 def test_a_batch_larger_than_the_queue_compiles(rows):
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}

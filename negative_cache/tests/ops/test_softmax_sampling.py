@@ -158,6 +158,16 @@ def test_huge_scores_neither_overflow_nor_lose_the_maximum():
     assert set(sample.indices[0].numpy()) == {0, 2} and set(sample.indices[1].numpy()) == {1}
 
 
+def test_log_partition_of_a_block_whose_first_candidates_have_no_probability_to_speak_of():
+    # Two blocks of 64, each 16 groups of 4 and so 4 groups: log Z is not to be had from the first 4
+    # of the second block, whose probabilities are exp(-200).
+    candidates = np.full([128, 1], -150.0, "f")
+    candidates[68:] = 50.0
+    sample = sample_softmax(np.ones([2, 1], "f"), candidates, num_samples=100, block_size=64)
+    np.testing.assert_allclose(sample.log_partition, [50.0 + math.log(60)] * 2, rtol=1e-6)
+    assert np.all(sample.indices.numpy() >= 68)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("as_variable", [False, True])
 def test_log_partition_agrees_with_float64(dtype, as_variable):
