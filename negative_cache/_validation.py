@@ -4,6 +4,7 @@ Nothing here computes: a check returns its argument as tensors, or raises a `Val
 quotes what it received.
 """
 
+import operator
 from collections.abc import Iterable, Mapping
 
 import tensorflow as tf
@@ -24,6 +25,17 @@ def check_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict[str, tf.io.F
                 f" Received for {key!r}: {spec!r}."
             )
     return dict(specs)
+
+
+def check_count(value: int, name: str, *, at_least: int = 1) -> int:
+    """Checks that an argument is an integer, Python's or NumPy's, that is not too small."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = None
+    if count is None or count < at_least:
+        raise ValueError(f"`{name}` must be an integer >= {at_least}. Received: {value!r}.")
+    return count
 
 
 def check_keys(received: Iterable[str], wanted: Iterable[str], *, what: str, exact: bool) -> None:

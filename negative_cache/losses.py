@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from negative_cache import retrieval_fns, util
+from negative_cache import _validation, retrieval_fns, util
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import (
     SoftmaxSample,
@@ -103,8 +103,8 @@ class CacheClassificationLoss(CacheLoss):
         top_k: int | None = None,
         reducer: TensorFn | None = tf.math.reduce_mean,
     ):
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1. Received: {top_k}.")
+        if top_k is not None:
+            top_k = _validation.check_count(top_k, "top_k")
         self.embedding_key = embedding_key
         self.data_keys = (data_keys,) if isinstance(data_keys, str) else tuple(data_keys)
         self.score_transform = score_transform
@@ -147,7 +147,7 @@ class CacheClassificationLoss(CacheLoss):
         if self._samples_by_blocks():
             sample = self._sample(queries, candidates)
             return sample.indices[:, 0], sample.log_partition
-        if self.top_k is not None and len(candidates.sources) == 1:
+        if self.top_k is not None and candidates.is_one_of_known_size:
             (source,) = candidates.sources.values()
             best = top_k_scores(
                 queries,
@@ -296,6 +296,11 @@ class _Candidates:
         for source, size in self._sizes.items():
             self.offsets[source] = self.size
             self.size += size
+
+    @property
+    def is_one_of_known_size(self) -> bool:
+        """Whether there is a single source, whose number of rows is known while tracing."""
+        return len(self.sources) == 1 and isinstance(self.size, int)
 
     def locate(self, indices):
         """Finds candidates in their sources.

@@ -22,6 +22,9 @@ class DualEncoder(_compat.Model):
     Compile it with an optimizer and no loss: the task is the loss. Calling the model returns the
     embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
 
+    `tf.train.Checkpoint(model=model)` holds the model with its cache. `save_weights` to
+    `.weights.h5` holds the towers only, and the whole model cannot be saved as `.keras`.
+
     Args:
       query_network: layer or model, query features -> [B, d].
       candidate_network: layer or model, candidate features -> [N, d]; the one that `task` has.

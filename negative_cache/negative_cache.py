@@ -57,9 +57,7 @@ class CacheManager:
         use_lru: bool = True,
     ):
         self.specs = _validation.check_specs(specs)
-        if cache_size < 1:
-            raise ValueError(f"`cache_size` must be at least 1. Received: {cache_size}.")
-        self.cache_size = int(cache_size)
+        self.cache_size = _validation.check_count(cache_size, "cache_size")
         self.use_lru = use_lru
 
     def init_cache(self) -> NegativeCache:

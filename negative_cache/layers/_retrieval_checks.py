@@ -11,18 +11,22 @@ def check_settings(task, reserved_names: tuple[str, ...]) -> None:
     """Checks the constructor's arguments, which `task` has as attributes."""
     if task.reduction not in REDUCTIONS:
         raise ValueError(f"`reduction` must be one of {REDUCTIONS}. Received: {task.reduction!r}.")
-    if task.num_negatives < 1:
-        raise ValueError(f"`num_negatives` must be at least 1. Received: {task.num_negatives}.")
-    if task.cache_size < 0:
-        raise ValueError(f"`cache_size` must not be negative. Received: {task.cache_size}.")
+    if not callable(task.candidate_network):
+        raise ValueError(
+            "`candidate_network` must be a layer or a function. Received:"
+            f" {task.candidate_network!r}."
+        )
+    _validation.check_count(task.num_negatives, "num_negatives")
+    _validation.check_count(task.cache_size, "cache_size", at_least=0)
     if task.temperature is not None and not task.temperature > 0:
         raise ValueError(f"`temperature` must be positive. Received: {task.temperature}.")
-    hard = task.num_hard_negatives
-    if hard is not None and not (task.in_batch_negatives and hard > 0):
-        raise ValueError(
-            "`num_hard_negatives` must be positive and needs `in_batch_negatives=True`. Received:"
-            f" num_hard_negatives={hard}, in_batch_negatives={task.in_batch_negatives}."
-        )
+    if task.num_hard_negatives is not None:
+        _validation.check_count(task.num_hard_negatives, "num_hard_negatives")
+        if not task.in_batch_negatives:
+            raise ValueError(
+                "`num_hard_negatives` needs `in_batch_negatives=True`. Received:"
+                f" num_hard_negatives={task.num_hard_negatives}, in_batch_negatives=False."
+            )
     _validation.check_specs(task.feature_specs)
     reserved = sorted(set(task.feature_specs) & set(reserved_names))
     if reserved:

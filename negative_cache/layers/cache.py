@@ -23,7 +23,8 @@ class Cache(keras.layers.Layer):
     variables in place instead of returning a new cache, and rows that were never filled are known
     as such.
 
-    The rows are non-trainable `tf.Variable`s. Under a `tf.distribute` strategy every replica holds
+    The rows are non-trainable `tf.Variable`s, and no Keras weights: TensorFlow checkpoints hold
+    them, `.weights.h5` files do not. Under a `tf.distribute` strategy every replica holds
     rows of its own, and an update that is called outside of the replicas reaches each of them.
 
     Args:
@@ -62,8 +63,8 @@ class Cache(keras.layers.Layer):
     ):
         super().__init__(**kwargs)
         self.specs = _validation.check_specs(specs)
-        self._check_arguments(self.specs, cache_size, embedding_key)
-        self.cache_size = int(cache_size)
+        self.cache_size = _validation.check_count(cache_size, "cache_size")
+        self._check_embedding(self.specs, embedding_key)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
         # A checkpoint object tracks the variables without making them Keras weights, which cannot
@@ -276,9 +277,7 @@ class Cache(keras.layers.Layer):
         )
 
     @staticmethod
-    def _check_arguments(specs, cache_size, embedding_key):
-        if cache_size < 1:
-            raise ValueError(f"`cache_size` must be at least 1. Received: {cache_size}.")
+    def _check_embedding(specs, embedding_key):
         if embedding_key not in specs:
             raise ValueError(
                 "`embedding_key` must be one of the features in `specs`. Received:"

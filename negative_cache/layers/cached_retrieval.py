@@ -1,6 +1,6 @@
 """`CachedRetrieval`: the retrieval task with a cache of negatives behind it."""
 
-import math
+import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 
@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers import _networks, _retrieval_checks
+from negative_cache.layers import _networks, _popularity, _retrieval_checks
+from negative_cache.layers._scores import Scores
 from negative_cache.layers._state import make_state_variable, on_every_replica
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
@@ -40,6 +41,8 @@ class CachedRetrieval(keras.layers.Layer):
     A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
     counts them. What the layer does not do: a candidate that came several times may stand in
     several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
+    TensorFlow checkpoints (`tf.train.Checkpoint`) hold the cache; `.weights.h5` files do not, and
+    the cache starts empty after loading one.
 
     Args:
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
@@ -70,7 +73,8 @@ class CachedRetrieval(keras.layers.Layer):
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives, so that the partition is an estimate over the corpus
         and not over the stream, in which popular candidates repeat. Estimated online
-        (`FrequencyEstimator`). Needs `candidate_id_key`.
+        (`FrequencyEstimator`). Needs `candidate_id_key`. It takes the cache for a sample of the
+        stream, which it is with `use_lru=False`; LRU keeps rows that are drawn often for longer.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
         sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`.
@@ -146,7 +150,8 @@ class CachedRetrieval(keras.layers.Layer):
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
         _retrieval_checks.check_settings(self, _INTERNAL_KEYS)
-        self.seed = random.randrange(2**31) if seed is None else seed
+        self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
+        self._scores = Scores(temperature, score_transform)
         self._sampling_state = make_state_variable(lambda: tf.zeros([], tf.int64), "sampling_state")
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
@@ -162,6 +167,10 @@ class CachedRetrieval(keras.layers.Layer):
             else None
         )
         self._cache = None
+        # XLA has no strings. Keras 3 asks before it compiles by itself.
+        self.supports_jit = not any(
+            tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
+        )
         self.built = True
         embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
         if embedding_dim is not None:
@@ -198,7 +207,8 @@ class CachedRetrieval(keras.layers.Layer):
           candidate_features: the features [N, ...] that `candidate_embeddings` were computed from.
           sample_weight: [B] float.
           candidate_sampling_probability: [N] float, the probability that a draw from the training
-            stream is each candidate, for the log Q correction. As in `tfrs.tasks.Retrieval` the
+            stream is each candidate, for the log Q correction; clipped from below at 1e-9, or
+            without a cache at 1e-6 as there. As in `tfrs.tasks.Retrieval` the
             correction then applies to the positive too where `in_batch_negatives`; it does not
             otherwise, nor under `frequency_correction`.
           negative_embeddings: [B, M, d] float, explicit negatives of each query.
@@ -225,17 +235,21 @@ class CachedRetrieval(keras.layers.Layer):
         if sample_weight is not None:
             weight["sample_weight"] = self._row_weights(sample_weight, queries)
         num_queries = tf.shape(queries)[0]
-        raw_scores = self._score(queries, candidates)
+        scaled_queries = self._scores.scale(queries)
+        raw_scores = self._scores.of_all_pairs(scaled_queries, candidates)
         positive_scores = tf.linalg.diag_part(raw_scores)
         threshold = None
         if self.false_negative_margin is not None:
             threshold = tf.stop_gradient(positive_scores) - self.false_negative_margin
 
-        log_expected = self._log_expected_occurrences(items, candidate_sampling_probability)
+        if self._frequency is not None and training:
+            self._frequency.update(items[_ID_KEY])
+        has_probabilities = candidate_sampling_probability is not None
+        log_expected = self._log_expected_occurrences(items, has_probabilities)
         positive_logits, in_batch_logits = positive_scores, raw_scores
         if log_expected is not None:
             in_batch_logits -= log_expected
-            if candidate_sampling_probability is not None and self.in_batch_negatives:
+            if has_probabilities and self.in_batch_negatives:
                 positive_logits -= log_expected[:num_queries]
         is_positive = tf.eye(num_queries, tf.shape(candidates)[0], dtype=tf.bool)
         not_a_negative = self._not_a_negative(items, raw_scores, is_positive, threshold)
@@ -250,11 +264,11 @@ class CachedRetrieval(keras.layers.Layer):
             explicit = tf.convert_to_tensor(negative_embeddings)
             _retrieval_checks.check_negatives(explicit, queries)
             explicit = tf.cast(explicit, tf.float32)
-            negative_logits.append(self._score_each(self._scale(queries), explicit))
+            negative_logits.append(self._scores.of_own(scaled_queries, explicit))
         updates = None
         if self.cache_size:
             cache_logit, updates = self._cache_logit(
-                queries, items, threshold, candidate_sampling_probability is not None, training
+                scaled_queries, items, threshold, has_probabilities, training
             )
             negative_logits.append(cache_logit[:, tf.newaxis])
         if not negative_logits:
@@ -301,29 +315,25 @@ class CachedRetrieval(keras.layers.Layer):
             new_items=self._cache_items(features, embeddings, candidate_sampling_probability)
         )
 
-    def _cache_logit(self, queries, items, threshold, has_probabilities, training):
+    def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
         """[B] log partition of the cache, and the refreshed rows of a training step."""
         cache = self._cache
-        log_weights = None
-        if has_probabilities or self.frequency_correction:
-            log_weights = -self._log_expected_rows(cache, items, has_probabilities)
+        log_expected = self._log_expected_rows(items, has_probabilities)
         hits = {}
         if self.remove_accidental_hits:
-            positive_ids = items[_ID_KEY][: tf.shape(queries)[0]]
+            positive_ids = items[_ID_KEY][: tf.shape(scaled_queries)[0]]
             hits = {
                 "candidate_ids": tf.convert_to_tensor(cache.data[_ID_KEY]),
                 "positive_ids": positive_ids,
             }
         exact = training and self.exact_query_gradient
-        # Queries are divided by the temperature, which is cheaper than to divide scores.
-        queries = self._scale(queries)
         sample, query_gradient = sample_softmax_with_gradient(
-            queries,
+            scaled_queries,
             cache.embeddings,
             num_samples=self.num_negatives,
             score_transform=self.score_transform,
             candidate_mask=cache.filled,
-            log_weights=log_weights,
+            log_weights=None if log_expected is None else -log_expected,
             max_scores=threshold,
             seed=self._next_seed() if training else 0,
             compute_gradient=exact,
@@ -338,10 +348,11 @@ class CachedRetrieval(keras.layers.Layer):
         self._staleness.update_state(
             contrastive.relative_staleness(stale, fresh), sample_weight=tf.cast(drawn, tf.float32)
         )
-        surrogate = self._mean_score(queries, fresh)
+        surrogate = self._scores.mean_of_draws(scaled_queries, fresh, self.num_negatives)
         if exact:
-            exact_term = tf.reduce_sum(queries * query_gradient, axis=1)
-            surrogate += exact_term - self._mean_score(queries, stale)
+            exact_term = tf.reduce_sum(scaled_queries * query_gradient, axis=1)
+            surrogate += exact_term
+            surrogate -= self._scores.mean_of_draws(scaled_queries, stale, self.num_negatives)
         updates = {
             "updated_item_data": {_EMBEDDING: fresh},
             "updated_item_indices": rows,
@@ -364,31 +375,9 @@ class CachedRetrieval(keras.layers.Layer):
         return features
 
     def _update_cache(self, items, updates):
-        if self._frequency is not None:
-            self._frequency.update(items[_ID_KEY])
         self._cache.update(new_items=items, **updates)
         self._fill.update_state(self._cache.num_filled / self.cache_size)
         self._skipped_rows.update_state(self._cache.num_skipped)
-
-    def _score(self, queries, candidates):
-        """[B, N] scores of every query with every candidate."""
-        return self._transform(tf.matmul(self._scale(queries), candidates, transpose_b=True))
-
-    def _score_each(self, scaled_queries, candidates):
-        """[B, n] scores of every query with candidates [B, n, d] of its own."""
-        return self._transform(tf.einsum("bd,bnd->bn", scaled_queries, candidates))
-
-    def _mean_score(self, scaled_queries, drawn_embeddings):
-        """[B], each query's mean score of its draws, whose embeddings are [B * S, d]."""
-        shape = [-1, self.num_negatives, drawn_embeddings.shape[1]]
-        scores = self._score_each(scaled_queries, tf.reshape(drawn_embeddings, shape))
-        return tf.reduce_mean(scores, axis=1)
-
-    def _scale(self, queries):
-        return queries if self.temperature is None else queries / self.temperature
-
-    def _transform(self, scores):
-        return scores if self.score_transform is None else self.score_transform(scores)
 
     def _not_a_negative(self, items, scores, is_positive, threshold):
         """[B, N] bool, the in-batch candidates that are left out; never a query's own positive."""
@@ -400,34 +389,33 @@ class CachedRetrieval(keras.layers.Layer):
             left_out |= scores > threshold[:, tf.newaxis]
         return left_out & ~is_positive
 
-    def _log_expected_occurrences(self, items, probabilities):
+    def _log_expected_occurrences(self, items, has_probabilities):
         """[N] log of how often each of the batch's candidates is expected among the negatives."""
-        if probabilities is not None:
+        if has_probabilities:
             log_probability = items[_LOG_PROBABILITY]
-        elif self.frequency_correction:
-            log_probability = tf.math.log(self._frequency.probability(items[_ID_KEY]))
+        elif self._frequency is not None:
+            log_probability = _popularity.log_estimated_probability(self._frequency, items[_ID_KEY])
         else:
             return None
-        return log_probability + self._log_num_negatives(items)
+        return _popularity.log_expected_occurrences(log_probability, self._num_negatives(items))
 
-    def _log_expected_rows(self, cache, items, has_probabilities):
+    def _log_expected_rows(self, items, has_probabilities):
         """[C] the same for the cached candidates."""
+        data = self._cache.data
         if has_probabilities:
-            log_probability = tf.convert_to_tensor(cache.data[_LOG_PROBABILITY])
+            log_probability = tf.convert_to_tensor(data[_LOG_PROBABILITY])
+        elif self._frequency is not None:
+            log_probability = _popularity.log_estimated_probability(
+                self._frequency, tf.convert_to_tensor(data[_ID_KEY]), of_rows=True
+            )
         else:
-            ids = tf.convert_to_tensor(cache.data[_ID_KEY])
-            log_probability = tf.math.log(self._frequency.probability(ids, math.nan))
-        expected = log_probability + self._log_num_negatives(items)
-        # A row that came without its probability, or that `add_to_cache` and not the stream has
-        # brought, is counted as expected once, that is, not corrected.
-        return tf.where(tf.math.is_nan(expected), 0.0, expected)
+            return None
+        return _popularity.log_expected_occurrences(log_probability, self._num_negatives(items))
 
-    def _log_num_negatives(self, items):
-        """The log of the number of draws from the stream that are negatives now."""
+    def _num_negatives(self, items):
+        """The number of draws from the stream that are negatives now."""
         count = tf.shape(items[_EMBEDDING])[0] if self.in_batch_negatives else 0
-        if self.cache_size:
-            count += tf.convert_to_tensor(self._cache.num_filled)
-        return tf.math.log(tf.cast(tf.maximum(count, 1), tf.float32))
+        return count + self._cache.num_filled if self.cache_size else count
 
     def _cache_items(self, candidate_features, embeddings, probabilities):
         """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
@@ -437,12 +425,15 @@ class CachedRetrieval(keras.layers.Layer):
             _retrieval_checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
         size = tf.shape(embeddings)[0]
         if probabilities is None:
-            log_probability = tf.fill([size], math.nan)
+            log_probability = _popularity.log_unknown_probability(size)
         else:
             probabilities = tf.cast(probabilities, tf.float32)
             name = "candidate_sampling_probability"
             _retrieval_checks.check_rows(probabilities, embeddings, name, rank=1)
-            log_probability = tf.math.log(tf.clip_by_value(probabilities, 1e-6, 1.0))
+            smallest = (
+                _popularity.SMALLEST_IN_CACHE if self.cache_size else _popularity.SMALLEST_IN_BATCH
+            )
+            log_probability = _popularity.log_given_probability(probabilities, smallest)
         items = {**features, _EMBEDDING: embeddings, _LOG_PROBABILITY: log_probability}
         if self.candidate_id_key is not None:
             items[_ID_KEY] = _fingerprint(features[self.candidate_id_key])
@@ -477,8 +468,9 @@ class CachedRetrieval(keras.layers.Layer):
         on_every_replica(self._sampling_state.assign_add, 1)
         replica_context = tf.distribute.get_replica_context()
         replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
-        seed = tf.constant(self.seed, tf.int64) + tf.cast(replica, tf.int64)
-        return tf.stack([seed, tf.convert_to_tensor(self._sampling_state)])
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        number = self._sampling_state * num_replicas + tf.cast(replica, tf.int64)
+        return tf.stack([tf.constant(self.seed, tf.int64), number])
 
     def _row_weights(self, sample_weight, queries):
         weights = tf.reshape(tf.cast(sample_weight, tf.float32), [-1])

@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
 
@@ -27,8 +28,7 @@ class FrequencyEstimator(keras.layers.Layer):
 
     def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs):
         super().__init__(**kwargs)
-        if num_buckets < 1:
-            raise ValueError(f"`num_buckets` must be at least 1. Received: {num_buckets}.")
+        num_buckets = _validation.check_count(num_buckets, "num_buckets")
         if not 0.0 < learning_rate <= 1.0:
             raise ValueError(f"`learning_rate` must lie in (0, 1]. Received: {learning_rate}.")
         self.num_buckets = num_buckets

@@ -259,7 +259,7 @@ def test_different_numbers_of_items():
     [
         ({}, 4, "`specs`.*Received: {}"),
         ({"id": tf.int32}, 4, "FixedLenFeature.*'id'"),
-        ({"id": SPECS["id"]}, 0, "`cache_size` must be at least 1. Received: 0"),
+        ({"id": SPECS["id"]}, 0, "`cache_size` must be an integer >= 1. Received: 0"),
     ],
 )
 def test_bad_manager(specs, cache_size, message):

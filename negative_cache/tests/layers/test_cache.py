@@ -252,7 +252,7 @@ def test_as_negative_cache_shares_the_rows():
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"cache_size": 0}, "`cache_size` must be at least 1. Received: 0"),
+        ({"cache_size": 0}, "`cache_size` must be an integer >= 1. Received: 0"),
         ({"embedding_key": "vector"}, "Received: 'vector', and specs for .'embedding', 'id'"),
         ({"embedding_key": "tokens"}, r"floating point of shape \[dim\]"),
         ({"embedding_key": "title"}, r"floating point of shape \[dim\]"),

@@ -105,7 +105,7 @@ def test_two_replicas_count_streams_of_their_own():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"num_buckets": 0}, "`num_buckets` must be at least 1. Received: 0"),
+        ({"num_buckets": 0}, "`num_buckets` must be an integer >= 1. Received: 0"),
         ({"num_buckets": 5, "learning_rate": 0.0}, "`learning_rate` must lie in .0, 1.. Received"),
         ({"num_buckets": 5, "learning_rate": 1.5}, "Received: 1.5"),
     ],
