@@ -225,6 +225,25 @@ def test_top_k_is_a_loss_over_the_kept_candidates():
     assert result.updated_item_indices["a"].numpy().tolist() == [best[0, 1], best[1, 2]]
 
 
+def test_top_k_over_a_cache_whose_number_of_rows_is_known_only_when_it_runs():
+    loss = make_loss(top_k=3)
+    loss._retrieval_fn = retrieval_fns.MaxScoreRetrievalFn()
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 3]), tf.TensorSpec([None], tf.int64)])
+    def draw(embeddings, ids):
+        cache = NegativeCache({"id": ids, "embedding": embeddings}, tf.zeros_like(ids, tf.int32))
+        result = loss(look_up, QUERIES, POSITIVES, {"a": cache})
+        return result.updated_item_indices["a"], result.interpretable_loss
+
+    indices, value = draw(tf.constant(TABLE), tf.range(6, dtype=tf.int64))
+    scores = QUERIES @ TABLE.T
+    np.testing.assert_array_equal(indices, np.argmax(scores, axis=1))
+    best = scores.reshape(2, 3, 2).max(axis=2)
+    positive = np.sum(QUERIES * POSITIVES, axis=1)
+    everything = np.concatenate([positive[:, np.newaxis], best], axis=1)
+    np.testing.assert_allclose(value, logsumexp(everything, axis=1) - positive, rtol=1e-5)
+
+
 def test_reducer():
     cache = {"a": make_cache([0, 1])}
     elementwise = make_loss()(look_up, QUERIES, POSITIVES, cache).interpretable_loss

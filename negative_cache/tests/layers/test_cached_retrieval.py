@@ -9,6 +9,7 @@ from negative_cache.layers import CachedRetrieval
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
     INT_ID,
+    STRING_ID,
     Table,
     assert_same_state,
     call,
@@ -127,6 +128,24 @@ def test_seeds_near_the_largest_integer_do_not_overflow():
         task = make_task(table, filled_with=[5, 6], seed=seed)
         call(task, make_queries(2), [0, 1], table)
         assert task._next_seed().numpy().tolist() == [seed, 2]
+
+
+def test_no_two_replicas_of_trainings_with_neighbouring_seeds_share_their_draws():
+    strategy = two_replicas()
+    with strategy.scope():
+        tasks = [make_task(make_table(), seed=seed) for seed in (1, 2)]
+    seen = []
+    for task in tasks:
+        for _ in range(2):
+            seeds = strategy.run(task._next_seed)
+            seen += [tuple(seed.numpy()) for seed in strategy.experimental_local_results(seeds)]
+    assert len(set(seen)) == 8
+
+
+def test_keras_does_not_compile_strings_with_xla():
+    assert make_task(make_table()).supports_jit
+    with_strings = CachedRetrieval(lambda features: tf.zeros([2, 3]), {"title": STRING_ID}, 4)
+    assert not with_strings.supports_jit
 
 
 @pytest.mark.parametrize("same_seed", [True, False])

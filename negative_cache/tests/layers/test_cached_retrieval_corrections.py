@@ -189,6 +189,20 @@ def test_frequency_correction_estimates_the_partition_of_the_corpus():
     assert errors[True] < 0.25
 
 
+def test_frequencies_are_known_from_the_first_step_on():
+    table, queries = make_table(), make_queries(3)
+    task = make_task(table, frequency_correction=True, in_batch_negatives=True, reduction="none")
+    # Candidates 0 and 1 come once in 4 draws, 2 twice. They are the only negatives, 4 draws from
+    # the stream: each is expected as often as it is there, and 2 twice.
+    ids = [0, 1, 2, 2]
+    loss = call(task, queries, ids, table)
+    logits = (queries @ table.T)[:, ids] - np.log([1.0, 1.0, 2.0, 2.0])
+    for i in range(3):
+        positive = queries[i] @ table[ids[i]]
+        expected = cross_entropy(positive, np.delete(logits[i], i))
+        np.testing.assert_allclose(loss[i], expected, rtol=1e-5)
+
+
 @pytest.mark.parametrize("cache_size", [8, 2**15])
 def test_ids_that_are_multiples_of_a_power_of_two_have_frequencies_of_their_own(cache_size):
     task = make_task(make_table(), cache_size, frequency_correction=True)
