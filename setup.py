@@ -37,6 +37,8 @@ setup(
         "scipy",
         "tensorflow>=2.16",
         "tensorflow-recommenders>=0.7.3",
+        # tf.summary.scalar needs it, and TensorFlow does not install it since 2.21.
+        "tensorboard",
         # Keras 2, which tf.keras becomes under TF_USE_LEGACY_KERAS=1.
         "tf-keras>=2.16",
     ],

@@ -5,7 +5,6 @@ rows, and lets the batch's positives enter the cache. The variables are those of
 updated in place.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
@@ -19,7 +18,6 @@ from negative_cache.negative_cache import CacheManager, NegativeCache
 CacheLossFn = Callable[..., CacheLossReturn]
 
 _SOURCE = "cache"
-_HAS_TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
 
 
 class _Handler(keras.layers.Layer):
@@ -102,7 +100,9 @@ class CacheLossHandler(_Handler):
       data_keys: the features that the item network encodes. These and the embeddings are all that
         the cache holds.
       use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
-        replica's cache takes its own batch only where False.
+        replica's cache takes its own batch only where False, as it should with
+        `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
+        which every item would otherwise stand once a replica.
       **kwargs: those of a Keras layer, `name` for instance.
 
     Raises:
@@ -162,8 +162,7 @@ class CacheLossHandler(_Handler):
     ) -> tf.Tensor:
         """Computes the loss of a batch against the cache as it is, then updates the cache.
 
-        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`, if
-        TensorBoard is installed.
+        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`.
 
         Args:
           item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
@@ -203,7 +202,9 @@ class MultiCacheLossHandler(_Handler):
       data_keys: the features that the item network encodes. These and the embeddings are all that
         a cache holds.
       use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
-        replica's cache takes its own batch only where False.
+        replica's cache takes its own batch only where False, as it should with
+        `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
+        which every item would otherwise stand once a replica.
       **kwargs: those of a Keras layer, `name` for instance.
 
     Raises:
@@ -239,8 +240,7 @@ class MultiCacheLossHandler(_Handler):
     ) -> tf.Tensor:
         """Computes the loss of a batch against the caches as they are, then updates the caches.
 
-        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`, if
-        TensorBoard is installed.
+        Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`.
 
         Args:
           item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
@@ -274,14 +274,8 @@ class MultiCacheLossHandler(_Handler):
 
 def _write_summaries(loss: CacheLossReturn) -> None:
     interpretable_loss = tf.reduce_mean(loss.interpretable_loss)
-    try:
-        tf.summary.scalar("cache/interpretable_prediction_loss", interpretable_loss)
-        tf.summary.scalar("cache/staleness", tf.reduce_mean(loss.staleness))
-    except Exception:
-        # TensorFlow's scalar summaries live in TensorBoard, which recent releases do not install,
-        # and raise without it even where there is no summary writer.
-        if _HAS_TENSORBOARD:
-            raise
+    tf.summary.scalar("cache/interpretable_prediction_loss", interpretable_loss)
+    tf.summary.scalar("cache/staleness", tf.reduce_mean(loss.staleness))
 
 
 def _concat_replicas(value: tf.Tensor) -> tf.Tensor:

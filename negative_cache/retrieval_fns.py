@@ -47,7 +47,10 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
 
 
 def _sample_gumbel(shape: tf.Tensor) -> tf.Tensor:
-    """Standard Gumbel variables, -log(-log(U)) with U uniform on (0, 1)."""
+    """[…] float32 standard Gumbel variables of a shape, -log(-log(U)) with U uniform on (0, 1).
+
+    Called once a retrieval. Code may replace it, to fix the noise in a test for instance.
+    """
     tiny = np.finfo(np.float32).tiny
     return -tf.math.log(-tf.math.log(tf.random.uniform(shape, minval=tiny)))
 

@@ -36,6 +36,9 @@ def known_output_dim(network: Callable[..., tf.Tensor]) -> int | None:
     outputs = getattr(network, "outputs", None)
     if not outputs or outputs[0].shape is None:
         return None
+    if isinstance(network, keras.Sequential) and len(outputs[0].shape) != 2:
+        # Keras 2 assumes that an `Embedding` which comes first is given sequences.
+        return None
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         raise ValueError(
             "`candidate_network` must return one tensor of embeddings of shape [n, dim]. Received"

@@ -148,6 +148,14 @@ def test_keras_does_not_compile_strings_with_xla():
     assert not with_strings.supports_jit
 
 
+def test_takes_a_sequential_model_that_starts_with_an_embedding():
+    # Keras 2 says of such a model, before it is called, that it returns [n, words, dim].
+    network = keras.Sequential([keras.layers.Embedding(8, DIM)])
+    task = CachedRetrieval(network, INT_ID, 4)
+    task.add_to_cache(tf.constant([5, 6], tf.int64))
+    assert task.cache.embeddings.shape == [4, DIM]
+
+
 @pytest.mark.parametrize("same_seed", [True, False])
 def test_global_seed_makes_trainings_identical(same_seed):
     def train(seed):
