@@ -1,12 +1,19 @@
 """State of layers that every replica of a `tf.distribute` strategy holds for itself.
 
 It lives in raw variables: the `add_weight` of Keras can make neither per-replica variables nor,
-where they must be saved, strings.
+where they must be saved, strings. `StateLayer` puts them into files of every format.
 """
 
-from collections.abc import Callable
+import json
+import types
+from collections.abc import Callable, Iterator, Mapping
 
+import numpy as np
 import tensorflow as tf
+
+from negative_cache._compat import keras
+
+_DESCRIPTION = "description"
 
 
 def make_state_variable(initial_value: Callable[[], tf.Tensor], name: str) -> tf.Variable:
@@ -35,3 +42,120 @@ def on_every_replica(function: Callable[..., None], *args) -> None:
         tf.distribute.get_strategy().run(function, args)
     else:
         function(*args)
+
+
+def describe_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict:
+    """The specs as JSON values, for configurations and files."""
+    return {key: [list(spec.shape), tf.as_dtype(spec.dtype).name] for key, spec in specs.items()}
+
+
+def specs_of(description: Mapping) -> dict[str, tf.io.FixedLenFeature]:
+    """The inverse of `describe_specs`."""
+    return {
+        key: tf.io.FixedLenFeature(shape, tf.as_dtype(dtype))
+        for key, (shape, dtype) in description.items()
+    }
+
+
+class StateLayer(keras.layers.Layer):
+    """A layer with state variables, which TensorFlow checkpoints and Keras files hold.
+
+    What a file holds are the values of all replicas. Where it is loaded on fewer, the first ones
+    are taken; on more, the others keep what they have.
+    """
+
+    def _hold_state(self, *, description: Mapping, saved: bool = True, **fields) -> None:
+        """Makes `self._state`, to be called once.
+
+        Args:
+          description: what a file must agree with to be loaded: JSON values.
+          saved: whether files hold the state.
+          **fields: the attributes of `self._state`, each a state variable or a dictionary of them.
+        """
+        self._description = json.dumps(description, sort_keys=True)
+        self._is_saved = saved
+        # A namespace is nothing that Keras or TensorFlow track by themselves.
+        self._state = types.SimpleNamespace(**fields)
+        if saved:
+            # A variable of all replicas would be saved with the value of the first only.
+            parts = [_by_replica(variable) for variable in tf.nest.flatten(fields)]
+            self._checkpointed = tf.train.Checkpoint(
+                description=_Description(self),
+                replicas=[tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)],
+            )
+
+    def _saved_variables(self) -> Iterator[tuple[str, tf.Variable]]:
+        """Names in Keras files, and the variables of single replicas."""
+        for i, variable in enumerate(tf.nest.flatten(vars(self._state))):
+            for j, component in enumerate(_by_replica(variable)):
+                yield f"{i}_{j}", component
+
+    def save_own_variables(self, store):
+        """Writes the state into a Keras file; called by Keras."""
+        if not self._is_saved:
+            return
+        store[_DESCRIPTION] = _to_bytes(self._description.encode())
+        for name, component in self._saved_variables():
+            store[name] = _to_array(component)
+
+    def load_own_variables(self, store):
+        """Reads the state from a Keras file; called by Keras."""
+        if not self._is_saved:
+            return
+        if _DESCRIPTION not in store:
+            raise ValueError(
+                f"The file holds no state of the layer {self.name!r}. Was it saved without? Then"
+                " load it into a layer that is made to be saved without too."
+            )
+        self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
+        for name, component in self._saved_variables():
+            if name in store:
+                component.assign(_from_array(np.asarray(store[name]), component))
+
+    def _check_description(self, received: str) -> None:
+        if received != self._description:
+            raise ValueError(
+                f"The file holds the state of another layer than {self.name!r} is. Received"
+                f" {received}, wanted {self._description}."
+            )
+
+
+class _Description(tf.train.experimental.PythonState):
+    """Makes a TensorFlow checkpoint that does not fit an error when it is restored."""
+
+    def __init__(self, layer: StateLayer):
+        self._layer = layer
+
+    def serialize(self):
+        return self._layer._description
+
+    def deserialize(self, string_value):
+        self._layer._check_description(string_value.decode())
+
+
+def _by_replica(variable: tf.Variable) -> tuple[tf.Variable, ...]:
+    """The variables of the single replicas."""
+    if isinstance(variable, tf.distribute.DistributedValues):
+        return variable.distribute_strategy.experimental_local_results(variable)
+    return (variable,)
+
+
+def _to_array(variable: tf.Variable) -> np.ndarray:
+    """The value as an array that HDF5 can hold: its bytes, where NumPy lacks the dtype."""
+    if _is_of_numpy(variable.dtype):
+        return variable.numpy()
+    return _to_bytes(tf.io.serialize_tensor(variable).numpy())
+
+
+def _from_array(array: np.ndarray, like: tf.Variable) -> tf.Tensor:
+    if _is_of_numpy(like.dtype):
+        return tf.constant(array, like.dtype)
+    return tf.io.parse_tensor(array.tobytes(), like.dtype)
+
+
+def _to_bytes(value: bytes) -> np.ndarray:
+    return np.frombuffer(value, np.uint8)
+
+
+def _is_of_numpy(dtype: tf.DType) -> bool:
+    return dtype not in (tf.string, tf.bfloat16)

@@ -6,7 +6,14 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
+from negative_cache.layers._state import (
+    StateLayer,
+    describe_specs,
+    make_state_variable,
+    on_every_replica,
+    scatter_rows,
+    specs_of,
+)
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_rows
 
@@ -15,7 +22,8 @@ from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_r
 _QUEUE_SIZE = 2**15
 
 
-class Cache(keras.layers.Layer):
+@keras.utils.register_keras_serializable("negative_cache")
+class Cache(StateLayer):
     """A fixed number of rows, each with a candidate's features and its embedding.
 
     A cache streams: new candidates replace the rows that were touched longest ago. It differs from
@@ -23,8 +31,7 @@ class Cache(keras.layers.Layer):
     variables in place instead of returning a new cache, and rows that were never filled are known
     as such.
 
-    The rows are non-trainable `tf.Variable`s, and no Keras weights: TensorFlow checkpoints hold
-    them, `.weights.h5` files do not. Under a `tf.distribute` strategy every replica holds
+    The rows are non-trainable `tf.Variable`s. Under a `tf.distribute` strategy every replica holds
     rows of its own, and an update that is called outside of the replicas reaches each of them.
 
     Args:
@@ -35,6 +42,8 @@ class Cache(keras.layers.Layer):
         1. A row with a non-finite embedding is not written; `num_skipped` counts such rows.
       use_lru: whether updating a row makes it young again, so that the row *used* longest ago is
         replaced first. Rows are replaced in order of insertion where False.
+      saved: whether files hold the rows, TensorFlow checkpoints as well as `.keras` and
+        `.weights.h5`. A file with rows of other specs or of another number is refused.
 
     Raises:
       ValueError: where the specs do not describe an embedding under `embedding_key`, or
@@ -59,6 +68,7 @@ class Cache(keras.layers.Layer):
         cache_size: int,
         embedding_key: str = "embedding",
         use_lru: bool = True,
+        saved: bool = True,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -67,9 +77,10 @@ class Cache(keras.layers.Layer):
         self._check_embedding(self.specs, embedding_key)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
-        # A checkpoint object tracks the variables without making them Keras weights, which cannot
-        # be strings.
-        self._state = tf.train.Checkpoint(
+        self._has_queue = self.cache_size > _QUEUE_SIZE
+        self._hold_state(
+            description={"cache_size": self.cache_size, "specs": describe_specs(self.specs)},
+            saved=saved,
             data={
                 key: self._make_rows(spec.shape, spec.dtype, key)
                 for key, spec in self.specs.items()
@@ -79,8 +90,8 @@ class Cache(keras.layers.Layer):
             num_filled=make_state_variable(lambda: tf.zeros([], tf.int32), "num_filled"),
             step=make_state_variable(lambda: tf.zeros([], tf.int32), "step"),
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
+            queue=self._make_queue() if self._has_queue else {},
         )
-        self._queue = self._make_queue() if self.cache_size > _QUEUE_SIZE else None
         self.built = True
 
     @property
@@ -186,9 +197,10 @@ class Cache(keras.layers.Layer):
     def _oldest_rows(self, count):
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
         last_touched = self._state.last_touched
-        if self._queue is None:
+        if not self._has_queue:
             return oldest_rows(self.age, count)
-        queue = OldestRows(tf.convert_to_tensor(self._queue.rows), self._queue.last_touched)
+        rows, touched = self._state.queue["rows"], self._state.queue["last_touched"]
+        queue = OldestRows(tf.convert_to_tensor(rows), touched)
         usable = queue.untouched(last_touched)
 
         def from_queue():
@@ -202,8 +214,8 @@ class Cache(keras.layers.Layer):
             # Rows touched in this very update may be needed now, but tie with rows that it is yet
             # to touch: they are not kept.
             is_old = new.last_touched < self._state.step
-            self._queue.rows.assign(new.rows[:_QUEUE_SIZE])
-            self._queue.last_touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
+            rows.assign(new.rows[:_QUEUE_SIZE])
+            touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
             return new.rows[:count]
 
         if not tf.is_tensor(count) and count > _QUEUE_SIZE:
@@ -213,25 +225,18 @@ class Cache(keras.layers.Layer):
         return tf.cond(num_usable >= count, from_queue, from_new_queue)
 
     def get_config(self):
-        specs = {
-            key: (list(spec.shape), tf.as_dtype(spec.dtype).name)
-            for key, spec in self.specs.items()
-        }
         return {
             **super().get_config(),
-            "specs": specs,
+            "specs": describe_specs(self.specs),
             "cache_size": self.cache_size,
             "embedding_key": self.embedding_key,
             "use_lru": self.use_lru,
+            "saved": self._is_saved,
         }
 
     @classmethod
     def from_config(cls, config):
-        specs = {
-            key: tf.io.FixedLenFeature(shape, tf.as_dtype(dtype))
-            for key, (shape, dtype) in config["specs"].items()
-        }
-        return cls(**{**config, "specs": specs})
+        return cls(**{**config, "specs": specs_of(config["specs"])})
 
     def _check_updates(self, items, indices, mask):
         items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
@@ -264,10 +269,10 @@ class Cache(keras.layers.Layer):
     def _make_queue(self):
         """Variables of an `OldestRows` without a usable entry."""
         size = [_QUEUE_SIZE]
-        return tf.train.Checkpoint(
-            rows=make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
-            last_touched=make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
-        )
+        return {
+            "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
+            "last_touched": make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
+        }
 
     def _make_rows(self, shape, dtype, name):
         shape = [self.cache_size, *shape]

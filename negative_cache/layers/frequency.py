@@ -4,10 +4,16 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers._state import make_state_variable, on_every_replica, scatter_rows
+from negative_cache.layers._state import (
+    StateLayer,
+    make_state_variable,
+    on_every_replica,
+    scatter_rows,
+)
 
 
-class FrequencyEstimator(keras.layers.Layer):
+@keras.utils.register_keras_serializable("negative_cache")
+class FrequencyEstimator(StateLayer):
     """Estimates a candidate's sampling probability from the average gap between its occurrences.
 
     Streaming frequency estimation of Yi et al. (RecSys 2019): one array keeps when a hashed
@@ -33,7 +39,8 @@ class FrequencyEstimator(keras.layers.Layer):
             raise ValueError(f"`learning_rate` must lie in (0, 1]. Received: {learning_rate}.")
         self.num_buckets = num_buckets
         self.learning_rate = learning_rate
-        self._state = tf.train.Checkpoint(
+        self._hold_state(
+            description={"num_buckets": self.num_buckets},
             last_seen=make_state_variable(lambda: tf.zeros([num_buckets], tf.int64), "last_seen"),
             gap=make_state_variable(lambda: tf.zeros([num_buckets]), "gap"),
             num_seen=make_state_variable(lambda: tf.zeros([], tf.int64), "num_seen"),

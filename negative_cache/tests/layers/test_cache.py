@@ -325,7 +325,7 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
     expected = manager.init_cache()
     with mock.patch.object(cache_module, "_QUEUE_SIZE", queue_size):
         cache = Cache(specs, size, use_lru=use_lru)
-        assert (cache._queue is not None) == (size > queue_size)
+        assert cache._has_queue == (size > queue_size)
         for step, (new_mask, rows, mask) in enumerate(updates):
             update = {
                 "new_items": {"embedding": 100.0 * step + np.arange(len(new_mask))[:, None]},
