@@ -5,6 +5,7 @@ import tensorflow as tf
 from negative_cache._compat import keras
 
 
+@keras.utils.register_keras_serializable("negative_cache")
 class Latest(keras.metrics.Mean):
     """The last value it was given, for quantities whose average over an epoch says nothing."""
 

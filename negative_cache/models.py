@@ -1,5 +1,6 @@
 """`DualEncoder`: two towers and a retrieval task as one `keras.Model`."""
 
+import json
 from collections.abc import Mapping
 
 import tensorflow as tf
@@ -8,7 +9,10 @@ from negative_cache import _compat
 from negative_cache._compat import keras
 from negative_cache.layers import _networks
 
+_INPUTS = "inputs"
 
+
+@keras.utils.register_keras_serializable("negative_cache")
 class DualEncoder(_compat.Model):
     """A two-tower model that `fit` trains on pairs of a query and its positive candidate.
 
@@ -22,8 +26,9 @@ class DualEncoder(_compat.Model):
     Compile it with an optimizer and no loss: the task is the loss. Calling the model returns the
     embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
 
-    `tf.train.Checkpoint(model=model)` holds the model with its cache. `save_weights` to
-    `.weights.h5` holds the towers only, and the whole model cannot be saved as `.keras`.
+    It is saved as any Keras model is, with the cache unless the task has `save_cache=False`. To
+    load a `.keras` file, towers that are classes of your own must be known to Keras
+    (`keras.saving.register_keras_serializable`, `get_config`).
 
     Args:
       query_network: layer or model, query features -> [B, d].
@@ -85,6 +90,35 @@ class DualEncoder(_compat.Model):
         only_in_training = {metric.name for metric in self.task.training_metrics}
         return {name: value for name, value in logs.items() if name not in only_in_training}
 
+    def get_config(self):
+        serialize = keras.utils.serialize_keras_object
+        same = self.task.candidate_network is self.candidate_network
+        return {
+            **super().get_config(),
+            "query_network": serialize(self.query_network),
+            # None stands for the network of the task, of which there must not be two.
+            "candidate_network": None if same else serialize(self.candidate_network),
+            "task": serialize(self.task),
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        config = dict(config)
+        for name in ("query_network", "candidate_network", "task"):
+            config[name] = keras.utils.deserialize_keras_object(config[name])
+        if config["candidate_network"] is None:
+            config["candidate_network"] = config["task"].candidate_network
+        return cls(**config)
+
+    def get_build_config(self):
+        if self._input_specs is None:
+            return None
+        return {_INPUTS: json.dumps(_describe(self._input_specs))}
+
+    def build_from_config(self, config):
+        if config and _INPUTS in config:
+            self(_example(json.loads(config[_INPUTS])), training=False)
+
     def export(self, filepath, **kwargs):
         """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
@@ -138,3 +172,23 @@ def _check_inputs(inputs):
         raise ValueError(
             f'A batch must be a dictionary with "query" and "candidate". Received: {received}.'
         )
+
+
+def _describe(specs):
+    """The shapes and dtypes of features, a nest of them, as JSON values."""
+    if isinstance(specs, Mapping):
+        return {name: _describe(part) for name, part in specs.items()}
+    if isinstance(specs, list | tuple):
+        return [_describe(part) for part in specs]
+    return [specs.shape.as_list(), specs.dtype.name]
+
+
+def _example(description):
+    """A batch of one row of the features that `_describe` has described."""
+    if isinstance(description, Mapping):
+        return {name: _example(part) for name, part in description.items()}
+    if not isinstance(description[-1], str):
+        return [_example(part) for part in description]
+    shape, dtype = description
+    shape = [size or 1 for size in shape]
+    return tf.fill(shape, "") if dtype == "string" else tf.zeros(shape, dtype)

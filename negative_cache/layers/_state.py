@@ -74,6 +74,7 @@ class StateLayer(keras.layers.Layer):
         """
         self._description = json.dumps(description, sort_keys=True)
         self._is_saved = saved
+        self._mismatch = None
         # A namespace is nothing that Keras or TensorFlow track by themselves.
         self._state = types.SimpleNamespace(**fields)
         if saved:
@@ -103,8 +104,11 @@ class StateLayer(keras.layers.Layer):
         if not self._is_saved:
             return
         if _DESCRIPTION not in store:
+            # Keras 3 looks for a layer that did not fit in other places of the file, and reports
+            # the last error.
             raise ValueError(
-                f"The file holds no state of the layer {self.name!r}. Was it saved without? Then"
+                self._mismatch
+                or f"The file holds no state of the layer {self.name!r}. Was it saved without? Then"
                 " load it into a layer that is made to be saved without too."
             )
         self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
@@ -114,10 +118,11 @@ class StateLayer(keras.layers.Layer):
 
     def _check_description(self, received: str) -> None:
         if received != self._description:
-            raise ValueError(
-                f"The file holds the state of another layer than {self.name!r} is. Received"
-                f" {received}, wanted {self._description}."
+            self._mismatch = (
+                f"The state in the file does not fit the layer {self.name!r}. Received: {received}."
+                f" Wanted: {self._description}."
             )
+            raise ValueError(self._mismatch)
 
 
 class _Description(tf.train.experimental.PythonState):

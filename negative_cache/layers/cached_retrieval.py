@@ -4,13 +4,20 @@ import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers import _networks, _popularity, _retrieval_checks
 from negative_cache.layers._scores import Scores
-from negative_cache.layers._state import make_state_variable, on_every_replica
+from negative_cache.layers._state import (
+    StateLayer,
+    describe_specs,
+    make_state_variable,
+    on_every_replica,
+    specs_of,
+)
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.metrics import Latest
@@ -21,9 +28,28 @@ _ID_KEY = "candidate_id_key"
 _LOG_PROBABILITY = "log_sampling_probability"
 _INTERNAL_KEYS = (_EMBEDDING, _ID_KEY, _LOG_PROBABILITY)
 _ONE_FEATURE = "candidate"
+_DIMENSION = "embedding_dim"
+# The settings that a configuration holds as they are.
+_PLAIN_SETTINGS = (
+    "cache_size",
+    "temperature",
+    "num_negatives",
+    "in_batch_negatives",
+    "num_hard_negatives",
+    "candidate_id_key",
+    "remove_accidental_hits",
+    "use_lru",
+    "false_negative_margin",
+    "exact_query_gradient",
+    "frequency_correction",
+    "reduction",
+    "save_cache",
+    "seed",
+)
 
 
-class CachedRetrieval(keras.layers.Layer):
+@keras.utils.register_keras_serializable("negative_cache")
+class CachedRetrieval(StateLayer):
     """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
@@ -41,8 +67,9 @@ class CachedRetrieval(keras.layers.Layer):
     A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
     counts them. What the layer does not do: a candidate that came several times may stand in
     several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
-    TensorFlow checkpoints (`tf.train.Checkpoint`) hold the cache; `.weights.h5` files do not, and
-    the cache starts empty after loading one.
+
+    TensorFlow checkpoints, `.weights.h5` and `.keras` files hold the cache and the state of the
+    sampling, so that a training that goes on from one draws what it would have drawn.
 
     Args:
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
@@ -83,6 +110,8 @@ class CachedRetrieval(keras.layers.Layer):
       loss_metrics: Keras metrics updated with the loss.
       embedding_dim: d. Taken from the first call where None.
       embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
+      save_cache: whether files hold the cache. Without it they are smaller, and a training that
+        goes on from one starts with an empty cache.
       seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
 
     Raises:
@@ -124,6 +153,7 @@ class CachedRetrieval(keras.layers.Layer):
         loss_metrics: Sequence[keras.metrics.Metric] | None = None,
         embedding_dim: int | None = None,
         embedding_dtype: str | tf.DType = tf.float32,
+        save_cache: bool = True,
         seed: int | None = None,
         **kwargs,
     ):
@@ -150,9 +180,15 @@ class CachedRetrieval(keras.layers.Layer):
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
         _retrieval_checks.check_settings(self, _INTERNAL_KEYS)
+        self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
+        # Whatever seed a training began with, it goes on with it from a file.
+        seed_and_step = tf.constant([self.seed, 0], tf.int64)
+        self._hold_state(
+            description={"layer": "CachedRetrieval"},
+            sampling=make_state_variable(lambda: seed_and_step, "sampling"),
+        )
         self._scores = Scores(temperature, score_transform)
-        self._sampling_state = make_state_variable(lambda: tf.zeros([], tf.int64), "sampling_state")
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
@@ -315,6 +351,49 @@ class CachedRetrieval(keras.layers.Layer):
             new_items=self._cache_items(features, embeddings, candidate_sampling_probability)
         )
 
+    def save_own_variables(self, store):
+        """Writes the state into a Keras file; called by Keras."""
+        super().save_own_variables(store)
+        if self._cache is not None:
+            store[_DIMENSION] = np.array([self._cache.embeddings.shape[1]])
+
+    def load_own_variables(self, store):
+        """Reads the state from a Keras file; called by Keras before it reads that of the cache."""
+        super().load_own_variables(store)
+        if _DIMENSION in store:
+            self._make_cache(int(np.asarray(store[_DIMENSION])[0]))
+
+    def get_config(self):
+        serialize = keras.utils.serialize_keras_object
+        specs = describe_specs(self.feature_specs)
+        return {
+            **super().get_config(),
+            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
+            "candidate_network": serialize(self.candidate_network),
+            "feature_specs": specs[_ONE_FEATURE] if self._takes_one_tensor else specs,
+            "score_transform": serialize(self.score_transform),
+            "metrics": [serialize(metric) for metric in self._task_metrics],
+            "batch_metrics": [serialize(metric) for metric in self._batch_metrics],
+            "loss_metrics": [serialize(metric) for metric in self._loss_metrics],
+            "embedding_dim": self._cache.embeddings.shape[1] if self._cache is not None else None,
+            "embedding_dtype": self.embedding_dtype.name,
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        deserialize = keras.utils.deserialize_keras_object
+        config = dict(config)
+        specs = config.pop("feature_specs")
+        if isinstance(specs, Mapping):
+            config["feature_specs"] = specs_of(specs)
+        else:
+            config["feature_specs"] = specs_of({_ONE_FEATURE: specs})[_ONE_FEATURE]
+        for name in ("candidate_network", "score_transform"):
+            config[name] = deserialize(config[name])
+        for name in ("metrics", "batch_metrics", "loss_metrics"):
+            config[name] = [deserialize(metric) for metric in config[name]]
+        return cls(**config)
+
     def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
         """[B] log partition of the cache, and the refreshed rows of a training step."""
         cache = self._cache
@@ -456,7 +535,14 @@ class CachedRetrieval(keras.layers.Layer):
             }
             if self.candidate_id_key is not None:
                 specs[_ID_KEY] = tf.io.FixedLenFeature([], tf.int64)
-            self._cache = Cache(specs, self.cache_size, _EMBEDDING, self.use_lru, name="cache")
+            self._cache = Cache(
+                specs,
+                self.cache_size,
+                _EMBEDDING,
+                self.use_lru,
+                saved=self.save_cache,
+                name="cache",
+            )
         expected = self._cache.embeddings.shape[1]
         if dim != expected:
             raise ValueError(
@@ -465,12 +551,12 @@ class CachedRetrieval(keras.layers.Layer):
 
     def _next_seed(self):
         """[2] int64, another one at every step and on every replica."""
-        on_every_replica(self._sampling_state.assign_add, 1)
+        on_every_replica(self._state.sampling.assign_add, tf.constant([0, 1], tf.int64))
+        seed, step = tf.unstack(tf.convert_to_tensor(self._state.sampling))
         replica_context = tf.distribute.get_replica_context()
         replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        number = self._sampling_state * num_replicas + tf.cast(replica, tf.int64)
-        return tf.stack([tf.constant(self.seed, tf.int64), number])
+        return tf.stack([seed, step * num_replicas + tf.cast(replica, tf.int64)])
 
     def _row_weights(self, sample_weight, queries):
         weights = tf.reshape(tf.cast(sample_weight, tf.float32), [-1])

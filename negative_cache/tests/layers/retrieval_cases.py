@@ -53,7 +53,7 @@ def cross_entropy(positive, negatives):
 
 def copy_of_state(task):
     state = [variable.numpy() for variable in task.cache.data.values()]
-    return [*state, task.cache.age.numpy(), task.cache.filled.numpy(), task._sampling_state.numpy()]
+    return [*state, task.cache.age.numpy(), task.cache.filled.numpy(), task._state.sampling.numpy()]
 
 
 def assert_same_state(left, right):
