@@ -5,6 +5,7 @@ of the package imports `keras` from here and never branches on the version itsel
 """
 
 import os
+import types
 
 import tensorflow as tf
 
@@ -57,6 +58,24 @@ if IS_KERAS_2:
     def _batch_size(x):
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
+    def prepare_to_restore(model: keras.Model) -> None:
+        """Makes the variables that TensorFlow can only restore once they are there: none."""
+
+    def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
+        """Lets the `fit` that is about to begin start with an epoch; None undoes it."""
+        counters = types.SimpleNamespace(
+            maybe_load_initial_counters_from_ckpt=lambda *args, **kwargs: (epoch, 0)
+        )
+        model._training_state = None if epoch is None else counters
+
+    def all_variables(model: keras.Model) -> list[tf.Variable]:
+        """Variables of a model that TensorFlow does not find by itself: none."""
+        return []
+
+    def steps_per_execution(model: keras.Model) -> int:
+        """The number of batches that a call of `model.train_function` reads."""
+        return int(model._steps_per_execution)
+
 else:
 
     class Model(keras.Model):
@@ -72,6 +91,28 @@ else:
                 )
                 iterator = None
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def prepare_to_restore(model: keras.Model) -> None:
+        """Makes the variables that TensorFlow can only restore once they are there: all."""
+        if not model.built:
+            raise ValueError(
+                "The model must be built before `fit`, so that it can be restored: call it on a"
+                f" batch first, as in `model(next(iter(dataset)))`. Received: {model!r}."
+            )
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+
+    def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
+        """Lets the `fit` that is about to begin start with an epoch; None undoes it."""
+        model._initial_epoch = epoch
+
+    def all_variables(model: keras.Model) -> list[tf.Variable]:
+        """Variables of a model that TensorFlow does not find by itself: metrics, random states."""
+        return [variable.value for variable in model.variables + model.metrics_variables]
+
+    def steps_per_execution(model: keras.Model) -> int:
+        """The number of batches that a call of `model.train_function` reads."""
+        return model.steps_per_execution
 
 
 def _num_replicas() -> int:
