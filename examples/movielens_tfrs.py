@@ -56,7 +56,7 @@ class MovieModel(tfrs.Model):
         users = self.user_model(features["user_id"])
         movies = self.movie_model(titles)
         if not training:
-            # By id: the same score computed in two ways differs in its last bit, and would tie.
+            # By id. Compared by score, a movie can lose to itself by a rounding error.
             self.top_k.update_state(users, movies, true_candidate_ids=titles)
         return self.compute_task_loss(users, movies, titles, training)
 
