@@ -1,5 +1,8 @@
-"""Retrieval datasets. `installed_code` needs no download: it reads the installed packages."""
+"""Retrieval datasets. Neither downloads anything.
 
-from negative_cache.datasets import installed_code
+`installed_code` reads the installed Python packages, `movielens` a folder that the user has.
+"""
 
-__all__ = ["installed_code"]
+from negative_cache.datasets import installed_code, movielens
+
+__all__ = ["installed_code", "movielens"]

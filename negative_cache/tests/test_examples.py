@@ -1,0 +1,84 @@
+"""Runs the examples as a user does, from the command line."""
+
+import os
+import pathlib
+import re
+import runpy
+import subprocess
+import sys
+
+import pytest
+
+from negative_cache._compat import IS_KERAS_2
+from negative_cache.tests.datasets import movielens_files
+
+ROOT = pathlib.Path(__file__).parents[2]
+MOVIELENS_TFRS = ROOT / "examples" / "movielens_tfrs.py"
+
+if not MOVIELENS_TFRS.exists():
+    pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
+
+
+def run(*arguments, **variables):
+    environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
+    environment |= {"PYTHONPATH": str(ROOT), **variables}
+    command = [sys.executable, str(MOVIELENS_TFRS), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# The script chooses its Keras itself: a second run would show nothing new.
+runs_once = pytest.mark.skipif(not IS_KERAS_2, reason="Runs with the tests under Keras 2.")
+
+
+@runs_once
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_movielens_tfrs_trains_and_prints_a_row_for_every_task(tmp_path):
+    folder = movielens_files.generate(tmp_path, num_users=20, num_movies=120, num_ratings=500)
+    done = run("--data", folder, "--epochs", 1, "--batch-size", 40, "--cache-size", 64)
+    assert done.returncode == 0, done.stderr
+    assert "500 ratings, 20 users, 120 movies" in done.stdout
+    table = done.stdout[done.stdout.index("accuracy of the top") :].splitlines()
+    assert table[0].split()[4:9] == ["1", "5", "10", "50", "100"]
+    rows = {}
+    for line in table[1:]:
+        name, *cells = re.split(r"\s{2,}", line)
+        rows[name] = [float(cell) for cell in cells]
+    assert list(rows) == [
+        "tfrs.tasks.Retrieval",
+        "CachedRetrieval, no cache",
+        "CachedRetrieval, 64 rows",
+    ]
+    for *accuracies, milliseconds in rows.values():
+        # The top 5 include the top 1, and so on; 100 of 120 movies have most of the positives.
+        assert accuracies == sorted(accuracies) and 0.5 < accuracies[-1] <= 1.0
+        assert milliseconds > 0.0
+
+
+@runs_once
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "https://grouplens.org/datasets/movielens/100k"),
+        (["--batch-size", "65", "--cache-size", "64"], "--batch-size must be 1 to --cache-size"),
+        (["--batch-size", "0"], "--batch-size must be 1 to --cache-size, received 0"),
+        (["--epochs", "0"], "--epochs must be 1 or more, received 0"),
+    ],
+)
+def test_movielens_tfrs_refuses_bad_arguments(tmp_path, monkeypatch, capsys, arguments, message):
+    main = runpy.run_path(str(MOVIELENS_TFRS))["main"]
+    monkeypatch.setattr(sys, "argv", ["movielens_tfrs.py", "--data", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@runs_once
+@pytest.mark.end_to_end
+def test_movielens_tfrs_refuses_keras_3_in_one_line():
+    done = run("--data", "ml-100k", TF_USE_LEGACY_KERAS="0")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        "TF-Recommenders needs Keras 2: unset TF_USE_LEGACY_KERAS, or set it to 1."
+    )
