@@ -7,12 +7,14 @@ What most users need is here, flat.
 
 # `_compat` is first, because it refuses what the others would fail on.
 from negative_cache import _compat, datasets, layers, ops  # noqa: F401
+from negative_cache.backup import BackupAndRestore
 from negative_cache.callbacks import CacheWarmStart, CorpusMetrics
 from negative_cache.layers import Cache, CachedRetrieval
 from negative_cache.models import DualEncoder
 from negative_cache.version import __version__
 
 __all__ = [
+    "BackupAndRestore",
     "Cache",
     "CacheWarmStart",
     "CachedRetrieval",

@@ -129,9 +129,10 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _restore(self):
         try:
-            status = self._checkpoint.restore(self._to_restore)
-            status.assert_existing_objects_matched().expect_partial()
-        except AssertionError as error:
+            # A model of Keras 2 makes some of its variables later.
+            status = self._checkpoint.restore(self._to_restore).expect_partial()
+            status.assert_existing_objects_matched()
+        except (AssertionError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"The checkpoint in {str(self.backup_dir)!r} is of another model. Remove the folder"
                 f" to start anew. {error}"

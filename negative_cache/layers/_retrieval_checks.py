@@ -86,6 +86,17 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> None:
         )
 
 
+def check_score_mask(mask: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
+    """Returns `score_mask` [B, N] bool as a tensor, B and N being those of `scores`."""
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool or not mask.shape.is_compatible_with(scores.shape):
+        raise ValueError(
+            f"`score_mask` must be boolean of shape [batch, candidates], here {scores.shape}."
+            f" Received dtype {mask.dtype.name}, shape {mask.shape}."
+        )
+    return mask
+
+
 def check_rows(values: tf.Tensor, like: tf.Tensor, name: str, rank: int | None = None) -> None:
     """Checks that `values` have as many rows as `like`, and where given the `rank`."""
     wanted = like.shape[:1].concatenate([None] * ((rank or values.shape.rank) - 1))

@@ -9,14 +9,12 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers import _networks, _popularity, _retrieval_checks
+from negative_cache.layers import _networks, _popularity, _retrieval_checks, _retrieval_config
 from negative_cache.layers._scores import Scores
 from negative_cache.layers._state import (
     StateLayer,
-    describe_specs,
     make_state_variable,
     on_every_replica,
-    specs_of,
 )
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
@@ -29,23 +27,6 @@ _LOG_PROBABILITY = "log_sampling_probability"
 _INTERNAL_KEYS = (_EMBEDDING, _ID_KEY, _LOG_PROBABILITY)
 _ONE_FEATURE = "candidate"
 _DIMENSION = "embedding_dim"
-# The settings that a configuration holds as they are.
-_PLAIN_SETTINGS = (
-    "cache_size",
-    "temperature",
-    "num_negatives",
-    "in_batch_negatives",
-    "num_hard_negatives",
-    "candidate_id_key",
-    "remove_accidental_hits",
-    "use_lru",
-    "false_negative_margin",
-    "exact_query_gradient",
-    "frequency_correction",
-    "reduction",
-    "save_cache",
-    "seed",
-)
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -85,6 +66,7 @@ class CachedRetrieval(StateLayer):
         gradient.
       num_hard_negatives: keep only so many of the highest-scoring in-batch negatives of each query.
       candidate_id_key: name of the feature that identifies a candidate; scalar int or string.
+        Where `feature_specs` is a single spec, its name is "candidate".
       remove_accidental_hits: leave out negatives that have the positive's id. Needs
         `candidate_id_key`.
       use_lru: as in `Cache`.
@@ -104,7 +86,8 @@ class CachedRetrieval(StateLayer):
         stream, which it is with `use_lru=False`; LRU keeps rows that are drawn often for longer.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
-        sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`.
+        sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`, which then
+        compares scores and not ids.
       batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch, and
         with the sample weights where there are any.
       loss_metrics: Keras metrics updated with the loss.
@@ -233,6 +216,7 @@ class CachedRetrieval(StateLayer):
         training: bool | None = None,
         compute_metrics: bool = True,
         compute_batch_metrics: bool = True,
+        score_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Computes the loss and, in training, moves the cache on by one step.
 
@@ -251,6 +235,8 @@ class CachedRetrieval(StateLayer):
           training: whether to draw, encode and update the cache. None means True.
           compute_metrics: whether to update `metrics`.
           compute_batch_metrics: whether to update `batch_metrics`.
+          score_mask: [B, N] bool, which of the batch's candidates each query is compared with. Its
+            positive always is one, and the cache is not affected.
 
         Returns:
           Scalar float32, or [B] where `reduction` is "none".
@@ -288,7 +274,10 @@ class CachedRetrieval(StateLayer):
             if has_probabilities and self.in_batch_negatives:
                 positive_logits -= log_expected[:num_queries]
         is_positive = tf.eye(num_queries, tf.shape(candidates)[0], dtype=tf.bool)
-        not_a_negative = self._not_a_negative(items, raw_scores, is_positive, threshold)
+        not_a_negative = self._not_a_negative(items, raw_scores, threshold)
+        if score_mask is not None:
+            not_a_negative |= ~_retrieval_checks.check_score_mask(score_mask, raw_scores)
+        not_a_negative &= ~is_positive
 
         negative_logits = []
         if self.in_batch_negatives:
@@ -364,35 +353,17 @@ class CachedRetrieval(StateLayer):
             self._make_cache(int(np.asarray(store[_DIMENSION])[0]))
 
     def get_config(self):
-        serialize = keras.utils.serialize_keras_object
-        specs = describe_specs(self.feature_specs)
-        return {
-            **super().get_config(),
-            **{name: getattr(self, name) for name in _PLAIN_SETTINGS},
-            "candidate_network": serialize(self.candidate_network),
-            "feature_specs": specs[_ONE_FEATURE] if self._takes_one_tensor else specs,
-            "score_transform": serialize(self.score_transform),
-            "metrics": [serialize(metric) for metric in self._task_metrics],
-            "batch_metrics": [serialize(metric) for metric in self._batch_metrics],
-            "loss_metrics": [serialize(metric) for metric in self._loss_metrics],
-            "embedding_dim": self._cache.embeddings.shape[1] if self._cache is not None else None,
-            "embedding_dtype": self.embedding_dtype.name,
+        specs = self.feature_specs[_ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
+        metrics = {
+            "metrics": self._task_metrics,
+            "batch_metrics": self._batch_metrics,
+            "loss_metrics": self._loss_metrics,
         }
+        return {**super().get_config(), **_retrieval_config.to_config(self, specs, metrics)}
 
     @classmethod
     def from_config(cls, config):
-        deserialize = keras.utils.deserialize_keras_object
-        config = dict(config)
-        specs = config.pop("feature_specs")
-        if isinstance(specs, Mapping):
-            config["feature_specs"] = specs_of(specs)
-        else:
-            config["feature_specs"] = specs_of({_ONE_FEATURE: specs})[_ONE_FEATURE]
-        for name in ("candidate_network", "score_transform"):
-            config[name] = deserialize(config[name])
-        for name in ("metrics", "batch_metrics", "loss_metrics"):
-            config[name] = [deserialize(metric) for metric in config[name]]
-        return cls(**config)
+        return cls(**_retrieval_config.from_config(config))
 
     def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
         """[B] log partition of the cache, and the refreshed rows of a training step."""
@@ -458,15 +429,15 @@ class CachedRetrieval(StateLayer):
         self._fill.update_state(self._cache.num_filled / self.cache_size)
         self._skipped_rows.update_state(self._cache.num_skipped)
 
-    def _not_a_negative(self, items, scores, is_positive, threshold):
-        """[B, N] bool, the in-batch candidates that are left out; never a query's own positive."""
-        left_out = tf.zeros_like(is_positive)
+    def _not_a_negative(self, items, scores, threshold):
+        """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
+        left_out = tf.zeros_like(scores, tf.bool)
         if self.remove_accidental_hits:
             ids = items[_ID_KEY]
             left_out |= tf.equal(ids[: tf.shape(scores)[0], tf.newaxis], ids[tf.newaxis])
         if threshold is not None:
             left_out |= scores > threshold[:, tf.newaxis]
-        return left_out & ~is_positive
+        return left_out
 
     def _log_expected_occurrences(self, items, has_probabilities):
         """[N] log of how often each of the batch's candidates is expected among the negatives."""

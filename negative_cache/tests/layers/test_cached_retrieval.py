@@ -205,8 +205,8 @@ def test_outside_of_the_replicas_candidates_reach_every_cache():
         task._next_seed()
     for rows in strategy.experimental_local_results(task.cache.data["id"]):
         assert rows.numpy().tolist() == [5, 6, 0]
-    for state in strategy.experimental_local_results(task._sampling_state):
-        assert state.numpy() == 1
+    for state in strategy.experimental_local_results(task._state.sampling):
+        assert state.numpy().tolist() == [1, 1]
 
 
 # Bad input.
@@ -272,6 +272,8 @@ def test_constructor_refuses_a_network_known_to_return_no_embeddings():
         ({"negative_embeddings": tf.zeros([2, 5, 4])}, r"`negative_embeddings`.*\(2, 5, 4\)"),
         ({"negative_embeddings": tf.zeros([3, 5, 3])}, r"`negative_embeddings`.*\(3, 5, 3\)"),
         ({"sample_weight": tf.zeros([3])}, r"`sample_weight`.*\(3,\)"),
+        ({"score_mask": tf.fill([2, 3], True)}, r"`score_mask`.*\(2, 3\)"),
+        ({"score_mask": tf.ones([2, 2])}, "`score_mask`.*float32"),
         (
             {"candidate_sampling_probability": tf.zeros([3])},
             r"`candidate_sampling_probability`.*\(3,\)",

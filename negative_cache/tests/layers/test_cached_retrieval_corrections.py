@@ -100,8 +100,10 @@ def test_hard_negatives_are_the_highest_in_the_batch(num_hard_negatives):
 @pytest.mark.parametrize("remove_accidental_hits", [False, True])
 @pytest.mark.parametrize("num_hard_negatives", [None, 2])
 @pytest.mark.parametrize("corrected", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cache_size", [0, 8])
 def test_without_a_cache_it_is_the_task_of_tf_recommenders(
-    temperature, remove_accidental_hits, num_hard_negatives, corrected
+    temperature, remove_accidental_hits, num_hard_negatives, corrected, masked, cache_size
 ):
     import tensorflow_recommenders as tfrs
 
@@ -114,12 +116,18 @@ def test_without_a_cache_it_is_the_task_of_tf_recommenders(
     weight = tf.constant([1.0, 2.0, 0.5, 0.0, 1.0])
     call_kwargs = {"sample_weight": weight}
     if corrected:
-        call_kwargs["candidate_sampling_probability"] = tf.constant([0.3, 0.1, 0.02, 0.1, 0.0, 0.5])
+        # Without a cache, what is too small is clipped where the task clips it.
+        smallest = 1e-3 if cache_size else 0.0
+        probability = tf.constant([0.3, 0.1, 0.02, 0.1, smallest, 0.5])
+        call_kwargs["candidate_sampling_probability"] = probability
+    if masked:
+        mask = np.random.default_rng(2).random([5, 6]) < 0.7
+        call_kwargs["score_mask"] = tf.constant(mask | np.eye(5, 6, dtype=bool))
     theirs = tfrs.tasks.Retrieval(**kwargs)(
         tf.constant(queries), tf.constant(table[ids]), candidate_ids=tf.constant(ids), **call_kwargs
     )
     ours = call(
-        make_task(table, 0, in_batch_negatives=True, reduction="sum", **kwargs),
+        make_task(table, cache_size, in_batch_negatives=True, reduction="sum", **kwargs),
         queries,
         ids,
         table,

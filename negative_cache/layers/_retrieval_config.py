@@ -1,0 +1,69 @@
+"""The configuration of a `CachedRetrieval`: its arguments as what Keras writes into files."""
+
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from negative_cache._compat import keras
+from negative_cache.layers._state import describe_specs, specs_of
+
+# The arguments that a configuration holds as they are.
+_PLAIN = (
+    "cache_size",
+    "temperature",
+    "num_negatives",
+    "in_batch_negatives",
+    "num_hard_negatives",
+    "candidate_id_key",
+    "remove_accidental_hits",
+    "use_lru",
+    "false_negative_margin",
+    "exact_query_gradient",
+    "frequency_correction",
+    "reduction",
+    "save_cache",
+    "seed",
+)
+_OBJECTS = ("candidate_network", "score_transform")
+_METRICS = ("metrics", "batch_metrics", "loss_metrics")
+_ONE_SPEC = "candidate"
+
+
+def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
+    """Describes the arguments of `task`.
+
+    Args:
+      task: the `CachedRetrieval`, which has most of its arguments as attributes.
+      feature_specs: the argument of that name.
+      metrics: the arguments `metrics`, `batch_metrics` and `loss_metrics`, as lists.
+    """
+    serialize = keras.utils.serialize_keras_object
+    is_one = isinstance(feature_specs, tf.io.FixedLenFeature)
+    return {
+        **{name: getattr(task, name) for name in _PLAIN},
+        **{name: serialize(getattr(task, name)) for name in _OBJECTS},
+        **{name: [serialize(metric) for metric in metrics[name]] for name in _METRICS},
+        "feature_specs": (
+            describe_specs({_ONE_SPEC: feature_specs})[_ONE_SPEC]
+            if is_one
+            else describe_specs(feature_specs)
+        ),
+        "embedding_dim": task.cache.embeddings.shape[1] if task.cache is not None else None,
+        "embedding_dtype": task.embedding_dtype.name,
+    }
+
+
+def from_config(config: Mapping) -> dict:
+    """The arguments that `to_config` has described, and the others as they are."""
+    deserialize = keras.utils.deserialize_keras_object
+    specs = config["feature_specs"]
+    return {
+        **config,
+        **{name: deserialize(config[name]) for name in _OBJECTS},
+        **{name: [deserialize(metric) for metric in config[name]] for name in _METRICS},
+        "feature_specs": (
+            specs_of(specs)
+            if isinstance(specs, Mapping)
+            else specs_of({_ONE_SPEC: specs})[_ONE_SPEC]
+        ),
+    }

@@ -1,0 +1,188 @@
+"""Tests of `BackupAndRestore`: trainings that were interrupted end as those that were not."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import BackupAndRestore, CachedRetrieval, DualEncoder
+from negative_cache._compat import IS_KERAS_2, keras
+
+EPOCHS, STEPS = 3, 6
+
+
+class Tower(keras.layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.table = keras.layers.Embedding(24, 4)
+        # The random numbers of Dropout in Keras 2 are no variables, unless one asks for it.
+        self.dropout = keras.layers.Dropout(0.0 if IS_KERAS_2 else 0.3)
+
+    def call(self, ids, training=None):
+        return self.dropout(self.table(ids), training=training)
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Stops the process, or the training, after so many batches were trained on or passed over."""
+
+    def __init__(self, after, stop):
+        super().__init__()
+        self.remaining = after
+        self.stop = stop
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.remaining -= 1
+        if self.remaining == 0:
+            self.stop()
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt():
+    raise Interrupted
+
+
+def make_model(dim=4, **kwargs):
+    candidate_tower = Tower() if dim == 4 else keras.layers.Embedding(24, dim)
+    query_tower = Tower() if dim == 4 else keras.layers.Embedding(24, dim)
+    spec = tf.io.FixedLenFeature([], tf.int64)
+    task = CachedRetrieval(candidate_tower, spec, 16, in_batch_negatives=True)
+    model = DualEncoder(query_tower, candidate_tower, task)
+    model.compile("adam", **kwargs)
+    ids = tf.constant([0, 1], tf.int64)
+    model({"query": ids, "candidate": ids})
+    return model
+
+
+def make_data(as_stream):
+    ids = tf.range(24, dtype=tf.int64)
+    data = tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids})
+    if as_stream:
+        return data.shuffle(24, seed=3).repeat().batch(4)
+    return data.shuffle(24, seed=3, reshuffle_each_iteration=False).batch(4)
+
+
+def fit(folder, *, as_stream, save_freq=2, callbacks=(), **kwargs):
+    """Trains a new model, or goes on from `folder`: its state and the last logs, as JSON."""
+    keras.utils.set_random_seed(1)
+    model = make_model(**kwargs)
+    steps = {"steps_per_epoch": STEPS} if as_stream else {}
+    backup = BackupAndRestore(str(folder), save_freq, **steps)
+    history = model.fit(
+        make_data(as_stream),
+        epochs=EPOCHS,
+        verbose=0,
+        callbacks=[backup, *callbacks],
+        **steps,
+    )
+    task = model.task
+    optimizer = model.optimizer.variables
+    variables = [*model.get_weights(), *(optimizer() if callable(optimizer) else optimizer)]
+    state = [*variables, *task.cache.data.values(), task.cache.age, task._state.sampling]
+    logs = {name: values[-1] for name, values in history.history.items()}
+    state = [np.asarray(tf.convert_to_tensor(values)).tolist() for values in state]
+    # As text, in which a NaN is equal to itself.
+    return json.dumps([state, logs])
+
+
+@pytest.mark.parametrize("as_stream, steps_per_execution", [(True, 1), (False, 2)])
+def test_an_interrupted_training_ends_as_if_it_had_not_been(
+    as_stream, steps_per_execution, tmp_path
+):
+    kwargs = {"as_stream": as_stream, "steps_per_execution": steps_per_execution}
+    expected = fit(tmp_path / "whole", **kwargs)
+    # In the first epoch, and right at the end of it.
+    for after in (4, 6):
+        with pytest.raises(Interrupted):
+            fit(
+                tmp_path / "parts",
+                callbacks=[Interrupt(after // steps_per_execution, interrupt)],
+                **kwargs,
+            )
+    assert fit(tmp_path / "parts", **kwargs) == expected
+    assert not (tmp_path / "parts").exists()
+
+
+def test_an_epoch_is_where_a_backup_of_epochs_goes_on(tmp_path):
+    expected = fit(tmp_path / "whole", as_stream=True, save_freq="epoch")
+    with pytest.raises(Interrupted):
+        fit(
+            tmp_path / "parts",
+            as_stream=True,
+            save_freq="epoch",
+            callbacks=[Interrupt(STEPS + 2, interrupt)],
+        )
+    trained_on = []
+    record = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: trained_on.append(epoch)
+    )
+    resumed = fit(tmp_path / "parts", as_stream=True, save_freq="epoch", callbacks=[record])
+    assert trained_on == [1, 2]
+    assert resumed == expected
+
+
+@pytest.mark.end_to_end
+def test_a_killed_process_goes_on(tmp_path):
+    def run(folder, kill_after=0):
+        command = [sys.executable, __file__, str(folder), str(kill_after)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    expected = run(tmp_path / "whole")
+    assert expected.returncode == 0, expected.stderr
+    assert run(tmp_path / "parts", STEPS + 3).returncode == -signal.SIGKILL
+    resumed = run(tmp_path / "parts")
+    assert resumed.returncode == 0, resumed.stderr
+    assert resumed.stdout == expected.stdout
+
+
+def test_a_second_training_starts_anew(tmp_path):
+    model = make_model()
+    for _ in range(2):
+        history = model.fit(
+            make_data(False),
+            epochs=2,
+            verbose=0,
+            callbacks=[BackupAndRestore(str(tmp_path / "backup"), 5)],
+        )
+        assert len(history.history["loss"]) == 2
+
+
+@pytest.mark.parametrize(
+    "kwargs, message",
+    [
+        ({"save_freq": 0}, "`save_freq` must be an integer >= 1. Received: 0"),
+        ({"save_freq": "batch"}, "`save_freq` must be an integer >= 1. Received: 'batch'"),
+        ({"steps_per_epoch": 2.5}, "`steps_per_epoch` must be an integer >= 1. Received: 2.5"),
+    ],
+)
+def test_constructor_refuses(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        BackupAndRestore("backup", **kwargs)
+
+
+@pytest.mark.skipif(IS_KERAS_2, reason="TensorFlow restores what Keras 2 builds later")
+def test_a_model_that_is_not_built_is_refused(tmp_path):
+    tower = Tower()
+    task = CachedRetrieval(tower, tf.io.FixedLenFeature([], tf.int64), 16)
+    model = DualEncoder(Tower(), tower, task)
+    model.compile("adam")
+    with pytest.raises(ValueError, match="must be built before `fit`"):
+        model.fit(make_data(False), verbose=0, callbacks=[BackupAndRestore(str(tmp_path))])
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(tmp_path, as_stream=False, callbacks=[Interrupt(4, interrupt)])
+    with pytest.raises(ValueError, match="is of another model. Remove the folder"):
+        fit(tmp_path, as_stream=False, dim=5)
+
+
+if __name__ == "__main__":
+    kill = Interrupt(int(sys.argv[2]), lambda: signal.raise_signal(signal.SIGKILL))
+    print(fit(sys.argv[1], as_stream=True, callbacks=[kill]))
