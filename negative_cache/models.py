@@ -57,6 +57,21 @@ class DualEncoder(_compat.Model):
         self.task = task
         self._input_specs = None
 
+    def compile(self, *args, **kwargs):
+        """Configures the training, as `keras.Model.compile` does; without a loss.
+
+        Raises:
+          ValueError: where `jit_compile=True` and the cache holds strings, which XLA cannot.
+        """
+        if kwargs.get("jit_compile") is True and not self.task.supports_jit:
+            specs = self.task.feature_specs
+            strings = [key for key, spec in specs.items() if tf.as_dtype(spec.dtype) == tf.string]
+            raise ValueError(
+                "XLA has no strings. Compile without `jit_compile=True`, or look strings up before"
+                f" they enter the model. Received string features: {strings}."
+            )
+        super().compile(*args, **kwargs)
+
     def call(self, inputs, training=None):
         """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]`."""
         _check_inputs(inputs)

@@ -355,7 +355,7 @@ def _uniforms(shape, seed: Seed) -> tf.Tensor:
         return tf.random.uniform(shape)
     if isinstance(seed, int):
         seed = [0, seed]
-    # A fixed algorithm: the default one differs between devices, and so under XLA.
+    # A fixed algorithm, where the default depends on the device. XLA has its own stream of it.
     return tf.random.stateless_uniform(shape, seed, alg="philox")
 
 
