@@ -2,32 +2,38 @@
 
 from collections.abc import Iterable, Sequence
 
-import numpy as np
 import tensorflow as tf
 
+from negative_cache import evaluation
 from negative_cache._compat import keras
-from negative_cache.evaluation import Encoder, positive_ranks, retrieval_metrics, rows_of
 
 
 class CorpusMetrics(keras.callbacks.Callback):
     """Puts `val_recall_at_{k}` and `val_mrr` over the whole corpus into the logs of an epoch.
 
-    The model must be a `DualEncoder`. Place this callback before those that read its logs, such as
-    `EarlyStopping` or `ModelCheckpoint`.
+    `evaluation.evaluate` defines the metrics and validation batches, in which a query may have
+    several positives and excluded candidates; it also evaluates a model without a callback.
+
+    Place this callback before those that read its logs, such as `EarlyStopping` or
+    `ModelCheckpoint`. Under a `tf.distribute` strategy the first replica evaluates.
 
     Args:
       candidates: batches of candidate features, the corpus, re-iterable (a batched
         `tf.data.Dataset`).
-      validation: batches of `{"query": …, "candidate": …}`, re-iterable.
+      validation: batches of `{"query": …, "candidate": …}`, re-iterable, with ids of several
+        `"positives"` and of `"excluded"` candidates if there are any.
       k: the cut-offs of recall.
       candidate_id_key: name of the candidate feature that is unique in the corpus. With it a
         positive never counts as higher than itself; without it, a candidate within float32 rounding
         of the positive's score is a tie.
       every: evaluate at every so many epochs.
       verbose: 1 shows a progress bar while the corpus is encoded.
+      networks: the pair (query network, candidate network), for a model that does not have them as
+        `query_network` and `candidate_network`.
 
     Raises:
-      ValueError: where `k` or `every` is not positive.
+      ValueError: where `k` or `every` is not positive; when training begins, where the model has
+        not the two networks and `networks` is not given.
     """
 
     def __init__(
@@ -39,10 +45,10 @@ class CorpusMetrics(keras.callbacks.Callback):
         candidate_id_key: str | None = None,
         every: int = 1,
         verbose: int = 0,
+        networks: tuple | None = None,
     ):
         super().__init__()
-        if not k or min(k) < 1:
-            raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
+        evaluation.check_cutoffs(k)
         if every < 1:
             raise ValueError(f"`every` must be at least 1. Received: {every}.")
         self.candidates = candidates
@@ -51,7 +57,8 @@ class CorpusMetrics(keras.callbacks.Callback):
         self.candidate_id_key = candidate_id_key
         self.every = every
         self.verbose = verbose
-        self._encoders = None
+        self.networks = networks
+        self._encoders = None if networks is None else evaluation.encoders_of(networks)
 
     def on_epoch_end(self, epoch, logs=None):
         if (epoch + 1) % self.every == 0 and logs is not None:
@@ -61,26 +68,23 @@ class CorpusMetrics(keras.callbacks.Callback):
         """Computes the metrics now, of `model` or the model that the callback is set to."""
         if model is not None:
             self.set_model(model)
-        query_encoder, candidate_encoder = self._encoders
-        bar = _progress_bar(self.candidates, self.verbose)
-        corpus = candidate_encoder(self.candidates, bar.update if bar else None)
-        queries = query_encoder(batch["query"] for batch in self.validation)
-        positives = candidate_encoder(batch["candidate"] for batch in self.validation)
-        rows = None
-        if self.candidate_id_key is not None:
-            positive_ids = self._ids(batch["candidate"] for batch in self.validation)
-            rows = rows_of(positive_ids, self._ids(self.candidates))
-        return retrieval_metrics(
-            positive_ranks(queries, positives, corpus, positive_rows=rows), self.k
+        if self._encoders is None:
+            raise ValueError("There is no model to evaluate. Received: `model=None`.")
+        return evaluation.evaluate(
+            self._encoders,
+            self.candidates,
+            self.validation,
+            self.k,
+            candidate_id_key=self.candidate_id_key,
+            verbose=self.verbose,
         )
 
     def set_model(self, model):
-        if getattr(self, "model", None) is not model or self._encoders is None:
-            super().set_model(model)
-            self._encoders = Encoder(model.query_network), Encoder(model.candidate_network)
-
-    def _ids(self, batches):
-        return np.concatenate([np.asarray(features[self.candidate_id_key]) for features in batches])
+        is_other = getattr(self, "model", None) is not model
+        super().set_model(model)
+        # Encoders are compiled, and kept for all epochs.
+        if self.networks is None and (is_other or self._encoders is None):
+            self._encoders = evaluation.encoders_of(model)
 
 
 class CacheWarmStart(keras.callbacks.Callback):
@@ -140,11 +144,3 @@ def _num_rows(features) -> int:
 
 def _first_rows(features, count: int):
     return tf.nest.map_structure(lambda values: values[:count], features)
-
-
-def _progress_bar(batches, verbose):
-    if not verbose:
-        return None
-    size = getattr(batches, "cardinality", None)
-    size = int(size()) if size is not None else -1
-    return keras.utils.Progbar(size if size > 0 else None, unit_name="batch")

@@ -1,18 +1,127 @@
 """Exact retrieval metrics over a whole corpus, without a top-k.
 
-Only the rank of each query's positive is needed: the number of candidates that score higher.
+Only the ranks of each query's positives are needed: the number of candidates that score higher.
 Counting them block by block costs one matmul and one comparison, holds no [Q, C] matrix, and every
 recall@k and the MRR follow from it.
+
+`evaluate` goes from towers and datasets to metrics; the callback `CorpusMetrics` calls it at the
+end of an epoch. `positive_ranks` and `retrieval_metrics` are its two steps, on embeddings.
+
+Shapes: Q queries, C candidates (the corpus), M positives, one or several a query, dimension d.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
 
+from negative_cache import _held_out
+from negative_cache._compat import keras
+from negative_cache._held_out import rows_of
+from negative_cache.layers import _networks
+
 # Where positives are not identified in the corpus, a candidate within rounding of the positive's
 # score is taken for the positive itself.
 _RELATIVE_TIE = 1e-6
+
+# Positives ranked at a time, and scores of a block: enough for the matmul, few enough that a block
+# is compared while it is in the processor's cache.
+_CHUNK, _BLOCK_SCORES, _BLOCK_EMBEDDINGS = 1024, 2**21, 2**21
+# float32 counts exactly up to here.
+_LARGEST_BLOCK = 2**24
+
+
+def evaluate(
+    model,
+    candidates: Iterable,
+    validation: Iterable,
+    k: Sequence[int] = (1, 10, 100),
+    *,
+    candidate_id_key: str | None = None,
+    verbose: int = 0,
+) -> dict[str, float]:
+    """Ranks the positives of every validation query among all candidates.
+
+    A validation batch is a dictionary of B rows:
+
+    * `"query"`: features of B queries.
+    * `"candidate"`: features of B candidates; row i is the positive of query i.
+    * `"positives"`: ids of each query's positives in the corpus, instead of `"candidate"` or beside
+      it; then the positives of a query are all that either names, each once.
+    * `"excluded"`, optional: ids of candidates that do not compete for this query, such as those
+      the user has already seen. Ids that are not in the corpus change nothing.
+
+    Ids are a `tf.RaggedTensor` or `tf.SparseTensor` [B, None], or a tensor [B, E] padded with -1,
+    or with "" where ids are strings. They are those of the candidate feature `candidate_id_key`.
+
+    With R the positives of a query and rank(p) the number of candidates, without the excluded ones,
+    that score higher than p, ties not counted, the metrics are these means over the queries:
+
+    * `recall_at_{k}`: |{p in R: rank(p) < k}| / |R|. Other positives compete for the first k
+      places, and nothing caps |R|, so that fewer than |R| places cannot give 1.
+    * `mrr`: 1 / (1 + rank of the best positive).
+    * `hit_rate_at_{k}`, where batches have `"positives"`: whether the best positive's rank is below
+      k. With one positive a query it is the recall.
+
+    A positive is ranked even if it is listed as excluded. Queries without any positive do not enter
+    the means. A positive whose score is NaN has the worst rank.
+
+    Args:
+      model: has `query_network` and `candidate_network`, as a `DualEncoder` has, or is the pair
+        `(query_network, candidate_network)`: layers, models or functions, features -> [n, d].
+      candidates: batches of candidate features, the corpus, re-iterable (a batched
+        `tf.data.Dataset`).
+      validation: batches as above; read once, in any order.
+      k: the cut-offs.
+      candidate_id_key: name of the candidate feature that is unique in the corpus, integers or
+        strings. With it a positive never counts as higher than itself; without it, a candidate
+        within float32 rounding of the positive's score is a tie. `"positives"` and `"excluded"`
+        need it, unless a candidate's features are one tensor: that tensor is the id then.
+      verbose: 1 shows a progress bar while the corpus is encoded.
+
+    Returns:
+      The metrics by name.
+
+    Raises:
+      ValueError: where `k`, the model or a batch does not fit, an id stands in the corpus twice, or
+        positives are not in it, all before the corpus is encoded; where a second pass over
+        `candidates`, made only if ids are used, brings others than the first.
+
+    Example:
+      >>> evaluate(model, candidates.batch(1024), validation.batch(1024), candidate_id_key="title")
+      {"recall_at_1": …, "recall_at_10": …, "recall_at_100": …, "mrr": …}
+      >>> evaluate((user_model, movie_model), movies.batch(1024), validation.batch(1024))
+    """
+    check_cutoffs(k)
+    query_encoder, candidate_encoder = encoders_of(model)
+    ids_of = functools.partial(_held_out.ids_of, key=candidate_id_key)
+    held_out = _held_out.read(
+        validation,
+        embed_query=query_encoder.embed,
+        embed_candidate=candidate_encoder.embed,
+        ids_of=ids_of,
+        uses_ids=candidate_id_key is not None,
+    )
+    corpus_ids = None
+    if held_out.candidate_ids is not None:
+        corpus_ids = _held_out.concatenate(ids_of(features) for features in candidates)
+        if not len(corpus_ids):
+            raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
+    positives, excluded = held_out.look_up(corpus_ids)
+    corpus = _encode_corpus(candidates, candidate_encoder, ids_of, corpus_ids, verbose)
+    thresholds = _score_pairs(held_out.queries, positives, held_out.positives, corpus)
+    if corpus_ids is None:
+        thresholds += _tie_tolerance(held_out.queries, held_out.positives)
+    ranks = _ranks(
+        held_out.queries,
+        thresholds,
+        corpus,
+        positives.queries,
+        None if corpus_ids is None else positives.rows,
+        excluded,
+    )
+    return retrieval_metrics(ranks, k, positives.queries if held_out.lists_positives else None)
 
 
 def positive_ranks(
@@ -21,98 +130,119 @@ def positive_ranks(
     candidate_embeddings: tf.Tensor,
     *,
     positive_rows: tf.Tensor | None = None,
-    block_size: int = 8192,
+    positive_queries: tf.Tensor | None = None,
+    excluded_rows: tf.Tensor | tf.RaggedTensor | None = None,
+    block_size: int | None = None,
 ) -> np.ndarray:
-    """Counts, for each query, the candidates that score higher than its positive.
+    """Counts, for each positive, the candidates that score higher for its query.
 
     Args:
       query_embeddings: [Q, d] float.
-      positive_embeddings: [Q, d] float.
+      positive_embeddings: [M, d] float.
       candidate_embeddings: [C, d] float, the corpus.
-      positive_rows: [Q] int64, the row of each positive in the corpus, which then never counts as
+      positive_rows: [M] int64, the row of each positive in the corpus, which then never counts as
         higher than itself; -1 for a positive that is not in the corpus. Where None, a candidate
         whose score is within float32 rounding of the positive's is a tie, and ties do not count.
-      block_size: candidates scored at a time.
+      positive_queries: [M] int64, the query that each positive belongs to. Where None there is one
+        positive a query, in order, M = Q. A query's positives do count against one another.
+      excluded_rows: [Q, None] int64, ragged or padded with -1: rows of the corpus that never count
+        as higher for this query, unless they are its own `positive_rows`.
+      block_size: candidates scored at a time. Chosen from the shapes where None.
 
     Returns:
-      [Q] int64 ranks, 0 for a positive that no candidate beats.
+      [M] int64 ranks, 0 for a positive that no candidate beats.
 
     Raises:
-      ValueError: where the shapes do not fit.
+      ValueError: where the shapes do not fit, or a row or a query does not exist.
     """
     queries, positives, candidates = (
         tf.cast(tf.convert_to_tensor(values), tf.float32)
         for values in (query_embeddings, positive_embeddings, candidate_embeddings)
     )
+    one_each = positive_queries is None
     if (
-        queries.shape != positives.shape
+        queries.shape.rank != 2
         or queries.shape[1:] != candidates.shape[1:]
-        or queries.shape.rank != 2
+        or queries.shape[1:] != positives.shape[1:]
+        or (one_each and queries.shape != positives.shape)
     ):
         raise ValueError(
             "Queries and positives must have shape [queries, dim] and candidates [candidates, dim]."
             f" Received shapes: {queries.shape}, {positives.shape} and {candidates.shape}."
         )
-    num_queries, chunk = queries.shape[0], 4096
-    ranks = []
-    for start in range(0, num_queries, chunk):
-        rows = (
-            None
-            if positive_rows is None
-            else tf.cast(positive_rows[start : start + chunk], tf.int64)
+    (num_queries, _), num_positives = queries.shape, positives.shape[0]
+    num_candidates = candidates.shape[0]
+    owners = np.arange(num_positives) if one_each else positive_queries
+    owners = _check_indices(owners, "positive_queries", num_positives, num_queries, 0)
+    rows = None
+    if positive_rows is not None:
+        rows = _check_indices(positive_rows, "positive_rows", num_positives, num_candidates, -1)
+    excluded = None
+    if excluded_rows is not None:
+        excluded_queries, excluded_rows = _held_out.flatten(
+            excluded_rows, "excluded_rows", num_queries
         )
-        ranks.append(
-            _count_higher(
-                queries[start : start + chunk],
-                positives[start : start + chunk],
-                candidates,
-                rows,
-                block_size,
-            )
+        size = len(excluded_rows)
+        listed = _check_indices(excluded_rows, "excluded_rows", size, num_candidates, -1)
+        excluded = (
+            _held_out.Pairs(excluded_queries, listed)
+            .unique()
+            .without(_held_out.Pairs(owners, rows))
         )
-    return np.concatenate([count.numpy() for count in ranks]) if ranks else np.zeros([0], np.int64)
+    queries, positives = queries.numpy(), positives.numpy()
+    own_queries = queries if one_each else queries[owners]
+    thresholds = _score_rows(own_queries, positives)
+    if rows is None:
+        thresholds += _tie_tolerance(own_queries, positives)
+    return _ranks(queries, thresholds, candidates, owners, rows, excluded, block_size)
 
 
-@tf.function(reduce_retracing=True)
-def _count_higher(queries, positives, candidates, positive_rows, block_size):
-    positive_scores = tf.reduce_sum(queries * positives, axis=1)
-    threshold = positive_scores
-    if positive_rows is None:
-        threshold += _RELATIVE_TIE * tf.norm(queries, axis=1) * tf.norm(positives, axis=1)
-    count = tf.zeros(tf.shape(queries)[:1], tf.int64)
-    for start in tf.range(0, tf.shape(candidates)[0], block_size):
-        scores = tf.matmul(queries, candidates[start : start + block_size], transpose_b=True)
-        # All but those that do not score higher: a model of NaN has the worst ranks, not the best.
-        size = tf.shape(scores, out_type=tf.int64)[1]
-        count += size - tf.math.count_nonzero(scores <= threshold[:, tf.newaxis], axis=1)
-        if positive_rows is not None:
-            local_rows = positive_rows - tf.cast(start, tf.int64)
-            is_here = (local_rows >= 0) & (local_rows < size)
-            own_scores = tf.gather(scores, tf.where(is_here, local_rows, 0), batch_dims=1)
-            is_counted = 1 - tf.cast(own_scores <= threshold, tf.int64)
-            count -= tf.where(is_here, is_counted, 0)
-    return count
-
-
-def retrieval_metrics(ranks: np.ndarray, k: Sequence[int] = (1, 10, 100)) -> dict[str, float]:
+def retrieval_metrics(
+    ranks: np.ndarray, k: Sequence[int] = (1, 10, 100), queries: np.ndarray | None = None
+) -> dict[str, float]:
     """Computes `recall_at_{k}`, the share of ranks below k, and `mrr`, the mean of 1 / (rank + 1).
 
     Args:
-      ranks: [Q] int, 0 for the best rank.
+      ranks: [M] int, 0 for the best rank.
       k: the cut-offs.
+      queries: [M] int, the query that each rank belongs to, where queries have several positives.
+        Then these are means over the queries: recall the share of a query's ranks below k, MRR that
+        of its best rank, and `hit_rate_at_{k}` says whether its best rank is below k. Where None,
+        every rank is of another query, and there is no hit rate: it is the recall.
     """
-    metrics = {f"recall_at_{cutoff}": float(np.mean(ranks < cutoff)) for cutoff in k}
-    return {**metrics, "mrr": float(np.mean(1.0 / (ranks + 1.0)))}
+    if queries is None:
+        metrics = {f"recall_at_{cutoff}": float(np.mean(ranks < cutoff)) for cutoff in k}
+        return {**metrics, "mrr": float(np.mean(1.0 / (ranks + 1.0)))}
+    _, queries, counts = np.unique(queries, return_inverse=True, return_counts=True)
+    best = np.full(len(counts), np.iinfo(np.int64).max)
+    np.minimum.at(best, queries, ranks)
+    recalls = {
+        f"recall_at_{cutoff}": float(np.mean(np.bincount(queries, ranks < cutoff) / counts))
+        for cutoff in k
+    }
+    hit_rates = {f"hit_rate_at_{cutoff}": float(np.mean(best < cutoff)) for cutoff in k}
+    return {**recalls, **hit_rates, "mrr": float(np.mean(1.0 / (best + 1.0)))}
 
 
 class Encoder:
     """Embeds datasets with a network in inference mode, compiled once."""
 
     def __init__(self, network):
+        is_layer = isinstance(network, keras.layers.Layer)
+        kwargs = {"training": False} if is_layer or _networks.takes_training(network) else {}
         self._embed = tf.function(
-            lambda features: tf.cast(network(features, training=False), tf.float32),
-            reduce_retracing=True,
+            lambda features: tf.cast(network(features, **kwargs), tf.float32), reduce_retracing=True
         )
+
+    def embed(self, features) -> np.ndarray:
+        """Embeds one batch of features: [n, d] float32."""
+        embeddings = self._embed(features).numpy()
+        if embeddings.ndim != 2:
+            raise ValueError(
+                "A tower must return one tensor of embeddings of shape [n, dim]. Received shape:"
+                f" {embeddings.shape}."
+            )
+        return embeddings
 
     def __call__(self, batches: Iterable, after_batch=None) -> np.ndarray:
         """Embeds all `batches` of features: [n, d] float32.
@@ -121,7 +251,7 @@ class Encoder:
         """
         embeddings = []
         for step, features in enumerate(batches):
-            embeddings.append(self._embed(features).numpy())
+            embeddings.append(self.embed(features))
             if after_batch is not None:
                 after_batch(step + 1)
         if not embeddings:
@@ -129,18 +259,172 @@ class Encoder:
         return np.concatenate(embeddings)
 
 
-def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
-    """Finds the row of each of `ids` [Q] in `corpus_ids` [C]: [Q] int64, -1 where there is none.
+def encoders_of(model) -> tuple[Encoder, Encoder]:
+    """The encoders of queries and of candidates, of what `evaluate` takes as `model`.
 
-    Raises:
-      ValueError: where an id stands in the corpus twice.
+    A pair may hold encoders already, which are then compiled once for many evaluations.
     """
-    order = np.argsort(corpus_ids, kind="stable")
-    ordered = corpus_ids[order]
-    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
-    if repeated.size:
+    if isinstance(model, (tuple, list)):
+        networks = model
+    else:
+        networks = [getattr(model, f"{name}_network", None) for name in ("query", "candidate")]
+    if len(networks) != 2 or not all(callable(network) for network in networks):
         raise ValueError(
-            f"Candidate ids must be unique in the corpus. Received twice: {ordered[repeated[0]]!r}."
+            "A model must have `query_network` and `candidate_network`, or be the pair of both."
+            f" Received: {model!r}."
         )
-    positions = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
-    return np.where(ordered[positions] == ids, order[positions], -1).astype(np.int64)
+    query, candidate = (
+        network if isinstance(network, Encoder) else Encoder(network) for network in networks
+    )
+    return query, candidate
+
+
+def check_cutoffs(k: Sequence[int]) -> None:
+    """Checks that `k` are cut-offs of a recall."""
+    if not k or min(k) < 1:
+        raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
+
+
+def _check_indices(indices, name: str, size: int, limit: int, smallest: int) -> np.ndarray:
+    """[size] int64, from `smallest` to below `limit`."""
+    indices = _held_out.to_numpy(indices)
+    if indices.shape != (size,) or indices.dtype.kind not in "iu":
+        raise ValueError(
+            f"`{name}` must be integers of shape [{size}]. Received dtype {indices.dtype}, shape"
+            f" {indices.shape}."
+        )
+    if size and not smallest <= indices.min() <= indices.max() < limit:
+        raise ValueError(
+            f"`{name}` must lie between {smallest} and {limit - 1}. Received values between"
+            f" {indices.min()} and {indices.max()}."
+        )
+    return indices.astype(np.int64)
+
+
+def _encode_corpus(candidates, encoder, ids_of, expected_ids, verbose) -> np.ndarray:
+    """[C, d] embeddings, in the order of `expected_ids` where the ids are known."""
+    ids = []
+
+    def batches() -> Iterator:
+        for features in candidates:
+            if expected_ids is not None:
+                ids.append(ids_of(features))
+            yield features
+
+    bar = _progress_bar(candidates, verbose)
+    corpus = encoder(batches(), bar.update if bar else None)
+    if expected_ids is None or np.array_equal(ids := _held_out.concatenate(ids), expected_ids):
+        return corpus
+    # A dataset that shuffles has another order at each pass.
+    rows = rows_of(expected_ids, ids)
+    if len(ids) != len(expected_ids) or np.any(rows < 0):
+        raise ValueError(
+            "`candidates` must be the same candidates at every pass. Received"
+            f" {len(expected_ids)} and then {len(ids)}, of which {np.sum(rows >= 0)} the same."
+        )
+    return corpus[rows]
+
+
+def _progress_bar(batches, verbose):
+    if not verbose:
+        return None
+    size = getattr(batches, "cardinality", None)
+    size = int(size()) if size is not None else -1
+    return keras.utils.Progbar(size if size > 0 else None, unit_name="batch")
+
+
+def _score_rows(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    return tf.reduce_sum(queries * positives, axis=1).numpy()
+
+
+def _tie_tolerance(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    return _RELATIVE_TIE * np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
+
+
+def _score_pairs(queries, positives: _held_out.Pairs, embeddings, corpus) -> np.ndarray:
+    """[M] scores of positives: the first of `embeddings`, the others of their rows."""
+    scores = [_score_rows(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
+    for start in range(len(embeddings), len(positives.queries), 2**16):
+        chunk = slice(start, start + 2**16)
+        scores.append(_score_rows(queries[positives.queries[chunk]], corpus[positives.rows[chunk]]))
+    return np.concatenate(scores)
+
+
+def _ranks(
+    queries: np.ndarray,
+    thresholds: np.ndarray,
+    candidates: tf.Tensor | np.ndarray,
+    positive_queries: np.ndarray,
+    positive_rows: np.ndarray | None,
+    excluded: _held_out.Pairs | None,
+    block_size: int | None = None,
+) -> np.ndarray:
+    """[M] ranks, of a chunk of positives in the order of their queries at a time."""
+    candidates = tf.convert_to_tensor(candidates)
+    ranks = np.zeros(len(thresholds), np.int64)
+    order = np.argsort(positive_queries, kind="stable")
+    for start in range(0, len(order), _CHUNK):
+        chunk = order[start : start + _CHUNK]
+        used, owners = np.unique(positive_queries[chunk], return_inverse=True)
+        num_excluded, excluded_here = 0, None
+        if excluded is not None:
+            excluded_here = _of_queries(excluded, used)
+            num_excluded = np.bincount(excluded_here[:, 0], minlength=len(used))[owners]
+        size = block_size or min(_BLOCK_SCORES // len(chunk), _BLOCK_EMBEDDINGS // queries.shape[1])
+        higher = _count_higher(
+            queries[used],
+            thresholds[chunk],
+            candidates,
+            None if len(used) == len(chunk) else owners,
+            None if positive_rows is None else positive_rows[chunk],
+            excluded_here,
+            tf.constant(min(max(size, 1), _LARGEST_BLOCK)),
+        )
+        ranks[chunk] = higher.numpy() - num_excluded
+    return ranks
+
+
+def _of_queries(pairs: _held_out.Pairs, queries: np.ndarray) -> np.ndarray:
+    """[n, 2] positions in `queries` and rows of those of `pairs`, in the order of rows."""
+    first = np.searchsorted(pairs.queries, queries[0])
+    last = np.searchsorted(pairs.queries, queries[-1], side="right")
+    positions = np.searchsorted(queries, pairs.queries[first:last])
+    is_of_query = queries[positions] == pairs.queries[first:last]
+    found = np.stack([positions, pairs.rows[first:last]], axis=1)[is_of_query]
+    return found[np.argsort(found[:, 1], kind="stable")]
+
+
+@tf.function(reduce_retracing=True)
+def _count_higher(
+    queries, thresholds, candidates, positive_queries, positive_rows, excluded, block_size
+):
+    """[M] int64: how many candidates are not known to score at most a positive's threshold.
+
+    `excluded` [n, 2], of queries and rows in the order of rows, are counted always.
+    """
+    count = tf.zeros(tf.shape(thresholds), tf.int64)
+    if excluded is not None:
+        excluded_queries, excluded_rows = excluded[:, 0], excluded[:, 1]
+    for start in tf.range(0, tf.shape(candidates)[0], block_size):
+        scores = tf.matmul(queries, candidates[start : start + block_size], transpose_b=True)
+        start = tf.cast(start, tf.int64)
+        size = tf.shape(scores, out_type=tf.int64)[1]
+        if excluded is not None:
+            here = tf.searchsorted(excluded_rows, tf.stack([start, start + size]))
+            rows = excluded_rows[here[0] : here[1]] - start
+            entries = tf.stack([excluded_queries[here[0] : here[1]], rows], axis=1)
+            nothing = tf.fill(tf.shape(rows), np.float32("nan"))
+            scores = tf.tensor_scatter_nd_update(scores, entries, nothing)
+        if positive_queries is not None:
+            scores = tf.gather(scores, positive_queries)
+        # All but those that do not score higher: a model of NaN has the worst ranks, not the best.
+        # A sum of float32 is the fastest count: `tf.math.count_nonzero` doubles the time of it all.
+        is_not_higher = tf.cast(scores <= thresholds[:, tf.newaxis], tf.float32)
+        count += size - tf.cast(tf.reduce_sum(is_not_higher, axis=1), tf.int64)
+        if positive_rows is not None:
+            local_rows = positive_rows - start
+            is_here = (local_rows >= 0) & (local_rows < size)
+            own_scores = tf.gather(scores, tf.where(is_here, local_rows, 0), batch_dims=1)
+            is_counted = 1 - tf.cast(own_scores <= thresholds, tf.int64)
+            count -= tf.where(is_here, is_counted, 0)
+    return count

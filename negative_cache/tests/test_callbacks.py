@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from negative_cache import CachedRetrieval, CacheWarmStart, CorpusMetrics, DualEncoder
 from negative_cache._compat import keras
-from negative_cache.evaluation import retrieval_metrics
+from negative_cache.evaluation import evaluate, retrieval_metrics
 from negative_cache.tests.replicas import two_replicas
 
 NUM_CANDIDATES, DIM = 20, 4
@@ -73,6 +73,91 @@ def test_corpus_metrics_are_in_the_logs_of_each_epoch(candidate_id_key):
     assert history.history["val_mrr"] == [logs["val_mrr"] for logs in recorder.logs]
     # Towers train, so that the numbers move.
     assert recorder.logs[0]["val_mrr"] != recorder.logs[2]["val_mrr"]
+
+
+def listed_positives():
+    """Validation batches in which query i has the positives i and i + 1, and has seen 0 and i."""
+    ids = np.arange(NUM_CANDIDATES)
+    positives = np.stack([ids, (ids + 1) % NUM_CANDIDATES], axis=1)
+    excluded = np.stack([np.zeros_like(ids), ids], axis=1)
+    parts = {"query": {"id": ids}, "positives": positives, "excluded": excluded}
+    return tf.data.Dataset.from_tensor_slices(parts).batch(7)
+
+
+def test_corpus_metrics_of_several_positives_are_in_the_logs():
+    model = make_model()
+    metrics = CorpusMetrics(candidates(), listed_positives(), k=[3], candidate_id_key="id")
+    logs = model.fit(pairs(), verbose=0, callbacks=[metrics]).history
+    expected = evaluate(model, candidates(), listed_positives(), [3], candidate_id_key="id")
+    assert sorted(expected) == ["hit_rate_at_3", "mrr", "recall_at_3"]
+    for name, value in expected.items():
+        assert logs[f"val_{name}"] == [value]
+
+
+def test_corpus_metrics_under_two_replicas_are_those_of_one():
+    with two_replicas().scope():
+        model = make_model(run_eagerly=False)
+    recorder = Recorder()
+    by_candidate = CorpusMetrics(candidates(), pairs(3), k=(1, 5), candidate_id_key="id")
+    history = model.fit(pairs(), epochs=2, verbose=0, callbacks=[by_candidate, recorder]).history
+    # The model trains, and what stands in the logs is of its weights at that time.
+    assert history["val_mrr"][0] != history["val_mrr"][1]
+    for logs, ranks in zip(recorder.logs, recorder.ranks):
+        for name, value in retrieval_metrics(ranks, (1, 5)).items():
+            assert logs[f"val_{name}"] == pytest.approx(value)
+    alone = make_model()
+    for name in ("query_network", "candidate_network"):
+        table = getattr(model, name).table
+        getattr(alone, name).table.assign(tf.convert_to_tensor(table))
+    assert by_candidate.evaluate(alone) == by_candidate.evaluate(model)
+    by_lists = CorpusMetrics(candidates(), listed_positives(), k=[3], candidate_id_key="id")
+    assert by_lists.evaluate(alone) == by_lists.evaluate(model)
+
+
+def test_corpus_metrics_of_any_model_whose_networks_are_given():
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.users, self.movies = Tower(0), Tower(1)
+
+        def call(self, inputs):
+            return tf.reduce_sum(self.users(inputs) * self.movies(inputs), axis=1)
+
+    model = Model()
+    model.compile(optimizer="sgd", loss="mse", run_eagerly=True)
+    data = tf.data.Dataset.from_tensors(({"id": np.arange(4)}, np.ones(4)))
+    networks = (model.users, model.movies)
+    metrics = CorpusMetrics(candidates(), pairs(), k=[2], networks=networks)
+    logs = model.fit(data, verbose=0, callbacks=[metrics]).history
+    expected = evaluate(networks, candidates(), pairs(), k=[2])
+    assert {name: logs[f"val_{name}"] for name in expected} == {
+        name: [value] for name, value in expected.items()
+    }
+    without = CorpusMetrics(candidates(), pairs())
+    with pytest.raises(ValueError, match="must have `query_network` and `candidate_network`"):
+        model.fit(data, verbose=0, callbacks=[without])
+
+
+def test_corpus_metrics_need_a_model():
+    with pytest.raises(ValueError, match="no model to evaluate"):
+        CorpusMetrics(candidates(), pairs()).evaluate()
+
+
+def test_corpus_metrics_compile_the_towers_once():
+    calls = []
+
+    class Counted(Tower):
+        def call(self, features):
+            calls.append(None)
+            return super().call(features)
+
+    tower = Counted(0)
+    metrics = CorpusMetrics(candidates(), pairs(), networks=(tower, tower))
+    for _ in range(3):
+        metrics.evaluate()
+    before = len(calls)
+    metrics.evaluate()
+    assert len(calls) == before
 
 
 def test_corpus_metrics_every_so_many_epochs():

@@ -1,0 +1,268 @@
+"""The validation batches of `evaluation`: read in one pass, their ids looked up in the corpus.
+
+Nothing here scores or ranks.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+
+def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
+    """Finds the row of each of `ids` [n] in `corpus_ids` [C]: [n] int64, -1 where there is none.
+
+    Raises:
+      ValueError: where an id stands in the corpus twice.
+    """
+    order = np.argsort(corpus_ids, kind="stable")
+    ordered = corpus_ids[order]
+    repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
+    if repeated.size:
+        raise ValueError(
+            f"Candidate ids must be unique in the corpus. Received twice: {ordered[repeated[0]]!r}."
+        )
+    positions = np.minimum(np.searchsorted(ordered, ids), len(ordered) - 1)
+    return np.where(ordered[positions] == ids, order[positions], -1).astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """Query i of `queries` [n] with row i of `rows` [n], or with a row that is not known."""
+
+    queries: np.ndarray
+    rows: np.ndarray | None
+
+    @property
+    def keys(self) -> np.ndarray:
+        return (self.queries << 32) + self.rows
+
+    def unique(self) -> "Pairs":
+        """Each pair once, in the order of queries, and none without a row."""
+        keys = np.unique(self.keys[self.rows >= 0])
+        return Pairs(keys >> 32, keys & 0xFFFFFFFF)
+
+    def without(self, others: "Pairs") -> "Pairs":
+        if others.rows is None:
+            return self
+        kept = ~np.isin(self.keys, others.keys)
+        return Pairs(self.queries[kept], self.rows[kept])
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What the validation batches hold; ids are None where nothing needs them.
+
+    Attributes:
+      queries: [Q, d] float32 embeddings.
+      positives: [n, d] float32 embeddings of "candidate", of the first n queries: all or none.
+      candidate_ids: [n] ids of "candidate".
+      listed: name -> (the query [m] and the id [m] of each entry), of "positives" and "excluded".
+      padded: those of these names that came as padded tensors.
+    """
+
+    queries: np.ndarray
+    positives: np.ndarray
+    candidate_ids: np.ndarray | None
+    listed: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    padded: frozenset[str]
+
+    @property
+    def lists_positives(self) -> bool:
+        return "positives" in self.listed
+
+    def look_up(self, corpus_ids: np.ndarray | None) -> tuple[Pairs, Pairs | None]:
+        """The positives, first those of "candidate", and the excluded, as rows of the corpus.
+
+        Raises:
+          ValueError: where ids are not unique in the corpus, of another kind than its ids, or those
+            of "positives", or all of "excluded", are not in it; where there are no positives.
+        """
+        positives, excluded = Pairs(np.arange(len(self.positives)), None), None
+        if corpus_ids is None:
+            return positives, excluded
+        found = self._rows_by_name(corpus_ids)
+        positives = Pairs(positives.queries, found["candidate"])
+        if "positives" in found:
+            queries, ids = self.listed["positives"]
+            _check_found(ids, found["positives"], "positives", all)
+            listed = Pairs(queries, found["positives"]).unique().without(positives)
+            positives = Pairs(
+                np.concatenate([positives.queries, listed.queries]),
+                np.concatenate([positives.rows, listed.rows]),
+            )
+        if "excluded" in found:
+            queries, ids = self.listed["excluded"]
+            _check_found(ids, found["excluded"], "excluded", any)
+            excluded = Pairs(queries, found["excluded"]).unique().without(positives)
+        if not len(positives.queries):
+            raise ValueError("No query of the validation dataset has a positive.")
+        return positives, excluded
+
+    def _rows_by_name(self, corpus_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """Rows, -1 where there is none, of the ids of "candidate" and of what is listed."""
+        ids = {name: values for name, (_, values) in self.listed.items()}
+        ids["candidate"] = self.candidate_ids
+        for name, values in ids.items():
+            if len(values) and (values.dtype == object) != (corpus_ids.dtype == object):
+                raise ValueError(
+                    f"Ids of {name!r} and of the corpus must be of one kind. Received dtypes:"
+                    f" {values.dtype} and {corpus_ids.dtype}."
+                )
+            if name in self.padded and np.any(corpus_ids == _padding_of(values)):
+                raise ValueError(
+                    f"{name!r} is padded with {_padding_of(values)!r}, but a candidate of the"
+                    " corpus has that id. Use a `tf.RaggedTensor`, which needs no padding."
+                )
+        # All at once, because looking ids up sorts those of the corpus.
+        filled = [values for values in ids.values() if len(values)]
+        rows = rows_of(np.concatenate([*filled, corpus_ids[:0]]), corpus_ids)
+        ends = np.cumsum([len(values) for values in ids.values()])
+        return dict(zip(ids, np.split(rows, ends[:-1])))
+
+
+def read(
+    batches: Iterable,
+    *,
+    embed_query: Callable[..., np.ndarray],
+    embed_candidate: Callable[..., np.ndarray],
+    ids_of: Callable[..., np.ndarray],
+    uses_ids: bool,
+) -> HeldOut:
+    """Reads validation batches, which `evaluation.evaluate` describes, in one pass.
+
+    Args:
+      batches: the validation batches.
+      embed_query: features of n queries -> [n, d] float32.
+      embed_candidate: features of n candidates -> [n, d] float32.
+      ids_of: features of n candidates -> [n] ids.
+      uses_ids: whether ids are wanted even where no candidates are listed by theirs.
+
+    Raises:
+      ValueError: where there are no batches, or the parts of one do not fit.
+    """
+    queries, positives, candidate_ids = [], [], []
+    listed: dict[str, list] = {}
+    names, padded, num_queries = None, set(), 0
+    for batch in batches:
+        names = _check_names(batch, names)
+        queries.append(embed_query(batch["query"]))
+        size = len(queries[-1])
+        uses_ids = uses_ids or not names.isdisjoint(("positives", "excluded"))
+        if "candidate" in names:
+            if uses_ids:
+                candidate_ids.append(ids_of(batch["candidate"]))
+            positives.append(embed_candidate(batch["candidate"]))
+            if len(positives[-1]) != size:
+                raise ValueError(
+                    'The "query" and "candidate" of a validation batch must have as many rows.'
+                    f" Received: {size} and {len(positives[-1])}."
+                )
+        for name in names & {"positives", "excluded"}:
+            rows, ids = flatten(batch[name], name, size)
+            if not isinstance(batch[name], (tf.RaggedTensor, tf.SparseTensor)):
+                padded.add(name)
+                kept = ids != _padding_of(ids)
+                rows, ids = rows[kept], ids[kept]
+            listed.setdefault(name, []).append((num_queries + rows, ids))
+        num_queries += size
+    if not num_queries:
+        raise ValueError("The validation dataset to embed is empty.")
+    return HeldOut(
+        queries=np.concatenate(queries),
+        positives=concatenate(positives),
+        candidate_ids=concatenate(candidate_ids) if uses_ids else None,
+        listed={
+            name: tuple(concatenate(values) for values in zip(*pairs))
+            for name, pairs in listed.items()
+        },
+        padded=frozenset(padded),
+    )
+
+
+def _check_names(batch, names: set[str] | None) -> set[str]:
+    """The parts of a validation batch, which must be those of the first."""
+    if (
+        not isinstance(batch, Mapping)
+        or "query" not in batch
+        or batch.keys().isdisjoint(("candidate", "positives"))
+    ):
+        received = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            'A validation batch must be a dictionary with "query" and "candidate" or "positives".'
+            f" Received: {received}."
+        )
+    received = set(batch) & {"query", "candidate", "positives", "excluded"}
+    if names is not None and received != names:
+        raise ValueError(
+            f"All validation batches must have the same parts. Received {sorted(received)} after"
+            f" {sorted(names)}."
+        )
+    return received
+
+
+def flatten(values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """The row of each entry and the entries of a list a row: ragged, sparse or padded."""
+    if isinstance(values, tf.SparseTensor):
+        shape, rows = values.shape, values.indices[:, 0].numpy()
+        entries = values.values.numpy()
+    elif isinstance(values, tf.RaggedTensor):
+        shape, rows = values.shape, values.value_rowids().numpy()
+        entries = values.flat_values.numpy()
+    else:
+        entries = to_numpy(values)
+        shape = tf.TensorShape(entries.shape)
+        rows = np.repeat(np.arange(len(entries)), entries.shape[1]) if entries.ndim == 2 else None
+        entries = entries.reshape([-1])
+    if shape.rank != 2 or shape[0] not in (None, num_rows):
+        raise ValueError(
+            f"`{name}` must have shape [{num_rows}, None], a list a query, ragged or padded."
+            f" Received shape: {shape}."
+        )
+    return rows.astype(np.int64), entries
+
+
+def ids_of(features, key: str | None) -> np.ndarray:
+    """[n] ids of a batch of candidate features."""
+    if isinstance(features, Mapping):
+        if key not in features:
+            raise ValueError(
+                "`candidate_id_key` must be one of the candidates' features"
+                f" {sorted(features)}. Received: {key!r}."
+            )
+        features = features[key]
+    elif key is not None:
+        raise ValueError(
+            "`candidate_id_key` names one of several features, but a candidate's features are one"
+            f" {type(features).__name__}. Received: {key!r}."
+        )
+    ids = to_numpy(features)
+    if ids.ndim != 1:
+        raise ValueError(f"Candidate ids must have shape [n]. Received shape: {ids.shape}.")
+    return ids
+
+
+def to_numpy(values) -> np.ndarray:
+    """As TensorFlow has it, strings as bytes."""
+    return tf.convert_to_tensor(values).numpy()
+
+
+def _padding_of(ids: np.ndarray) -> int | bytes:
+    return b"" if ids.dtype == object else -1
+
+
+def concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    arrays = list(arrays)
+    return np.concatenate(arrays) if arrays else np.zeros([0], np.int64)
+
+
+def _check_found(ids: np.ndarray, rows: np.ndarray, name: str, quantifier: Callable) -> None:
+    """Checks that `all` or `any` ids, if there are ids, have a row."""
+    is_found = rows >= 0
+    if ids.size and not quantifier(is_found):
+        unknown = ids[~is_found]
+        raise ValueError(
+            f"The ids of {name!r} must be those of candidates in the corpus. Not in it:"
+            f" {unknown[:5].tolist()} ({unknown.size} of {ids.size} ids)."
+        )
