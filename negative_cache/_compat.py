@@ -5,6 +5,7 @@ of the package imports `keras` from here and never branches on the version itsel
 """
 
 import os
+import sys
 import types
 
 import tensorflow as tf
@@ -58,6 +59,12 @@ if IS_KERAS_2:
     def _batch_size(x):
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
+    def become_task(cls: type) -> None:
+        """Makes a class a `tfrs.tasks.Task`, if somebody has imported TF-Recommenders."""
+        recommenders = sys.modules.get("tensorflow_recommenders")
+        if recommenders is not None and not issubclass(cls, recommenders.tasks.Task):
+            cls.__bases__ += (recommenders.tasks.Task,)
+
     def prepare_to_restore(model: keras.Model) -> None:
         """Makes the variables that TensorFlow can only restore once they are there: none."""
 
@@ -91,6 +98,9 @@ else:
                 )
                 iterator = None
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+    def become_task(cls: type) -> None:
+        """Makes a class a `tfrs.tasks.Task`: no, TF-Recommenders does not know Keras 3."""
 
     def prepare_to_restore(model: keras.Model) -> None:
         """Makes the variables that TensorFlow can only restore once they are there: all."""

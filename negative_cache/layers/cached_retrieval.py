@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import keras
+from negative_cache._compat import become_task, keras
 from negative_cache.layers import _networks, _popularity, _retrieval_checks, _retrieval_config
 from negative_cache.layers._scores import Scores
 from negative_cache.layers._state import (
@@ -140,6 +140,7 @@ class CachedRetrieval(StateLayer):
         seed: int | None = None,
         **kwargs,
     ):
+        become_task(CachedRetrieval)
         # Embeddings are scored in float32 and features keep their dtypes, whatever the precision
         # policy is.
         super().__init__(autocast=False, **kwargs)
@@ -177,6 +178,7 @@ class CachedRetrieval(StateLayer):
         self._loss_metrics = _as_list(loss_metrics)
         if cache_size:
             self._staleness = keras.metrics.Mean(name="staleness")
+            self._log_partition = keras.metrics.Mean(name="log_partition")
             self._fill = Latest(name="fill")
             self._skipped_rows = Latest(name="skipped_rows")
         self._frequency = (
@@ -203,7 +205,9 @@ class CachedRetrieval(StateLayer):
     @property
     def training_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics that only a training call updates."""
-        return [] if not self.cache_size else [self._staleness, self._fill, self._skipped_rows]
+        if not self.cache_size:
+            return []
+        return [self._staleness, self._log_partition, self._fill, self._skipped_rows]
 
     def call(
         self,
@@ -391,6 +395,10 @@ class CachedRetrieval(StateLayer):
         )
         if not training:
             return sample.log_partition, None
+        is_some = tf.math.is_finite(sample.log_partition)
+        self._log_partition.update_state(
+            tf.where(is_some, sample.log_partition, 0.0), tf.cast(is_some, tf.float32)
+        )
         drawn = tf.reshape(sample.indices >= 0, [-1])
         rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
         fresh = self._encode(self._drawn_features(rows, drawn, items), training=True)

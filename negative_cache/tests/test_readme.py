@@ -49,8 +49,13 @@ def test_ten_lines_and_callbacks(tmp_path, monkeypatch):
     names["validation"] = names["pairs"].take(50)
     names["candidates"] = names["pairs"].map(lambda pair: pair["candidate"])
     exec(block("callbacks = ["), names)
+    exec(block("nc.evaluation.evaluate("), names)
+    assert {"mrr", "recall_at_100"} <= set(names["metrics"])
     history = names["model"].fit(names["pairs"].batch(64), callbacks=names["callbacks"], verbose=0)
     assert {"val_mrr", "val_recall_at_10"} <= set(history.history)
+    # The same call, for fewer steps.
+    exec(block("BackupAndRestore(").replace("5000", "3").replace("epochs=10", "epochs=2"), names)
+    assert int(names["model"].optimizer.iterations) == 5 * 2 + 5 + 2 * 3
 
 
 @pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
