@@ -14,15 +14,16 @@ from negative_cache.tests.datasets import movielens_files
 
 ROOT = pathlib.Path(__file__).parents[2]
 MOVIELENS_TFRS = ROOT / "examples" / "movielens_tfrs.py"
+SERVING = ROOT / "examples" / "serving.py"
 
 if not MOVIELENS_TFRS.exists():
     pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
 
 
-def run(*arguments, **variables):
+def run(*arguments, script=MOVIELENS_TFRS, **variables):
     environment = {k: v for k, v in os.environ.items() if k != "TF_USE_LEGACY_KERAS"}
     environment |= {"PYTHONPATH": str(ROOT), **variables}
-    command = [sys.executable, str(MOVIELENS_TFRS), *map(str, arguments)]
+    command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -82,3 +83,14 @@ def test_movielens_tfrs_refuses_keras_3_in_one_line():
     assert done.stderr.strip() == (
         "TF-Recommenders needs Keras 2: unset TF_USE_LEGACY_KERAS, or set it to 1."
     )
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_serving_answers_from_a_process_that_has_tensorflow_only(tmp_path):
+    done = run("--output", tmp_path, script=SERVING, TF_USE_LEGACY_KERAS=str(int(IS_KERAS_2)))
+    assert done.returncode == 0, done.stderr
+    answers = dict(re.findall(r"^user (\d+) -> (.*)$", done.stdout, re.MULTILINE))
+    # User i likes movies of taste i % 10.
+    for user in ("3", "4"):
+        assert re.findall(r"of taste (\d)", answers[user]) == [user] * 5
