@@ -30,6 +30,25 @@ if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
 
 if IS_KERAS_2:
 
+    class _LossTracker(keras.metrics.Mean):
+        """A mean that no Keras file holds: under several replicas it could not be read back."""
+
+        def save_own_variables(self, store):
+            """Writes nothing."""
+
+        def load_own_variables(self, store):
+            """Reads nothing."""
+
+    def _refuse_jit_of_strings(model):
+        # Keras 3 does without XLA, and says so.
+        for layer in model._flatten_layers():
+            if not getattr(layer, "supports_jit", True):
+                raise ValueError(
+                    "XLA has no strings. Compile without `jit_compile=True`, or look strings up"
+                    f" before they enter the model. Received `jit_compile=True` and {layer.name!r},"
+                    " which caches strings."
+                )
+
     class Model(keras.Model):
         """`keras.Model` whose `compute_loss` is told whether it trains, and whose loss is logged.
 
@@ -38,7 +57,12 @@ if IS_KERAS_2:
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._loss_tracker = keras.metrics.Mean(name="loss")
+            self._loss_tracker = _LossTracker(name="loss")
+
+        def make_train_function(self, force=False):
+            if self._jit_compile:
+                _refuse_jit_of_strings(self)
+            return super().make_train_function(force)
 
         def train_step(self, data):
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
@@ -79,9 +103,13 @@ if IS_KERAS_2:
         """Variables of a model that TensorFlow does not find by itself: none."""
         return []
 
+    def metric_variables(model: keras.Model) -> list[tf.Variable]:
+        """The variables of the metrics that are reset with every epoch."""
+        return [variable for metric in model.metrics for variable in metric.variables]
+
     def steps_per_execution(model: keras.Model) -> int:
         """The number of batches that a call of `model.train_function` reads."""
-        return int(model._steps_per_execution)
+        return int(tf.convert_to_tensor(model._steps_per_execution))
 
 else:
 
@@ -119,6 +147,10 @@ else:
     def all_variables(model: keras.Model) -> list[tf.Variable]:
         """Variables of a model that TensorFlow does not find by itself: metrics, random states."""
         return [variable.value for variable in model.variables + model.metrics_variables]
+
+    def metric_variables(model: keras.Model) -> list[tf.Variable]:
+        """The variables of the metrics that are reset with every epoch."""
+        return [variable.value for metric in model.metrics for variable in metric.variables]
 
     def steps_per_execution(model: keras.Model) -> int:
         """The number of batches that a call of `model.train_function` reads."""

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from negative_cache import evaluation
 from negative_cache._compat import keras
+from negative_cache.layers import _networks
 
 
 class CorpusMetrics(keras.callbacks.Callback):
@@ -98,21 +99,29 @@ class CacheWarmStart(keras.callbacks.Callback):
     Args:
       candidates: batches of candidate features.
       verbose: 1 shows a progress bar.
+      task: the `CachedRetrieval`; the attribute `task` of the model where None.
 
     Raises:
       ValueError: when training begins, where the dataset is empty or the model has no cache.
     """
 
-    def __init__(self, candidates: Iterable, *, verbose: int = 1):
+    def __init__(self, candidates: Iterable, *, verbose: int = 1, task=None):
         super().__init__()
         self.candidates = candidates
         self.verbose = verbose
+        self.task = task
 
     def on_train_begin(self, logs=None):
-        task = self.model.task
-        if not task.cache_size:
-            raise ValueError("There is no cache to fill. Received a task with `cache_size=0`.")
-        if task.cache is not None and int(task.cache.num_filled) > 0:
+        task = cached_task(self.model, self.task)
+        if task.cache is None:
+            # A checkpoint's rows appear when the cache is made.
+            for features in self.candidates:
+                row = _first_rows(features, 1)
+                with self.model.distribute_strategy.scope():
+                    embedding = _networks.embed(task.candidate_network, row, training=False)
+                    task.build_cache(embedding.shape[1])
+                break
+        if task.cache is not None and int(tf.convert_to_tensor(task.cache.num_filled)) > 0:
             return
         bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
         # In the scope, but outside of the replicas: what is added reaches every one of them.
@@ -136,6 +145,17 @@ class CacheWarmStart(keras.callbacks.Callback):
             if num_added >= task.cache_size:
                 break
         return num_added
+
+
+def cached_task(model, task=None):
+    """The task whose cache a callback is about: `task`, or where None that of the model."""
+    task = task if task is not None else getattr(model, "task", None)
+    if not getattr(task, "cache_size", 0):
+        raise ValueError(
+            "There is no cache: the model needs an attribute `task` with a cache, or give the"
+            f" callback a `task`. Received: {task!r}."
+        )
+    return task
 
 
 def _num_rows(features) -> int:

@@ -144,7 +144,12 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
     evaluations = min(EVALUATIONS, settings.steps)
     steps_per_epoch = settings.steps // evaluations
     history = model.fit(
-        batches, epochs=evaluations, steps_per_epoch=steps_per_epoch, callbacks=callbacks, verbose=2
+        batches,
+        epochs=evaluations,
+        steps_per_epoch=steps_per_epoch,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=2,
     ).history
     return Result(
         name=name,

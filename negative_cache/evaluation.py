@@ -281,7 +281,7 @@ def encoders_of(model) -> tuple[Encoder, Encoder]:
 
 def check_cutoffs(k: Sequence[int]) -> None:
     """Checks that `k` are cut-offs of a recall."""
-    if not k or min(k) < 1:
+    if not isinstance(k, Sequence | np.ndarray) or not len(k) or min(k) < 1:
         raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
 
 

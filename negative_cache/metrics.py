@@ -6,7 +6,21 @@ from negative_cache._compat import keras
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class Latest(keras.metrics.Mean):
+class RunningMean(keras.metrics.Mean):
+    """A mean over an epoch that no Keras file holds: the next epoch begins it anew.
+
+    Keras 2 could not read it back under a strategy with several replicas.
+    """
+
+    def save_own_variables(self, store):
+        """Writes nothing."""
+
+    def load_own_variables(self, store):
+        """Reads nothing."""
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class Latest(RunningMean):
     """The last value it was given, for quantities whose average over an epoch says nothing."""
 
     def update_state(self, value, sample_weight=None):

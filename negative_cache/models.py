@@ -27,8 +27,10 @@ class DualEncoder(_compat.Model):
     embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
 
     It is saved as any Keras model is, with the cache unless the task has `save_cache=False`. To
-    load a `.keras` file, towers that are classes of your own must be known to Keras
-    (`keras.saving.register_keras_serializable`, `get_config`).
+    load a `.keras` file, towers that are classes of your own and functions such as a
+    `score_transform` must be known to Keras (`keras.saving.register_keras_serializable`,
+    `get_config`), and the two towers must not share layers, unless they are one and the same.
+    `.weights.h5` files have no such conditions; the `.h5` files of Keras 2 hold no cache.
 
     Args:
       query_network: layer or model, query features -> [B, d].
@@ -57,21 +59,6 @@ class DualEncoder(_compat.Model):
         self.task = task
         self._input_specs = None
 
-    def compile(self, *args, **kwargs):
-        """Configures the training, as `keras.Model.compile` does; without a loss.
-
-        Raises:
-          ValueError: where `jit_compile=True` and the cache holds strings, which XLA cannot.
-        """
-        if kwargs.get("jit_compile") is True and not self.task.supports_jit:
-            specs = self.task.feature_specs
-            strings = [key for key, spec in specs.items() if tf.as_dtype(spec.dtype) == tf.string]
-            raise ValueError(
-                "XLA has no strings. Compile without `jit_compile=True`, or look strings up before"
-                f" they enter the model. Received string features: {strings}."
-            )
-        super().compile(*args, **kwargs)
-
     def call(self, inputs, training=None):
         """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]`."""
         _check_inputs(inputs)
@@ -81,6 +68,8 @@ class DualEncoder(_compat.Model):
             "query": _networks.embed(self.query_network, inputs["query"], training),
             "candidate": _networks.embed(self.candidate_network, inputs["candidate"], training),
         }
+        # A cache that is to be restored from a checkpoint must be there before it is used.
+        self.task.build_cache(embeddings["candidate"].shape[1])
         if "negative" in inputs:
             embeddings["negative"] = self._embed_negatives(inputs["negative"], training)
         return embeddings
@@ -98,7 +87,12 @@ class DualEncoder(_compat.Model):
             training=training,
             compute_metrics=not training,
         )
-        return loss if self.task.reduction == "sum" else _compat.scale_loss_for_distribution(loss)
+        if self.task.reduction != "sum":
+            loss = _compat.scale_loss_for_distribution(loss)
+        # Regularizers, and what layers of the towers have added.
+        for extra in self.losses:
+            loss += _compat.scale_loss_for_distribution(tf.cast(extra, loss.dtype))
+        return loss
 
     def test_step(self, data):
         logs = super().test_step(data)
@@ -134,16 +128,20 @@ class DualEncoder(_compat.Model):
         if config and _INPUTS in config:
             self(_example(json.loads(config[_INPUTS])), training=False)
 
-    def export(self, filepath, **kwargs):
+    def export(self, filepath, format="tf_saved_model", **kwargs):
         """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
         Args:
           filepath: the folder to write.
+          format: "tf_saved_model", the only one.
           **kwargs: further arguments of `keras.export.ExportArchive.write_out`.
 
         Raises:
-          ValueError: where the model has not seen a batch yet, so that the features are unknown.
+          ValueError: where the model has not seen a batch yet, so that the features are unknown, or
+            `format` is another one.
         """
+        if format != "tf_saved_model":
+            raise ValueError(f"`format` must be 'tf_saved_model'. Received: {format!r}.")
         if self._input_specs is None:
             raise ValueError(
                 "The model must have seen a batch before `export`. Call or fit it first."

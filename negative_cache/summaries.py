@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
+from negative_cache.callbacks import cached_task
 
 
 class CacheSummaries(keras.callbacks.Callback):
@@ -15,7 +16,8 @@ class CacheSummaries(keras.callbacks.Callback):
     * `cache/skipped_rows`: rows refused so far because they were not finite.
     * `cache/staleness`: mean ‖ĝ - g‖² / ‖g‖² of the drawn rows.
 
-    The means are over the epoch so far, as in the progress bar.
+    The means are over the epoch so far, as in the progress bar. Summaries of epochs have the epoch
+    as their step, others the number of training steps.
 
     Args:
       log_dir: folder of the event files, such as that of the `TensorBoard` callback.
@@ -35,23 +37,22 @@ class CacheSummaries(keras.callbacks.Callback):
         self.update_freq = update_freq
         self.task = task
         self._writer = None
-        self._num_batches = 0
 
     def on_train_begin(self, logs=None):
-        task = self.task if self.task is not None else getattr(self.model, "task", None)
-        if not getattr(task, "cache_size", 0):
-            raise ValueError(
-                "There is no cache to summarize: the model needs an attribute `task` with a cache,"
-                f" or give the `task`. Received: {task!r}."
-            )
-        self._task = task
+        self._task = cached_task(self.model, self.task)
+        self._num_unwritten = 0
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(self.log_dir)
 
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch = -1
+
     def on_train_batch_end(self, batch, logs=None):
-        self._num_batches += 1
-        if self.update_freq != "epoch" and self._num_batches % self.update_freq == 0:
-            self._write(self._num_batches)
+        self._num_unwritten += batch - self._last_batch
+        self._last_batch = batch
+        if self.update_freq != "epoch" and self._num_unwritten >= self.update_freq:
+            self._num_unwritten = 0
+            self._write(int(self.model.optimizer.iterations))
 
     def on_epoch_end(self, epoch, logs=None):
         if self.update_freq == "epoch":
@@ -62,6 +63,9 @@ class CacheSummaries(keras.callbacks.Callback):
 
     def _write(self, step):
         cache = self._task.cache
+        if cache is None:
+            # The batch was not trained on: a resumed training passes over it.
+            return
         with self._writer.as_default(step=step):
             for metric in self._task.training_metrics:
                 tf.summary.scalar(f"cache/{metric.name}", metric.result())

@@ -14,6 +14,7 @@ import tensorflow as tf
 from negative_cache._compat import keras
 
 _DESCRIPTION = "description"
+_LENGTHS = "_lengths"
 
 
 def make_state_variable(initial_value: Callable[[], tf.Tensor], name: str) -> tf.Variable:
@@ -77,13 +78,14 @@ class StateLayer(keras.layers.Layer):
         self._mismatch = None
         # A namespace is nothing that Keras or TensorFlow track by themselves.
         self._state = types.SimpleNamespace(**fields)
+        holder = tf.__internal__.tracking.AutoTrackable()
+        holder.description = _Description(self)
+        # A variable of all replicas would be saved with the value of the first only.
+        parts = [_by_replica(variable) for variable in tf.nest.flatten(fields)]
+        holder.replicas = [tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)]
+        self._untracked = types.SimpleNamespace(state=holder)
         if saved:
-            # A variable of all replicas would be saved with the value of the first only.
-            parts = [_by_replica(variable) for variable in tf.nest.flatten(fields)]
-            self._checkpointed = tf.train.Checkpoint(
-                description=_Description(self),
-                replicas=[tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)],
-            )
+            self._checkpointed = holder
 
     def _saved_variables(self) -> Iterator[tuple[str, tf.Variable]]:
         """Names in Keras files, and the variables of single replicas."""
@@ -91,13 +93,19 @@ class StateLayer(keras.layers.Layer):
             for j, component in enumerate(_by_replica(variable)):
                 yield f"{i}_{j}", component
 
+    @property
+    def checkpointable_state(self):
+        """What a TensorFlow checkpoint of the state tracks, also if files do not hold it."""
+        return self._untracked.state
+
     def save_own_variables(self, store):
         """Writes the state into a Keras file; called by Keras."""
         if not self._is_saved:
             return
         store[_DESCRIPTION] = _to_bytes(self._description.encode())
         for name, component in self._saved_variables():
-            store[name] = _to_array(component)
+            for suffix, array in _to_arrays(component).items():
+                store[name + suffix] = array
 
     def load_own_variables(self, store):
         """Reads the state from a Keras file; called by Keras."""
@@ -114,7 +122,12 @@ class StateLayer(keras.layers.Layer):
         self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
         for name, component in self._saved_variables():
             if name in store:
-                component.assign(_from_array(np.asarray(store[name]), component))
+                arrays = {
+                    suffix: np.asarray(store[name + suffix])
+                    for suffix in ("", _LENGTHS)
+                    if name + suffix in store
+                }
+                component.assign(_from_arrays(arrays, component))
 
     def _check_description(self, received: str) -> None:
         if received != self._description:
@@ -123,6 +136,7 @@ class StateLayer(keras.layers.Layer):
                 f" Wanted: {self._description}."
             )
             raise ValueError(self._mismatch)
+        self._mismatch = None
 
 
 class _Description(tf.train.experimental.PythonState):
@@ -145,22 +159,29 @@ def _by_replica(variable: tf.Variable) -> tuple[tf.Variable, ...]:
     return (variable,)
 
 
-def _to_array(variable: tf.Variable) -> np.ndarray:
-    """The value as an array that HDF5 can hold: its bytes, where NumPy lacks the dtype."""
-    if _is_of_numpy(variable.dtype):
-        return variable.numpy()
-    return _to_bytes(tf.io.serialize_tensor(variable).numpy())
+def _to_arrays(variable: tf.Variable) -> dict[str, np.ndarray]:
+    """Suffix of a name -> an array that HDF5 can hold."""
+    value = variable.numpy()
+    if variable.dtype == tf.bfloat16:
+        return {"": value.view(np.uint16)}
+    if variable.dtype == tf.string:
+        flat = value.ravel().tolist()
+        lengths = np.array([len(text) for text in flat], np.int64)
+        return {"": _to_bytes(b"".join(flat)), _LENGTHS: lengths}
+    return {"": value}
 
 
-def _from_array(array: np.ndarray, like: tf.Variable) -> tf.Tensor:
-    if _is_of_numpy(like.dtype):
-        return tf.constant(array, like.dtype)
-    return tf.io.parse_tensor(array.tobytes(), like.dtype)
+def _from_arrays(arrays: Mapping[str, np.ndarray], like: tf.Variable) -> np.ndarray | tf.Tensor:
+    """The inverse of `_to_arrays`."""
+    value = arrays[""]
+    if like.dtype == tf.bfloat16:
+        return value.view(tf.bfloat16.as_numpy_dtype)
+    if like.dtype == tf.string:
+        blob, ends = value.tobytes(), np.cumsum(arrays[_LENGTHS])
+        texts = [blob[end - size : end] for end, size in zip(ends, arrays[_LENGTHS])]
+        return tf.reshape(tf.constant(texts, tf.string), like.shape)
+    return value
 
 
 def _to_bytes(value: bytes) -> np.ndarray:
     return np.frombuffer(value, np.uint8)
-
-
-def _is_of_numpy(dtype: tf.DType) -> bool:
-    return dtype not in (tf.string, tf.bfloat16)

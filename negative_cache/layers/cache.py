@@ -174,7 +174,8 @@ class Cache(StateLayer):
         fits = tf.debugging.assert_less_equal(
             tf.size(new_items_mask),
             self.cache_size,
-            "A batch must fit into the cache. `new_items` have more rows than `cache_size`.",
+            "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
+            " `cache_size`, or make the batches smaller.",
         )
         with tf.control_dependencies([] if fits is None else [fits]):
             self._state.step.assign_add(1)

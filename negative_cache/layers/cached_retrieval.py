@@ -18,7 +18,7 @@ from negative_cache.layers._state import (
 )
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
-from negative_cache.metrics import Latest
+from negative_cache.metrics import Latest, RunningMean
 from negative_cache.ops import contrastive, sample_softmax_with_gradient
 
 _EMBEDDING = "embedding"
@@ -169,7 +169,8 @@ class CachedRetrieval(StateLayer):
         # Whatever seed a training began with, it goes on with it from a file.
         seed_and_step = tf.constant([self.seed, 0], tf.int64)
         self._hold_state(
-            description={"layer": "CachedRetrieval"},
+            # A cache holds fingerprints of this feature.
+            description={"candidate_id_key": candidate_id_key},
             sampling=make_state_variable(lambda: seed_and_step, "sampling"),
         )
         self._scores = Scores(temperature, score_transform)
@@ -177,8 +178,8 @@ class CachedRetrieval(StateLayer):
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
         if cache_size:
-            self._staleness = keras.metrics.Mean(name="staleness")
-            self._log_partition = keras.metrics.Mean(name="log_partition")
+            self._staleness = RunningMean(name="staleness")
+            self._log_partition = RunningMean(name="log_partition")
             self._fill = Latest(name="fill")
             self._skipped_rows = Latest(name="skipped_rows")
         self._frequency = (
@@ -195,7 +196,7 @@ class CachedRetrieval(StateLayer):
         self.built = True
         embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
         if embedding_dim is not None:
-            self._make_cache(embedding_dim)
+            self.build_cache(embedding_dim)
 
     @property
     def cache(self) -> Cache | None:
@@ -344,6 +345,37 @@ class CachedRetrieval(StateLayer):
             new_items=self._cache_items(features, embeddings, candidate_sampling_probability)
         )
 
+    def build_cache(self, embedding_dim: int) -> None:
+        """Makes the cache, once the embedding dimension is known; checks it against a made one.
+
+        Raises:
+          ValueError: where the cache holds embeddings of another dimension.
+        """
+        if not self.cache_size:
+            return
+        if self._cache is None:
+            specs = {
+                **self.feature_specs,
+                _EMBEDDING: tf.io.FixedLenFeature([embedding_dim], self.embedding_dtype),
+                _LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
+            }
+            if self.candidate_id_key is not None:
+                specs[_ID_KEY] = tf.io.FixedLenFeature([], tf.int64)
+            self._cache = Cache(
+                specs,
+                self.cache_size,
+                _EMBEDDING,
+                self.use_lru,
+                saved=self.save_cache,
+                name="cache",
+            )
+        expected = self._cache.embeddings.shape[1]
+        if embedding_dim != expected:
+            raise ValueError(
+                f"The cache holds embeddings of dimension {expected}. Received embeddings of"
+                f" {embedding_dim}."
+            )
+
     def save_own_variables(self, store):
         """Writes the state into a Keras file; called by Keras."""
         super().save_own_variables(store)
@@ -354,7 +386,7 @@ class CachedRetrieval(StateLayer):
         """Reads the state from a Keras file; called by Keras before it reads that of the cache."""
         super().load_own_variables(store)
         if _DIMENSION in store:
-            self._make_cache(int(np.asarray(store[_DIMENSION])[0]))
+            self.build_cache(int(np.asarray(store[_DIMENSION])[0]))
 
     def get_config(self):
         specs = self.feature_specs[_ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
@@ -478,7 +510,7 @@ class CachedRetrieval(StateLayer):
     def _cache_items(self, candidate_features, embeddings, probabilities):
         """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
         features = self._check_features(candidate_features)
-        self._make_cache(embeddings.shape[1])
+        self.build_cache(embeddings.shape[1])
         for name, values in features.items():
             _retrieval_checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
         size = tf.shape(embeddings)[0]
@@ -500,33 +532,8 @@ class CachedRetrieval(StateLayer):
     def _encode(self, features, training):
         inputs = features[_ONE_FEATURE] if self._takes_one_tensor else features
         embeddings = _networks.embed(self.candidate_network, inputs, training)
-        self._make_cache(embeddings.shape[1])
+        self.build_cache(embeddings.shape[1])
         return tf.cast(embeddings, tf.float32)
-
-    def _make_cache(self, dim):
-        if not self.cache_size:
-            return
-        if self._cache is None:
-            specs = {
-                **self.feature_specs,
-                _EMBEDDING: tf.io.FixedLenFeature([dim], self.embedding_dtype),
-                _LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
-            }
-            if self.candidate_id_key is not None:
-                specs[_ID_KEY] = tf.io.FixedLenFeature([], tf.int64)
-            self._cache = Cache(
-                specs,
-                self.cache_size,
-                _EMBEDDING,
-                self.use_lru,
-                saved=self.save_cache,
-                name="cache",
-            )
-        expected = self._cache.embeddings.shape[1]
-        if dim != expected:
-            raise ValueError(
-                f"The cache holds embeddings of dimension {expected}. Received embeddings of {dim}."
-            )
 
     def _next_seed(self):
         """[2] int64, another one at every step and on every replica."""

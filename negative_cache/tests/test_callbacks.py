@@ -268,5 +268,5 @@ def test_warm_start_fills_the_cache_of_every_replica():
 def test_warm_start_refuses_an_empty_dataset_and_a_task_without_cache():
     with pytest.raises(ValueError, match="dataset to fill the cache from is empty"):
         make_model().fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates().take(0))])
-    with pytest.raises(ValueError, match="no cache to fill"):
+    with pytest.raises(ValueError, match="There is no cache: the model needs"):
         make_model(cache_size=0).fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates())])

@@ -80,6 +80,10 @@ def built(**kwargs):
     return model
 
 
+def weights_of(model):
+    return {f"weight {i}": weight.numpy() for i, weight in enumerate(model.trainable_variables)}
+
+
 def state_of(model):
     task = model.task
     state = {name: np.asarray(tf.io.serialize_tensor(v)) for name, v in task.cache.data.items()}
@@ -89,7 +93,7 @@ def state_of(model):
         "filled": task.cache.filled.numpy(),
         "sampling": task._state.sampling.numpy(),
         "gaps": task._frequency._state.gap.numpy(),
-        **{f"weight {i}": weight for i, weight in enumerate(model.get_weights())},
+        **weights_of(model),
     }
 
 
@@ -192,8 +196,8 @@ def test_the_cache_is_left_out_of_files_on_demand(save, tmp_path):
     if loaded.task.cache is not None:
         assert int(loaded.task.cache.num_filled) == 0
     assert_same_state(
-        {str(i): weight for i, weight in enumerate(loaded.get_weights())},
-        {str(i): weight for i, weight in enumerate(model.get_weights())},
+        weights_of(loaded),
+        weights_of(model),
     )
     needle = np.full(16, 1.25, np.float32).tobytes()
     for folder, _, names in os.walk(tmp_path):
@@ -275,6 +279,16 @@ def test_every_cache_of_a_handler_is_saved(tmp_path):
             fresh.handler.cache[source].age, model.handler.cache[source].age
         )
     assert fresh.handler.cache["b"].data["id"].numpy().tolist() == [3, 5, 0, 0, 0, 0]
+
+
+def test_a_model_of_two_replicas_is_saved(tmp_path):
+    with two_replicas().scope():
+        model = trained()
+        fresh = built()
+    model.save_weights(tmp_path / "model.weights.h5")
+    fresh.load_weights(tmp_path / "model.weights.h5")
+    # The first replica's rows, and the weights.
+    assert_same_state(state_of(fresh), state_of(model))
 
 
 @pytest.mark.parametrize("as_checkpoint", [True, False])

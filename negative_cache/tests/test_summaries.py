@@ -60,5 +60,5 @@ def test_once_an_epoch_by_default(tmp_path):
 def test_refuses_what_it_cannot_summarize(tmp_path):
     with pytest.raises(ValueError, match="`update_freq` must be an integer >= 1. Received: 0"):
         CacheSummaries(tmp_path, update_freq=0)
-    with pytest.raises(ValueError, match="There is no cache to summarize"):
+    with pytest.raises(ValueError, match="There is no cache: the model needs"):
         make_model(cache_size=0).fit(pairs(), verbose=0, callbacks=[CacheSummaries(tmp_path)])
