@@ -28,16 +28,21 @@ if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
     )
 
 
+@keras.utils.register_keras_serializable("negative_cache")
+class RunningMean(keras.metrics.Mean):
+    """A mean over an epoch that no Keras file holds: the next epoch begins it anew.
+
+    Keras 2 could not read it back under a strategy with several replicas.
+    """
+
+    def save_own_variables(self, store):
+        """Writes nothing."""
+
+    def load_own_variables(self, store):
+        """Reads nothing."""
+
+
 if IS_KERAS_2:
-
-    class _LossTracker(keras.metrics.Mean):
-        """A mean that no Keras file holds: under several replicas it could not be read back."""
-
-        def save_own_variables(self, store):
-            """Writes nothing."""
-
-        def load_own_variables(self, store):
-            """Reads nothing."""
 
     def _refuse_jit_of_strings(model):
         # Keras 3 does without XLA, and says so.
@@ -57,7 +62,7 @@ if IS_KERAS_2:
 
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
-            self._loss_tracker = _LossTracker(name="loss")
+            self._loss_tracker = RunningMean(name="loss")
 
         def make_train_function(self, force=False):
             if self._jit_compile:

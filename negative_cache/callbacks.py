@@ -1,12 +1,12 @@
 """Keras callbacks: metrics over the whole corpus, and a cache that is full from the first step."""
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
 from negative_cache import evaluation
 from negative_cache._compat import keras
-from negative_cache.layers import _networks
 
 
 class CorpusMetrics(keras.callbacks.Callback):
@@ -113,30 +113,31 @@ class CacheWarmStart(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         task = cached_task(self.model, self.task)
-        if task.cache is None:
-            # A checkpoint's rows appear when the cache is made.
-            for features in self.candidates:
-                row = _first_rows(features, 1)
-                with self.model.distribute_strategy.scope():
-                    embedding = _networks.embed(task.candidate_network, row, training=False)
-                    task.build_cache(embedding.shape[1])
-                break
-        if task.cache is not None and int(tf.convert_to_tensor(task.cache.num_filled)) > 0:
+        if _holds_rows(task):
             return
-        bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
+        batches = iter(self.candidates)
+        first = next(batches, None)
         # In the scope, but outside of the replicas: what is added reaches every one of them.
         with self.model.distribute_strategy.scope():
-            num_added = self._fill(task, bar)
+            if first is not None and task.cache is None:
+                # Makes the cache, and with it a checkpoint's rows appear.
+                task.embed_candidates(_first_rows(first, 1))
+                if _holds_rows(task):
+                    return
+            bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
+            num_added = 0
+            if first is not None:
+                num_added = self._fill(task, itertools.chain([first], batches), bar)
         if num_added == 0:
             raise ValueError("The dataset to fill the cache from is empty.")
         if bar and num_added < task.cache_size:
             bar.update(num_added, finalize=True)
 
-    def _fill(self, task, bar) -> int:
+    def _fill(self, task, batches, bar) -> int:
         """Adds candidates until the cache is full, and returns their number."""
         add = tf.function(task.add_to_cache, reduce_retracing=True)
         num_added = 0
-        for features in self.candidates:
+        for features in batches:
             num_rows = min(_num_rows(features), task.cache_size - num_added)
             add(_first_rows(features, num_rows))
             num_added += num_rows
@@ -156,6 +157,10 @@ def cached_task(model, task=None):
             f" callback a `task`. Received: {task!r}."
         )
     return task
+
+
+def _holds_rows(task) -> bool:
+    return task.cache is not None and int(tf.convert_to_tensor(task.cache.num_filled)) > 0
 
 
 def _num_rows(features) -> int:

@@ -2,21 +2,7 @@
 
 import tensorflow as tf
 
-from negative_cache._compat import keras
-
-
-@keras.utils.register_keras_serializable("negative_cache")
-class RunningMean(keras.metrics.Mean):
-    """A mean over an epoch that no Keras file holds: the next epoch begins it anew.
-
-    Keras 2 could not read it back under a strategy with several replicas.
-    """
-
-    def save_own_variables(self, store):
-        """Writes nothing."""
-
-    def load_own_variables(self, store):
-        """Reads nothing."""
+from negative_cache._compat import RunningMean, keras
 
 
 @keras.utils.register_keras_serializable("negative_cache")

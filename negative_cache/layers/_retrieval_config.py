@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import tensorflow as tf
 
 from negative_cache._compat import keras
-from negative_cache.layers._state import describe_specs, specs_of
+from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
 
 # The arguments that a configuration holds as they are.
 _PLAIN = (
@@ -26,7 +26,6 @@ _PLAIN = (
 )
 _OBJECTS = ("candidate_network", "score_transform")
 _METRICS = ("metrics", "batch_metrics", "loss_metrics")
-_ONE_SPEC = "candidate"
 
 
 def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
@@ -38,14 +37,13 @@ def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
       metrics: the arguments `metrics`, `batch_metrics` and `loss_metrics`, as lists.
     """
     serialize = keras.utils.serialize_keras_object
-    is_one = isinstance(feature_specs, tf.io.FixedLenFeature)
     return {
         **{name: getattr(task, name) for name in _PLAIN},
         **{name: serialize(getattr(task, name)) for name in _OBJECTS},
         **{name: [serialize(metric) for metric in metrics[name]] for name in _METRICS},
         "feature_specs": (
-            describe_specs({_ONE_SPEC: feature_specs})[_ONE_SPEC]
-            if is_one
+            describe_spec(feature_specs)
+            if isinstance(feature_specs, tf.io.FixedLenFeature)
             else describe_specs(feature_specs)
         ),
         "embedding_dim": task.cache.embeddings.shape[1] if task.cache is not None else None,
@@ -61,9 +59,5 @@ def from_config(config: Mapping) -> dict:
         **config,
         **{name: deserialize(config[name]) for name in _OBJECTS},
         **{name: [deserialize(metric) for metric in config[name]] for name in _METRICS},
-        "feature_specs": (
-            specs_of(specs)
-            if isinstance(specs, Mapping)
-            else specs_of({_ONE_SPEC: specs})[_ONE_SPEC]
-        ),
+        "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
     }

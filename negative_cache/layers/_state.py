@@ -45,17 +45,25 @@ def on_every_replica(function: Callable[..., None], *args) -> None:
         function(*args)
 
 
+def describe_spec(spec: tf.io.FixedLenFeature) -> list:
+    """A spec as JSON values, for configurations and files."""
+    return [list(spec.shape), tf.as_dtype(spec.dtype).name]
+
+
+def spec_of(description: list) -> tf.io.FixedLenFeature:
+    """The inverse of `describe_spec`."""
+    shape, dtype = description
+    return tf.io.FixedLenFeature(shape, tf.as_dtype(dtype))
+
+
 def describe_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict:
-    """The specs as JSON values, for configurations and files."""
-    return {key: [list(spec.shape), tf.as_dtype(spec.dtype).name] for key, spec in specs.items()}
+    """Every spec of a cache, described."""
+    return {key: describe_spec(spec) for key, spec in specs.items()}
 
 
 def specs_of(description: Mapping) -> dict[str, tf.io.FixedLenFeature]:
     """The inverse of `describe_specs`."""
-    return {
-        key: tf.io.FixedLenFeature(shape, tf.as_dtype(dtype))
-        for key, (shape, dtype) in description.items()
-    }
+    return {key: spec_of(part) for key, part in description.items()}
 
 
 class StateLayer(keras.layers.Layer):

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import become_task, keras
+from negative_cache._compat import RunningMean, become_task, keras
 from negative_cache.layers import _networks, _popularity, _retrieval_checks, _retrieval_config
 from negative_cache.layers._scores import Scores
 from negative_cache.layers._state import (
@@ -18,7 +18,7 @@ from negative_cache.layers._state import (
 )
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
-from negative_cache.metrics import Latest, RunningMean
+from negative_cache.metrics import Latest
 from negative_cache.ops import contrastive, sample_softmax_with_gradient
 
 _EMBEDDING = "embedding"
@@ -339,11 +339,29 @@ class CachedRetrieval(StateLayer):
         """
         if not self.cache_size:
             raise ValueError("There is no cache to add candidates to. Received: cache_size=0.")
-        features = self._check_features(candidate_features)
-        embeddings = tf.stop_gradient(self._encode(features, training=False))
+        embeddings = self.embed_candidates(candidate_features)
         self._cache.update(
-            new_items=self._cache_items(features, embeddings, candidate_sampling_probability)
+            new_items=self._cache_items(
+                candidate_features, embeddings, candidate_sampling_probability
+            )
         )
+
+    def embed_candidates(
+        self, candidate_features: Mapping[str, tf.Tensor] | tf.Tensor
+    ) -> tf.Tensor:
+        """Encodes candidates in inference mode and without gradient; makes the cache if need be.
+
+        Args:
+          candidate_features: the features [n, ...] of n candidates.
+
+        Returns:
+          [n, d] float32.
+
+        Raises:
+          ValueError: where features do not match `feature_specs`.
+        """
+        features = self._check_features(candidate_features)
+        return tf.stop_gradient(self._encode(features, training=False))
 
     def build_cache(self, embedding_dim: int) -> None:
         """Makes the cache, once the embedding dimension is known; checks it against a made one.

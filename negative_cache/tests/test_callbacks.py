@@ -270,3 +270,11 @@ def test_warm_start_refuses_an_empty_dataset_and_a_task_without_cache():
         make_model().fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates().take(0))])
     with pytest.raises(ValueError, match="There is no cache: the model needs"):
         make_model(cache_size=0).fit(pairs(), verbose=0, callbacks=[CacheWarmStart(candidates())])
+
+
+def test_warm_start_reads_a_generator_from_its_first_batch_on():
+    model = make_model(cache_size=8)
+    warm_start = CacheWarmStart((batch for batch in candidates(8, batch=4)), verbose=0)
+    warm_start.set_model(model)
+    warm_start.on_train_begin()
+    assert model.task.cache.data["id"].numpy().tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
