@@ -64,7 +64,7 @@ def lloyd(
         return np.zeros([0], np.int32), np.zeros([num_clusters, points.shape[1]], np.float32)
     rows = np.arange(num_points)
     # Each point once before any is repeated.
-    centres = _read(points, np.resize(rng.permutation(num_points), num_clusters))
+    centres = read_rows(points, np.resize(rng.permutation(num_points), num_clusters))
     for _ in range(iterations):
         assignment, distances = _nearest(points, rows, centres)
         centres = _recentre(points, assignment, distances, centres, rng)
@@ -126,7 +126,7 @@ def partition(
             waiting += _split(points, rows, budget, flat_budget, max_size, rng)
         elif rows.size:
             assignment, _ = lloyd(
-                _read(points, rows), budget, iterations=_ITERATIONS, rng=rng, max_size=max_size
+                read_rows(points, rows), budget, iterations=_ITERATIONS, rng=rng, max_size=max_size
             )
             used, assignment = np.unique(assignment, return_inverse=True)
             groups[rows] = num_groups + assignment
@@ -149,7 +149,7 @@ def _split(
     fan_out = math.ceil(budget ** (1.0 / stages))
     sample_size = min(fan_out * _SAMPLE_SIZE, rows.size)
     sample = rows[rng.choice(rows.size, sample_size, replace=False, shuffle=False)]
-    _, centres = lloyd(_read(points, sample), fan_out, iterations=_ITERATIONS, rng=rng)
+    _, centres = lloyd(read_rows(points, sample), fan_out, iterations=_ITERATIONS, rng=rng)
     assignment, distances = _nearest(points, rows, centres)
     shares = _apportion(np.bincount(assignment, minlength=fan_out), budget)
     _move_overflow(points, rows, centres, assignment, distances, shares * max_size)
@@ -280,7 +280,7 @@ def _recentre(
     total = distances.sum(dtype=np.float64)
     if empty.size and total > 0.0:
         drawn = rng.choice(len(points), empty.size, p=distances.astype(np.float64) / total)
-        means[empty] = _read(points, drawn)
+        means[empty] = read_rows(points, drawn)
     return means.astype(np.float32)
 
 
@@ -291,14 +291,14 @@ def _blocks(
     size = _block_size(points, num_clusters)
     for start in range(0, rows.size, size):
         part = slice(start, start + size)
-        yield part, _read(points, rows[part])
+        yield part, read_rows(points, rows[part])
 
 
 def _block_size(points: np.ndarray, num_clusters: int) -> int:
     return max(_BLOCK_ENTRIES // max(num_clusters, points.shape[1]), 1)
 
 
-def _read(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def read_rows(points: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """A copy of `rows` of the points, as float32."""
     return np.asarray(points[rows]).astype(np.float32, copy=False)
 
