@@ -13,8 +13,11 @@ from scipy import sparse
 
 # Scores, or coordinates, of a block of points at the most: 8 MiB stay near the processor.
 _BLOCK_ENTRIES = 2**21
-# Clusters that are made at once at the most, and bytes of the points they are made of.
-_MAX_FAN_OUT, _MAX_FLAT_BYTES = 1024, 2**28
+# Groups that one k-means makes at the most, and bytes of the points it makes them of. Every cut
+# between coarse clusters costs quality, of points that are hard to cluster a tenth and more.
+_MAX_FLAT_GROUPS, _MAX_FLAT_BYTES = 2048, 2**28
+# Clusters of a coarse stage at the most: two stages of 1024 make a million groups.
+_MAX_FAN_OUT = 1024
 # Points per cluster in the sample that a coarse stage is trained on.
 _SAMPLE_SIZE = 128
 _ITERATIONS = 8
@@ -116,14 +119,17 @@ def partition(
     if not 0.0 < fill <= 1.0:
         raise ValueError(f"`fill` must lie in (0, 1]. Received: {fill}.")
     num_points, dim = points.shape
-    flat_budget = min(max(_MAX_FLAT_BYTES // (4 * max_size * max(dim, 1)), 2), _MAX_FAN_OUT)
+    flat_budget = max(_MAX_FLAT_BYTES // (4 * max_size * max(dim, 1)), 2)
+    flat_budget = min(flat_budget, _MAX_FLAT_GROUPS)
     groups = np.empty([num_points], np.int32)
     num_groups = 0
     waiting = [(np.arange(num_points, dtype=np.int32), max_groups(num_points, max_size, fill))]
     while waiting:
         rows, budget = waiting.pop()
         if budget > flat_budget:
-            waiting += _split(points, rows, budget, flat_budget, max_size, rng)
+            stages = math.ceil(math.log(budget, min(flat_budget, _MAX_FAN_OUT)))
+            fan_out = math.ceil(budget ** (1.0 / stages))
+            waiting += _split(points, rows, budget, fan_out, max_size, rng)
         elif rows.size:
             assignment, _ = lloyd(
                 read_rows(points, rows), budget, iterations=_ITERATIONS, rng=rng, max_size=max_size
@@ -140,13 +146,11 @@ def _split(
     points: np.ndarray,
     rows: np.ndarray,
     budget: int,
-    flat_budget: int,
+    fan_out: int,
     max_size: int,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, int]]:
-    """One coarse stage: cuts `rows` into clusters, each with its share of the `budget`."""
-    stages = math.ceil(math.log(budget, flat_budget))
-    fan_out = math.ceil(budget ** (1.0 / stages))
+    """One coarse stage: cuts `rows` into `fan_out` clusters, each with a share of the `budget`."""
     sample_size = min(fan_out * _SAMPLE_SIZE, rows.size)
     sample = rows[rng.choice(rows.size, sample_size, replace=False, shuffle=False)]
     _, centres = lloyd(read_rows(points, sample), fan_out, iterations=_ITERATIONS, rng=rng)
@@ -155,9 +159,9 @@ def _split(
     _move_overflow(points, rows, centres, assignment, distances, shares * max_size)
     parts = []
     for members, share in zip(_members(assignment, fan_out), shares):
-        if 2 * share > budget:
-            # Mostly equal points, which k-means cannot separate. In the order of their distance
-            # they stay together, and no sequence of stages is longer than log2 of the budget.
+        if 8 * share > 7 * budget:
+            # Mostly equal points, which k-means cannot separate, however many stages it is given.
+            # In the order of their distance to the centre they stay together.
             order = members[np.argsort(distances[members], kind="stable")]
             parts += [(rows[run], runs_share) for run, runs_share in _runs(order, share, fan_out)]
         elif share:

@@ -85,6 +85,12 @@ class TestLloyd:
         assignment, _ = lloyd(points, num_clusters, iterations=2, rng=rng, max_size=max_size)
         assert np.bincount(assignment, minlength=num_clusters).max() <= max_size
 
+    def test_equal_points_fill_one_cluster_after_the_other(self):
+        # More clusters than there are rounds in which a cluster is filled.
+        points = np.ones([200, 2], "f")
+        assignment, _ = lloyd(points, 100, iterations=1, rng=np.random.default_rng(0), max_size=2)
+        np.testing.assert_array_equal(np.bincount(assignment), np.full([100], 2))
+
     def test_an_overfull_cluster_keeps_its_nearest_points(self):
         # Centres at the means 0.6 and 10: the five points near zero are one too many, and the
         # farthest of them goes to the other cluster, although not the last by number.
@@ -141,7 +147,8 @@ class TestPartition:
     @pytest.fixture(autouse=True)
     def _small_stages(self, monkeypatch):
         """Stages so small that a thousand points need several."""
-        monkeypatch.setattr(_clustering, "_MAX_FAN_OUT", 8)
+        monkeypatch.setattr(_clustering, "_MAX_FLAT_GROUPS", 8)
+        monkeypatch.setattr(_clustering, "_MAX_FAN_OUT", 6)
 
     @given(
         st.integers(0, 2**31),
@@ -174,6 +181,7 @@ class TestPartition:
     def test_groups_are_coherent(self, monkeypatch):
         rng = np.random.default_rng(0)
         points = rng.standard_normal([4000, 3]).astype("f")
+        monkeypatch.setattr(_clustering, "_MAX_FLAT_GROUPS", 64)
         monkeypatch.setattr(_clustering, "_MAX_FAN_OUT", 64)
         groups = partition(points, 16, fill=0.7, rng=rng)
         flat, _ = lloyd(points, max_groups(4000, 16, 0.7), iterations=20, rng=rng)
@@ -204,16 +212,27 @@ class TestPartition:
             groups = partition(array, 9, fill=0.8, rng=np.random.default_rng(1))
             np.testing.assert_array_equal(groups, expected)
 
-    def test_long_points_are_made_into_groups_in_parts(self, monkeypatch):
-        """However many bytes a point has, a stage reads few of them."""
-        monkeypatch.setattr(_clustering, "_MAX_FLAT_BYTES", 4 * 3 * 9 * 4)
+    def test_few_bytes_are_read_at_a_time(self, monkeypatch):
         points = np.random.default_rng(0).standard_normal([500, 3]).astype("f")
-        placed = []
-        groups = partition(
-            points, 9, fill=1.0, rng=np.random.default_rng(1), on_progress=placed.append
-        )
+        reads = []
+
+        class Recorder:
+            ndim, shape = points.ndim, points.shape
+
+            def __len__(self):
+                return len(points)
+
+            def __getitem__(self, rows):
+                reads.append(len(points[rows]))
+                return points[rows]
+
+        # Room for four groups of nine points; the samples of at most six clusters have 24.
+        monkeypatch.setattr(_clustering, "_MAX_FLAT_BYTES", 4 * 9 * 3 * 4)
+        monkeypatch.setattr(_clustering, "_SAMPLE_SIZE", 4)
+        monkeypatch.setattr(_clustering, "_BLOCK_ENTRIES", 60)
+        groups = partition(Recorder(), 9, fill=1.0, rng=np.random.default_rng(1))
         check_groups(groups, 500, 9, 1.0)
-        assert max(placed) <= 4 * 9
+        assert max(reads) <= 4 * 9
 
     @pytest.mark.parametrize(
         ("shape", "max_size", "fill", "message"),
