@@ -97,6 +97,22 @@ def check_score_mask(mask: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
     return mask
 
 
+def check_weights(weights: tf.Tensor, queries: tf.Tensor) -> tf.Tensor:
+    """Returns `sample_weight` as [B] float32, B being the number of queries."""
+    weights = tf.reshape(tf.cast(weights, tf.float32), [-1])
+    check_rows(weights, queries, "sample_weight", rank=1)
+    return weights
+
+
+def check_dimension(embedding_dim: int, cached: tf.Variable) -> None:
+    """Checks the dimension of embeddings against that of the `cached` ones [C, d]."""
+    if embedding_dim != cached.shape[1]:
+        raise ValueError(
+            f"The cache holds embeddings of dimension {cached.shape[1]}. Received embeddings of"
+            f" {embedding_dim}."
+        )
+
+
 def check_rows(values: tf.Tensor, like: tf.Tensor, name: str, rank: int | None = None) -> None:
     """Checks that `values` have as many rows as `like`, and where given the `rank`."""
     wanted = like.shape[:1].concatenate([None] * ((rank or values.shape.rank) - 1))

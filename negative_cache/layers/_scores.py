@@ -14,7 +14,7 @@ class Scores:
         transform: Callable[[tf.Tensor], tf.Tensor] | None,
     ):
         self._temperature = temperature
-        self._transform = transform
+        self.transform = transform
 
     def scale(self, queries: tf.Tensor) -> tf.Tensor:
         """Divides queries by the temperature, which is cheaper than to divide scores."""
@@ -36,4 +36,4 @@ class Scores:
         return tf.reduce_mean(self.of_own(scaled_queries, embeddings), axis=1)
 
     def _apply(self, products):
-        return products if self._transform is None else self._transform(products)
+        return products if self.transform is None else self.transform(products)

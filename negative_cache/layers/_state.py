@@ -45,6 +45,20 @@ def on_every_replica(function: Callable[..., None], *args) -> None:
         function(*args)
 
 
+def next_seed(seed_and_step: tf.Variable) -> tf.Tensor:
+    """[2] int64, another one at every call and on every replica.
+
+    Args:
+      seed_and_step: [2] int64 state variable, whose step is moved on by one.
+    """
+    on_every_replica(seed_and_step.assign_add, tf.constant([0, 1], tf.int64))
+    seed, step = tf.unstack(tf.convert_to_tensor(seed_and_step))
+    replica_context = tf.distribute.get_replica_context()
+    replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return tf.stack([seed, step * num_replicas + tf.cast(replica, tf.int64)])
+
+
 def describe_spec(spec: tf.io.FixedLenFeature) -> list:
     """A spec as JSON values, for configurations and files."""
     return [list(spec.shape), tf.as_dtype(spec.dtype).name]

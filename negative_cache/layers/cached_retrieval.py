@@ -9,22 +9,15 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import RunningMean, become_task, keras
-from negative_cache.layers import _networks, _popularity, _retrieval_checks, _retrieval_config
+from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks, _retrieval_config
+from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
 from negative_cache.layers._scores import Scores
-from negative_cache.layers._state import (
-    StateLayer,
-    make_state_variable,
-    on_every_replica,
-)
+from negative_cache.layers._state import StateLayer, make_state_variable, next_seed
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.metrics import Latest
-from negative_cache.ops import contrastive, sample_softmax_with_gradient
+from negative_cache.ops import contrastive
 
-_EMBEDDING = "embedding"
-_ID_KEY = "candidate_id_key"
-_LOG_PROBABILITY = "log_sampling_probability"
-_INTERNAL_KEYS = (_EMBEDDING, _ID_KEY, _LOG_PROBABILITY)
 _ONE_FEATURE = "candidate"
 _DIMENSION = "embedding_dim"
 
@@ -163,7 +156,7 @@ class CachedRetrieval(StateLayer):
         self.frequency_correction = frequency_correction
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
-        _retrieval_checks.check_settings(self, _INTERNAL_KEYS)
+        _retrieval_checks.check_settings(self, _cached_negatives.INTERNAL_KEYS)
         self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
         # Whatever seed a training began with, it goes on with it from a file.
@@ -260,7 +253,7 @@ class CachedRetrieval(StateLayer):
             _validation.check_fits(items, self.cache_size, what="candidate_features")
         weight = {}
         if sample_weight is not None:
-            weight["sample_weight"] = self._row_weights(sample_weight, queries)
+            weight["sample_weight"] = _retrieval_checks.check_weights(sample_weight, queries)
         num_queries = tf.shape(queries)[0]
         scaled_queries = self._scores.scale(queries)
         raw_scores = self._scores.of_all_pairs(scaled_queries, candidates)
@@ -270,7 +263,7 @@ class CachedRetrieval(StateLayer):
             threshold = tf.stop_gradient(positive_scores) - self.false_negative_margin
 
         if self._frequency is not None and training:
-            self._frequency.update(items[_ID_KEY])
+            self._frequency.update(items[CANDIDATE_ID])
         has_probabilities = candidate_sampling_probability is not None
         log_expected = self._log_expected_occurrences(items, has_probabilities)
         positive_logits, in_batch_logits = positive_scores, raw_scores
@@ -308,7 +301,7 @@ class CachedRetrieval(StateLayer):
             )
 
         loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
-        loss = self._reduce(loss, **weight)
+        loss = contrastive.reduce_losses(loss, self.reduction, **weight)
         if updates is not None:
             self._update_cache(items, updates)
         for metric in self._loss_metrics:
@@ -340,11 +333,8 @@ class CachedRetrieval(StateLayer):
         if not self.cache_size:
             raise ValueError("There is no cache to add candidates to. Received: cache_size=0.")
         embeddings = self.embed_candidates(candidate_features)
-        self._cache.update(
-            new_items=self._cache_items(
-                candidate_features, embeddings, candidate_sampling_probability
-            )
-        )
+        items = self._cache_items(candidate_features, embeddings, candidate_sampling_probability)
+        self._negatives().add(items)
 
     def embed_candidates(
         self, candidate_features: Mapping[str, tf.Tensor] | tf.Tensor
@@ -372,27 +362,15 @@ class CachedRetrieval(StateLayer):
         if not self.cache_size:
             return
         if self._cache is None:
-            specs = {
-                **self.feature_specs,
-                _EMBEDDING: tf.io.FixedLenFeature([embedding_dim], self.embedding_dtype),
-                _LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
-            }
-            if self.candidate_id_key is not None:
-                specs[_ID_KEY] = tf.io.FixedLenFeature([], tf.int64)
-            self._cache = Cache(
-                specs,
-                self.cache_size,
-                _EMBEDDING,
-                self.use_lru,
+            self._cache = _cached_negatives.make_cache(
+                self.feature_specs,
+                tf.io.FixedLenFeature([embedding_dim], self.embedding_dtype),
+                has_ids=self.candidate_id_key is not None,
+                cache_size=self.cache_size,
+                use_lru=self.use_lru,
                 saved=self.save_cache,
-                name="cache",
             )
-        expected = self._cache.embeddings.shape[1]
-        if embedding_dim != expected:
-            raise ValueError(
-                f"The cache holds embeddings of dimension {expected}. Received embeddings of"
-                f" {embedding_dim}."
-            )
+        _retrieval_checks.check_dimension(embedding_dim, self._cache.embeddings)
 
     def save_own_variables(self, store):
         """Writes the state into a Keras file; called by Keras."""
@@ -419,133 +397,77 @@ class CachedRetrieval(StateLayer):
     def from_config(cls, config):
         return cls(**_retrieval_config.from_config(config))
 
+    def _negatives(self):
+        """The cache as negatives; not kept, so that Keras finds its parts as attributes only."""
+        return _cached_negatives.CachedNegatives(
+            self._cache,
+            encode=self._encode,
+            scores=self._scores,
+            metrics=_cached_negatives.CacheMetrics(*self.training_metrics),
+            num_draws=self.num_negatives,
+            exact_query_gradient=self.exact_query_gradient,
+        )
+
     def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
         """[B] log partition of the cache, and the refreshed rows of a training step."""
-        cache = self._cache
-        log_expected = self._log_expected_rows(items, has_probabilities)
-        hits = {}
-        if self.remove_accidental_hits:
-            positive_ids = items[_ID_KEY][: tf.shape(scaled_queries)[0]]
-            hits = {
-                "candidate_ids": tf.convert_to_tensor(cache.data[_ID_KEY]),
-                "positive_ids": positive_ids,
-            }
-        exact = training and self.exact_query_gradient
-        sample, query_gradient = sample_softmax_with_gradient(
-            scaled_queries,
-            cache.embeddings,
-            num_samples=self.num_negatives,
-            score_transform=self.score_transform,
-            candidate_mask=cache.filled,
-            log_weights=None if log_expected is None else -log_expected,
+        log_expected = self._log_expected_occurrences(items, has_probabilities, of_rows=True)
+        conditions = _cached_negatives.Conditions(
+            positive_ids=(
+                items[CANDIDATE_ID][: tf.shape(scaled_queries)[0]]
+                if self.remove_accidental_hits
+                else None
+            ),
             max_scores=threshold,
-            seed=self._next_seed() if training else 0,
-            compute_gradient=exact,
-            **hits,
+            log_weights=None if log_expected is None else -log_expected,
         )
         if not training:
-            return sample.log_partition, None
-        is_some = tf.math.is_finite(sample.log_partition)
-        self._log_partition.update_state(
-            tf.where(is_some, sample.log_partition, 0.0), tf.cast(is_some, tf.float32)
+            return self._negatives().log_partition(scaled_queries, conditions), None
+        return self._negatives().sampled_log_partition(
+            scaled_queries, items, conditions, self._next_seed()
         )
-        drawn = tf.reshape(sample.indices >= 0, [-1])
-        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
-        fresh = self._encode(self._drawn_features(rows, drawn, items), training=True)
-        stale = tf.stop_gradient(tf.cast(tf.gather(cache.embeddings, rows), tf.float32))
-        self._staleness.update_state(
-            contrastive.relative_staleness(stale, fresh), sample_weight=tf.cast(drawn, tf.float32)
-        )
-        surrogate = self._scores.mean_of_draws(scaled_queries, fresh, self.num_negatives)
-        if exact:
-            exact_term = tf.reduce_sum(scaled_queries * query_gradient, axis=1)
-            surrogate += exact_term
-            surrogate -= self._scores.mean_of_draws(scaled_queries, stale, self.num_negatives)
-        updates = {
-            "updated_item_data": {_EMBEDDING: fresh},
-            "updated_item_indices": rows,
-            "updated_item_mask": drawn,
-        }
-        return contrastive.value_with_gradient(sample.log_partition, surrogate), updates
-
-    def _drawn_features(self, rows, drawn, items):
-        """The features [B * S, ...] of the drawn rows.
-
-        A query without an admissible row has its own positive encoded instead: an unfilled row's
-        empty features might be outside of what the tower knows, and give NaN.
-        """
-        own = tf.range(tf.size(rows)) // self.num_negatives
-        features = {}
-        for key in self.feature_specs:
-            values = tf.gather(self._cache.data[key], rows)
-            mask = tf.reshape(drawn, [-1] + [1] * (values.shape.rank - 1))
-            features[key] = tf.where(mask, values, tf.gather(items[key], own))
-        return features
 
     def _update_cache(self, items, updates):
-        self._cache.update(new_items=items, **updates)
-        self._fill.update_state(self._cache.num_filled / self.cache_size)
-        self._skipped_rows.update_state(self._cache.num_skipped)
+        self._negatives().update(items, updates)
 
     def _not_a_negative(self, items, scores, threshold):
         """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
         left_out = tf.zeros_like(scores, tf.bool)
         if self.remove_accidental_hits:
-            ids = items[_ID_KEY]
+            ids = items[CANDIDATE_ID]
             left_out |= tf.equal(ids[: tf.shape(scores)[0], tf.newaxis], ids[tf.newaxis])
         if threshold is not None:
             left_out |= scores > threshold[:, tf.newaxis]
         return left_out
 
-    def _log_expected_occurrences(self, items, has_probabilities):
-        """[N] log of how often each of the batch's candidates is expected among the negatives."""
-        if has_probabilities:
-            log_probability = items[_LOG_PROBABILITY]
-        elif self._frequency is not None:
-            log_probability = _popularity.log_estimated_probability(self._frequency, items[_ID_KEY])
-        else:
-            return None
-        return _popularity.log_expected_occurrences(log_probability, self._num_negatives(items))
+    def _log_expected_occurrences(self, items, has_probabilities, of_rows=False):
+        """[N] log of how often each of the batch's candidates is expected among the negatives.
 
-    def _log_expected_rows(self, items, has_probabilities):
-        """[C] the same for the cached candidates."""
-        data = self._cache.data
-        if has_probabilities:
-            log_probability = tf.convert_to_tensor(data[_LOG_PROBABILITY])
-        elif self._frequency is not None:
-            log_probability = _popularity.log_estimated_probability(
-                self._frequency, tf.convert_to_tensor(data[_ID_KEY]), of_rows=True
-            )
-        else:
+        Where `of_rows`, [C] the same for the cached candidates.
+        """
+        if not has_probabilities and self._frequency is None:
             return None
-        return _popularity.log_expected_occurrences(log_probability, self._num_negatives(items))
-
-    def _num_negatives(self, items):
-        """The number of draws from the stream that are negatives now."""
-        count = tf.shape(items[_EMBEDDING])[0] if self.in_batch_negatives else 0
-        return count + self._cache.num_filled if self.cache_size else count
+        # The number of draws from the stream that are negatives now.
+        num_negatives = tf.shape(items[EMBEDDING])[0] if self.in_batch_negatives else 0
+        if self.cache_size:
+            num_negatives += self._cache.num_filled
+        return _cached_negatives.log_expected_occurrences(
+            self._cache.data if of_rows else items,
+            num_negatives,
+            frequency=None if has_probabilities else self._frequency,
+            are_cached=of_rows,
+        )
 
     def _cache_items(self, candidate_features, embeddings, probabilities):
         """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
         features = self._check_features(candidate_features)
         self.build_cache(embeddings.shape[1])
-        for name, values in features.items():
-            _retrieval_checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
-        size = tf.shape(embeddings)[0]
-        if probabilities is None:
-            log_probability = _popularity.log_unknown_probability(size)
-        else:
-            probabilities = tf.cast(probabilities, tf.float32)
-            name = "candidate_sampling_probability"
-            _retrieval_checks.check_rows(probabilities, embeddings, name, rank=1)
-            smallest = (
-                _popularity.SMALLEST_IN_CACHE if self.cache_size else _popularity.SMALLEST_IN_BATCH
-            )
-            log_probability = _popularity.log_given_probability(probabilities, smallest)
-        items = {**features, _EMBEDDING: embeddings, _LOG_PROBABILITY: log_probability}
-        if self.candidate_id_key is not None:
-            items[_ID_KEY] = _fingerprint(features[self.candidate_id_key])
-        return items
+        return _cached_negatives.make_rows(
+            features,
+            embeddings,
+            probabilities,
+            id_key=self.candidate_id_key,
+            has_cache=bool(self.cache_size),
+        )
 
     def _encode(self, features, training):
         inputs = features[_ONE_FEATURE] if self._takes_one_tensor else features
@@ -555,24 +477,7 @@ class CachedRetrieval(StateLayer):
 
     def _next_seed(self):
         """[2] int64, another one at every step and on every replica."""
-        on_every_replica(self._state.sampling.assign_add, tf.constant([0, 1], tf.int64))
-        seed, step = tf.unstack(tf.convert_to_tensor(self._state.sampling))
-        replica_context = tf.distribute.get_replica_context()
-        replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
-        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        return tf.stack([seed, step * num_replicas + tf.cast(replica, tf.int64)])
-
-    def _row_weights(self, sample_weight, queries):
-        weights = tf.reshape(tf.cast(sample_weight, tf.float32), [-1])
-        _retrieval_checks.check_rows(weights, queries, "sample_weight", rank=1)
-        return weights
-
-    def _reduce(self, loss, sample_weight=None):
-        if sample_weight is not None:
-            loss *= sample_weight
-        if self.reduction == "none":
-            return loss
-        return tf.reduce_sum(loss) if self.reduction == "sum" else tf.reduce_mean(loss)
+        return next_seed(self._state.sampling)
 
     def _check_features(self, features):
         if self._takes_one_tensor and not isinstance(features, Mapping):
@@ -580,15 +485,6 @@ class CachedRetrieval(StateLayer):
         return _validation.check_items(
             features, self.feature_specs, what="candidate_features", exact=True
         )
-
-
-def _fingerprint(ids: tf.Tensor) -> tf.Tensor:
-    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
-    return (
-        tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
-        if ids.dtype == tf.string
-        else tf.cast(ids, tf.int64)
-    )
 
 
 def _as_list(metrics) -> list:

@@ -42,6 +42,27 @@ def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.T
     return tf.reduce_logsumexp(tf.pad(margins, [[0, 0], [1, 0]]), axis=1)
 
 
+def reduce_losses(
+    losses: tf.Tensor, reduction: str, sample_weight: tf.Tensor | None = None
+) -> tf.Tensor:
+    """Weighs `losses` [B] by `sample_weight` [B] and makes them one, as Keras does.
+
+    Args:
+      losses: [B] float32.
+      reduction: "sum_over_batch_size" (the mean over the batch, whatever the weights sum to),
+        "sum", or "none".
+      sample_weight: [B] float32.
+
+    Returns:
+      Scalar float32, or [B] where `reduction` is "none".
+    """
+    if sample_weight is not None:
+        losses *= sample_weight
+    if reduction == "none":
+        return losses
+    return tf.reduce_sum(losses) if reduction == "sum" else tf.reduce_mean(losses)
+
+
 def relative_staleness(cached: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:
     """‖ĝ - g‖² / ‖g‖² along the last dimension of two tensors [..., d]; zero where ‖g‖ is."""
     return tf.math.divide_no_nan(
