@@ -9,7 +9,7 @@ What most users need is here, flat.
 from negative_cache import _compat, datasets, evaluation, layers, ops  # noqa: F401
 from negative_cache.backup import BackupAndRestore
 from negative_cache.callbacks import CacheWarmStart, CorpusMetrics
-from negative_cache.layers import Cache, CachedRetrieval
+from negative_cache.layers import Cache, CachedRetrieval, TreeIndex
 from negative_cache.models import DualEncoder
 from negative_cache.summaries import CacheSummaries
 from negative_cache.version import __version__
@@ -22,6 +22,7 @@ __all__ = [
     "CachedRetrieval",
     "CorpusMetrics",
     "DualEncoder",
+    "TreeIndex",
     "__version__",
     "datasets",
     "evaluation",

@@ -151,16 +151,16 @@ def sample_softmax_with_gradient(
     blocks = _scan_blocks(scorer, block_size, group_size, compute_gradient)
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
 
-    uniforms = _uniforms([3, scorer.num_queries, num_samples], seed)
-    block = _inverse_cdf(tf.nn.softmax(blocks.log_partition), uniforms[0])
+    random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
+    block = inverse_cdf(tf.nn.softmax(blocks.log_partition), random[0])
     groups_of_block = tf.gather(blocks.group_probability, block, batch_dims=1)
-    group = _inverse_cdf(groups_of_block, uniforms[1][..., tf.newaxis])[..., 0]
+    group = inverse_cdf(groups_of_block, random[1][..., tf.newaxis])[..., 0]
     groups_per_block = block_size // group_size
     first = block * block_size + group
     rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
     scores = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, num_samples * group_size]))
     scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
-    pick = _inverse_cdf(tf.nn.softmax(scores), uniforms[2][..., tf.newaxis])
+    pick = inverse_cdf(tf.nn.softmax(scores), random[2][..., tf.newaxis])
 
     # Not the opposite of "is admissible": what is NaN must stay NaN.
     is_empty = log_partition <= 0.5 * INADMISSIBLE
@@ -202,7 +202,7 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
     weights = tf.exp(log_partitions - _or_zero(overall_max)[:, tf.newaxis])
     indices = tf.stack([sample.indices for sample in samples], axis=2)
     scores = tf.stack([sample.scores for sample in samples], axis=2)
-    winners = _inverse_cdf(weights, _uniforms(tf.shape(indices)[:2], seed))[..., tf.newaxis]
+    winners = inverse_cdf(weights, draw_uniforms(tf.shape(indices)[:2], seed))[..., tf.newaxis]
     return _without_draws_from_nothing(
         SoftmaxSample(
             tf.gather(indices, winners, batch_dims=2)[..., 0],
@@ -320,7 +320,7 @@ def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None)
     return math.ceil(block_size / group_size) * group_size, group_size
 
 
-def _inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
+def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     """[..., S] int32 positions drawn in proportion to `weights` [..., n] by `uniforms` [..., S].
 
     A position of weight zero is never drawn, unless all are zero.
@@ -350,7 +350,8 @@ def _without_draws_from_nothing(sample: SoftmaxSample) -> SoftmaxSample:
     )
 
 
-def _uniforms(shape, seed: Seed) -> tf.Tensor:
+def draw_uniforms(shape, seed: Seed) -> tf.Tensor:
+    """Uniform random numbers in [0, 1) of `shape`; the same ones for the same seed."""
     if seed is None:
         return tf.random.uniform(shape)
     if isinstance(seed, int):

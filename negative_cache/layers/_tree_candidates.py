@@ -1,0 +1,83 @@
+"""What a `TreeIndex` keeps of single candidates: their embeddings, or codes of a few bytes."""
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache.layers._state import make_state_variable, scatter_rows
+from negative_cache.layers._tree_state import write_rows
+from negative_cache.ops.tree_statistics import candidate_stats, combine
+
+_WRITTEN_AT_ONCE = 2**16
+
+
+class StoredEmbeddings:
+    """The candidates' embeddings themselves: scores are exact.
+
+    Args:
+      capacity: the number of candidates.
+      dim: d.
+      dtype: of the embeddings.
+    """
+
+    leaf_means_move = True
+    leaf_mean_dtype = tf.float32
+
+    def __init__(self, capacity: int, dim: int, dtype: tf.DType):
+        self._capacity, self._dtype = capacity, dtype
+        self.embeddings = make_state_variable(lambda: tf.zeros([capacity, dim], dtype), "rows")
+
+    @property
+    def variables(self) -> dict[str, tf.Variable]:
+        """What a file holds."""
+        return {"embeddings": self.embeddings}
+
+    def products(self, queries, members, node_products):
+        """See `ops.tree_cut.Candidates`."""
+        del node_products
+        num_leaves, size = members.shape[1:]
+        ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])
+        vectors = tf.cast(tf.gather(self.embeddings, ids), tf.float32)
+        products = tf.matmul(vectors, queries[..., tf.newaxis])
+        return tf.reshape(products, [-1, num_leaves, size])
+
+    def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
+        """`vectors` [n, d] float32 as they are kept."""
+        return tf.cast(tf.cast(vectors, self._dtype), tf.float32)
+
+    def read(self, ids: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """[..., d] float32 vectors of candidates `ids` [...], and how far off they may be [...]."""
+        del node
+        vectors = tf.cast(tf.gather(self.embeddings, ids), tf.float32)
+        return vectors, tf.zeros(tf.shape(ids))
+
+    def write(self, ids, vectors, node, mask) -> tf.Tensor:
+        """Keeps `vectors` [n, d] where `mask` [n] is True; how far off `read` is then, [n]."""
+        del node
+        write_rows(self.embeddings, ids, vectors, mask)
+        return tf.zeros(tf.shape(ids))
+
+    def read_members(self, members, node):
+        """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
+        del node
+        return self.read(tf.maximum(members, 0), None)
+
+    def recentre(self, ids, vectors, errors, is_there, old_node, node, mask):
+        """Means and statistics of leaves after a split; see `CodedResiduals.recentre`."""
+        del ids, old_node, node, mask
+        return combine(vectors, candidate_stats(is_there, errors))
+
+    def summary(self, members, node, level):
+        """Mean [n, d] and statistics [n, 4] of leaves with `members` [n, leaf_size]."""
+        del level
+        vectors, errors = self.read_members(members, node)
+        return combine(vectors, candidate_stats(members >= 0, errors))
+
+    def load(self, embeddings, members, owners, rng) -> None:
+        """Keeps all candidates: `embeddings` [n, d] by id, those of them that are `members`."""
+        del owners, rng
+        is_member = np.zeros(self._capacity, bool)
+        is_member[members[members >= 0]] = True
+        for start in range(0, len(embeddings), _WRITTEN_AT_ONCE):
+            ids = start + np.flatnonzero(is_member[start : start + _WRITTEN_AT_ONCE])
+            rows = tf.cast(np.asarray(embeddings[ids], np.float32), self._dtype)
+            scatter_rows(self.embeddings, tf.constant(ids), rows)

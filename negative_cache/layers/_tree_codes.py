@@ -1,0 +1,212 @@
+"""Candidates of a `TreeIndex` that keeps no embeddings, but residuals coded by a few bytes."""
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache.layers._state import make_state_variable
+from negative_cache.layers._tree_state import write_nodes, write_rows
+from negative_cache.ops.product_quantizer import (
+    dequantize,
+    lookup_scores,
+    lookup_tables,
+    quantize,
+    train_codebooks,
+)
+from negative_cache.ops.tree_cut import ERROR, RADIUS, SPREAD, take_nodes
+from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree_statistics import (
+    Groups,
+    candidate_stats,
+    combine,
+    distances_round_up,
+    round_means,
+)
+
+_NUM_CODES = 256
+# Residuals that the codebooks are trained on, and how long.
+_TRAINED_ON, _ITERATIONS = 2**15, 10
+# Floats of embeddings that are coded at a time.
+_CODED_AT_ONCE = 2**22
+
+
+class CodedResiduals:
+    """A candidate is the centre of its leaf and a product-quantised residual, or no residual.
+
+    The centre of a leaf stays where it is until the leaf splits, so that codes keep their meaning.
+    What it misses the mean by goes to the node's error.
+
+    Args:
+      shape: the tree's.
+      num_bytes: m, of a candidate's code; 0 for none, where a candidate is as good as the centre
+        of its leaf.
+      leaf_means: [blocks, width, d] variable, the centres.
+      leaf_stats: [blocks, width, 4] variable.
+    """
+
+    leaf_means_move = False
+    leaf_mean_dtype = tf.bfloat16
+
+    def __init__(
+        self,
+        shape: TreeShape,
+        num_bytes: int,
+        leaf_means: tf.Variable,
+        leaf_stats: tf.Variable,
+    ):
+        self._shape = shape
+        self._means = leaf_means
+        self._stats = leaf_stats
+        self.variables = {}
+        self._has_codes = num_bytes > 0
+        if not self._has_codes:
+            return
+        nodes = leaf_stats.shape[:2]
+        self._off = make_state_variable(lambda: tf.zeros(nodes), "off")
+        codes = [shape.capacity, num_bytes]
+        self._codes = make_state_variable(lambda: tf.zeros(codes, tf.uint8), "codes")
+        books = [num_bytes, _NUM_CODES, shape.dim // num_bytes]
+        self._books = make_state_variable(lambda: tf.zeros(books, tf.bfloat16), "codebooks")
+        self.variables = {"off": self._off, "codes": self._codes, "codebooks": self._books}
+
+    def products(self, queries, members, node_products):
+        """See `ops.tree_cut.Candidates`."""
+        num_leaves, size = members.shape[1:]
+        products = tf.repeat(node_products[..., tf.newaxis], size, axis=2)
+        if not self._has_codes:
+            return products
+        ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])
+        tables = lookup_tables(queries, self._codebooks())
+        residual_products = lookup_scores(tables, tf.gather(self._codes, ids))
+        return products + tf.reshape(residual_products, [-1, num_leaves, size])
+
+    def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
+        """`vectors` as they are: they count for the statistics before they are coded."""
+        return vectors
+
+    def read(self, ids: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """[n, d] float32 vectors of candidates `ids` [n], and how far off they may be [n].
+
+        `node` [n] are the nodes of their leaves.
+        """
+        vectors = self._centres(node)
+        if not self._has_codes:
+            return vectors, take_nodes(self._stats, node)[:, RADIUS]
+        residuals = dequantize(tf.gather(self._codes, ids), self._codebooks())
+        return vectors + residuals, take_nodes(self._off, node)
+
+    def read_members(self, members, node):
+        """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
+        size = self._shape.leaf_size
+        vectors, errors = self.read(tf.reshape(tf.maximum(members, 0), [-1]), tf.repeat(node, size))
+        vectors = tf.reshape(vectors, [-1, size, self._shape.dim])
+        return vectors, tf.reshape(errors, [-1, size])
+
+    def write(self, ids, vectors, node, mask) -> tf.Tensor:
+        """Codes `vectors` [n, d] where `mask` [n] is True; how far off they are now, nothing."""
+        if self._has_codes:
+            residuals = vectors - self._centres(node)
+            codes, off = self._encode(residuals)
+            write_rows(self._codes, ids, codes, mask)
+            groups = Groups.of(node, mask)
+            off = groups.max(off)
+            off = tf.maximum(off, take_nodes(self._off, groups.numbers))
+            write_nodes(self._off, groups.numbers, off, groups.is_some)
+        return tf.zeros(tf.shape(ids))
+
+    def recentre(self, ids, vectors, errors, is_there, old_node, node, mask):
+        """Centres and statistics of leaves after a split, about which candidates are coded anew.
+
+        Args:
+          ids: [n, leaf_size] int32.
+          vectors: [n, leaf_size, d], as `read` gave them.
+          errors: [n, leaf_size], likewise.
+          is_there: [n, leaf_size] bool, which belong to the leaf.
+          old_node: [n] int32, of the leaf that was split.
+          node: [n] int32, of the leaf.
+          mask: [n] bool, which entries to apply.
+        """
+        mean, stats = combine(vectors, candidate_stats(is_there, errors))
+        if not self._has_codes:
+            # The candidates stand on one point, and yet are as far apart as they were.
+            stats += take_nodes(self._stats, old_node) * tf.one_hot(SPREAD, stats.shape[-1])
+            return round_means(mean, stats, self.leaf_mean_dtype)
+        mean, stats = round_means(mean, stats, self.leaf_mean_dtype)
+        codes, off = self._encode(vectors - mean[:, tf.newaxis])
+        off = tf.reduce_max(tf.where(is_there, errors + off, 0.0), axis=1)
+        written = tf.reshape(is_there & mask[:, tf.newaxis], [-1])
+        codes = tf.reshape(codes, [-1, codes.shape[-1]])
+        write_rows(self._codes, tf.reshape(ids, [-1]), codes, written)
+        write_nodes(self._off, node, off, mask)
+        return mean, stats
+
+    def summary(self, members, node, level):
+        """The centres of leaves as they are, and bounds no looser than before."""
+        del level
+        vectors, errors = self.read_members(members, node)
+        centre, stats = self._centres(node), take_nodes(self._stats, node)
+        there = tf.cast(members >= 0, tf.float32)
+        distances = tf.norm(vectors - centre[:, tf.newaxis], axis=2)
+        reach = tf.reduce_max(there * (distances * distances_round_up(vectors) + errors), axis=1)
+        known, known_stats = combine(vectors, candidate_stats(members >= 0, errors))
+        missed = tf.norm(known - centre, axis=1) + known_stats[:, ERROR]
+        columns = tf.unstack(stats, axis=1)
+        columns[RADIUS] = tf.minimum(columns[RADIUS], reach)
+        columns[ERROR] = tf.minimum(columns[ERROR], missed)
+        return centre, tf.stack(columns, axis=1)
+
+    def load(self, embeddings, members: np.ndarray, owners: np.ndarray, rng) -> None:
+        """Keeps all candidates of a topology: exact statistics of leaves, then the codes.
+
+        Args:
+          embeddings: [n, d] float, the rows by id.
+          members: [num_leaves, leaf_size] int32.
+          owners: [num_leaves] int32.
+          rng: chooses the residuals that the codebooks are trained on.
+        """
+        used = np.flatnonzero(owners >= 0)
+        size = max(_CODED_AT_ONCE // (self._shape.leaf_size * self._shape.dim), 1)
+        parts = [used[start : start + size] for start in range(0, len(used), size)]
+        for leaves in parts:
+            self._load_leaves(embeddings, members[leaves], owners[leaves])
+        if not self._has_codes:
+            return
+        slots = np.flatnonzero(members >= 0)
+        slots = rng.choice(slots, min(_TRAINED_ON, len(slots)), replace=False)
+        nodes = owners[slots // self._shape.leaf_size]
+        vectors = _rows(embeddings, members.reshape(-1)[slots])
+        residuals = vectors - self._centres(nodes).numpy()
+        books = train_codebooks(
+            residuals, self._codes.shape[1], num_codes=_NUM_CODES, iterations=_ITERATIONS, rng=rng
+        )
+        self._books.assign(tf.cast(books, tf.bfloat16))
+        for leaves in parts:
+            some = members[leaves]
+            ids = some[some >= 0]
+            node = np.repeat(owners[leaves], np.sum(some >= 0, axis=1))
+            self.write(ids, _rows(embeddings, ids), node, tf.fill([len(ids)], True))
+
+    def _load_leaves(self, embeddings, members, node):
+        vectors = _rows(embeddings, np.maximum(members, 0).reshape(-1))
+        vectors = tf.reshape(vectors, [*members.shape, self._shape.dim])
+        stats = candidate_stats(members >= 0, tf.zeros(members.shape))
+        mean, stats = round_means(*combine(vectors, stats), self.leaf_mean_dtype)
+        everywhere = tf.fill([len(node)], True)
+        write_nodes(self._means, node, mean, everywhere)
+        write_nodes(self._stats, node, stats, everywhere)
+
+    def _encode(self, residuals):
+        """Codes [..., m] of residuals [..., d], and the distances of what they stand for."""
+        codes = quantize(residuals, self._codebooks())
+        off = tf.norm(residuals - dequantize(codes, self._codebooks()), axis=-1)
+        # Also of the sums with a centre.
+        return codes, off * distances_round_up(residuals) + 1e-6 * tf.norm(residuals, axis=-1)
+
+    def _centres(self, node):
+        return tf.cast(take_nodes(self._means, node), tf.float32)
+
+    def _codebooks(self):
+        return tf.cast(tf.convert_to_tensor(self._books), tf.float32)
+
+
+def _rows(embeddings, ids: np.ndarray) -> tf.Tensor:
+    return tf.convert_to_tensor(np.asarray(embeddings[ids], np.float32))

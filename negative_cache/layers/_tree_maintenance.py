@@ -1,0 +1,309 @@
+"""How a `TreeIndex` follows its candidates: they move, come and go, and its blocks split.
+
+A candidate that stays inside the ball of its leaf only changes the statistics of its path.
+Otherwise it leaves, and is routed from the root again. Those are placed in chunks: what does not
+fit into its leaf waits until the leaf has split. A block that is left empty is given up and used
+again. All shapes are fixed, and no work grows with the size of the tree.
+"""
+
+import functools
+
+import tensorflow as tf
+
+from negative_cache.layers._tree_state import tree_levels, write_nodes, write_rows
+from negative_cache.ops.tree_cut import COUNT, RADIUS, Tree, take_nodes
+from negative_cache.ops.tree_routing import nearest, route
+from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree_statistics import (
+    Groups,
+    bisect,
+    change_nodes,
+    combine,
+)
+
+# Candidates placed, and blocks of a level split, in one round.
+_PLACED_AT_ONCE, _SPLIT_AT_ONCE = 256, 32
+# The part of a leaf that goes to either half. Nodes are halved, so that no level runs out of blocks
+# while candidates only come.
+_SMALLEST_HALF_OF_LEAF, _SMALLEST_HALF_OF_NODES = 0.25, 0.5
+
+
+class TreeMaintenance:
+    """Changes the variables of a tree.
+
+    Args:
+      shape: the tree's.
+      state: its variables, see `make_tree_variables`.
+      candidates: what holds the candidates' vectors, see `_tree_candidates`.
+    """
+
+    def __init__(self, shape: TreeShape, state, candidates):
+        self._shape = shape
+        self._state = state
+        self._candidates = candidates
+        self._last = shape.num_levels - 1
+
+    @property
+    def tree(self) -> Tree:
+        """The tree as it is."""
+        return Tree(self._shape, tree_levels(self._state), self._state.members, self._candidates)
+
+    def update(self, ids: tf.Tensor, vectors: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+        """Moves candidates to new vectors, or adds them.
+
+        Args:
+          ids: [m] int32 in [0, capacity); those with True in `mask` differ from each other.
+          vectors: [m, d] float32.
+          mask: [m] bool, which entries to apply.
+
+        Returns:
+          Scalar int32, the number of candidates for which there was no room, which are no longer in
+          the tree.
+        """
+        position = tf.gather(self._state.position, ids)
+        is_known = mask & (position >= 0)
+        position = tf.maximum(position, 0)
+        node = self._owner(self._last + 1, position // self._shape.leaf_size)
+        old_vectors, old_errors = self._candidates.read(ids, node)
+        vectors = self._candidates.rounded(vectors)
+        level = self.tree.levels[-1]
+        means = tf.cast(take_nodes(level.mean, node), tf.float32)
+        radius = take_nodes(level.stats, node)[:, RADIUS]
+        stays = is_known & (tf.norm(vectors - means, axis=1) <= radius)
+        new_errors = self._candidates.write(ids, vectors, node, stays)
+        self._change_paths(
+            tf.concat([node, node], axis=0),
+            tf.concat([old_vectors, vectors], axis=0),
+            tf.concat([-tf.cast(is_known, tf.float32), tf.cast(stays, tf.float32)], axis=0),
+            tf.concat([old_errors, new_errors], axis=0),
+        )
+        self._take_out(ids, position, is_known & ~stays)
+        return self._insert(ids, vectors, mask & ~stays)
+
+    def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
+        """Takes candidates `ids` [m] out of the tree where `mask` [m] is True."""
+        position = tf.gather(self._state.position, ids)
+        mask &= position >= 0
+        position = tf.maximum(position, 0)
+        node = self._owner(self._last + 1, position // self._shape.leaf_size)
+        vectors, errors = self._candidates.read(ids, node)
+        self._change_paths(node, vectors, -tf.cast(mask, tf.float32), errors)
+        self._take_out(ids, position, mask)
+
+    def _insert(self, ids, vectors, pending):
+        """Places the `pending` [m] candidates; returns how many there was no room for."""
+
+        def place_some(pending, num_refused):
+            chosen = tf.argsort(tf.cast(~pending, tf.int32), stable=True)[:_PLACED_AT_ONCE]
+            is_chosen = tf.gather(pending, chosen)
+            some_ids, some = tf.gather(ids, chosen), tf.gather(vectors, chosen)
+            leaf = route(self.tree, some)
+            placed = self._place(some_ids, some, leaf, is_chosen)
+            waiting = is_chosen & ~placed
+            has_split = tf.cond(
+                tf.reduce_any(waiting),
+                lambda: self._split_leaves(leaf, waiting),
+                lambda: tf.constant(False),
+            )
+            # No block is left to split into. Then any leaf with room will do.
+            is_stuck = tf.reduce_any(waiting) & ~tf.reduce_any(placed) & ~has_split
+            placed |= tf.cond(
+                is_stuck,
+                lambda: self._place_anywhere(some_ids, some, waiting),
+                lambda: tf.zeros_like(placed),
+            )
+            refused = is_chosen & ~placed & is_stuck & ~tf.reduce_any(placed)
+            done = tf.cast(placed | refused, tf.int32)
+            done = tf.math.unsorted_segment_max(done, chosen, tf.size(pending)) > 0
+            num_refused += tf.math.count_nonzero(refused, dtype=tf.int32)
+            return pending & ~done, num_refused
+
+        _, num_refused = tf.while_loop(
+            lambda pending, _: tf.reduce_any(pending),
+            place_some,
+            (pending, tf.constant(0)),
+            parallel_iterations=1,
+        )
+        return num_refused
+
+    def _place(self, ids, vectors, leaf, mask):
+        """Puts candidates into the free slots of their leaves; returns which of them fitted."""
+        rank = Groups.of(leaf, mask).rank
+        slot, has_slot = _free_place(tf.gather(self._state.members, leaf), rank)
+        placed = mask & has_slot
+        position = leaf * self._shape.leaf_size + slot
+        write_nodes(self._state.members, position, ids, placed)
+        write_rows(self._state.position, ids, position, placed)
+        node = self._owner(self._last + 1, leaf)
+        errors = self._candidates.write(ids, vectors, node, placed)
+        self._change_paths(node, vectors, tf.cast(placed, tf.float32), errors)
+        return placed
+
+    def _place_anywhere(self, ids, vectors, mask):
+        """Puts candidates into the nearest of the leaves that have most room."""
+        occupied = tf.convert_to_tensor(self._state.members) >= 0
+        room = self._shape.leaf_size - tf.math.count_nonzero(occupied, axis=1, dtype=tf.int32)
+        room = tf.where(self._state.owners[str(self._last + 1)] >= 0, room, 0)
+        most, leaves = tf.math.top_k(room, k=min(_PLACED_AT_ONCE, self._shape.num_leaves))
+        means = take_nodes(self.tree.levels[-1].mean, self._owner(self._last + 1, leaves))
+        choice = nearest(vectors, tf.cast(means, tf.float32), most > 0)
+        mask &= tf.gather(most, choice) > 0
+        return self._place(ids, vectors, tf.gather(leaves, choice), mask)
+
+    def _take_out(self, ids, position, mask):
+        """Empties slots whose candidates the statistics of their paths count no longer."""
+        write_nodes(self._state.members, position, tf.fill(tf.shape(ids), -1), mask)
+        write_rows(self._state.position, ids, tf.fill(tf.shape(ids), -1), mask)
+        leaves = Groups.of(position // self._shape.leaf_size, mask)
+        count = take_nodes(
+            self._state.stats[str(self._last)], self._owner(self._last + 1, leaves.numbers)
+        )[:, COUNT]
+        is_empty = leaves.is_some & (count == 0.0) & (leaves.numbers != 0)
+        tf.cond(
+            tf.reduce_any(is_empty),
+            lambda: self._give_up(self._last + 1, leaves.numbers, is_empty),
+            lambda: None,
+        )
+
+    def _give_up(self, depth, blocks, mask):
+        """Makes empty blocks free, and those that owned them if they are empty now."""
+        level = str(depth)
+        node = self._owner(depth, blocks)
+        write_nodes(self._state.children[str(depth - 1)], node, tf.fill(tf.shape(node), -1), mask)
+        write_rows(self._state.owners[level], blocks, tf.fill(tf.shape(node), -1), mask)
+        top = self._state.num_free[level]
+        place = top + tf.cumsum(tf.cast(mask, tf.int32)) - 1
+        write_rows(self._state.free[level], tf.maximum(place, 0), blocks, mask)
+        top.assign_add(tf.math.count_nonzero(mask, dtype=tf.int32))
+        if depth == 1:
+            return
+        parents = Groups.of(node // self._shape.widths[depth - 1], mask)
+        children = tf.gather(self._state.children[str(depth - 1)], parents.numbers)
+        self._give_up(
+            depth - 1, parents.numbers, parents.is_some & tf.reduce_all(children < 0, axis=1)
+        )
+
+    def _split_leaves(self, leaf, mask):
+        """Splits leaves with True in `mask`, and full blocks above them; whether any was split."""
+        groups = Groups.of(leaf, mask)
+        requests = [_first(groups.numbers, groups.is_some)]
+        for depth in range(self._last, 0, -1):
+            blocks, wanted = requests[0]
+            parents = self._owner(depth + 1, blocks) // self._shape.widths[depth]
+            children = tf.gather(self._state.children[str(depth)], parents)
+            is_full = tf.reduce_all(children >= 0, axis=1)
+            groups = Groups.of(parents, wanted & is_full)
+            requests.insert(0, (groups.numbers, groups.is_some))
+        has_split = tf.constant(False)
+        for depth, (blocks, wanted) in enumerate(requests, start=1):
+            has_split |= tf.cond(
+                tf.reduce_any(wanted),
+                functools.partial(self._split, depth, blocks, wanted),
+                lambda: tf.constant(False),
+            )
+        return has_split
+
+    def _split(self, depth, blocks, mask):
+        """Finds each block of level `depth` a free one, and a node to own it; moves half there.
+
+        Returns whether that worked for any.
+        """
+        level, above = str(depth), str(depth - 1)
+        width = self._shape.widths[depth - 1]
+        node = self._owner(depth, blocks)
+        parents = node // width
+        rank = Groups.of(parents, mask).rank
+        place, has_place = _free_place(tf.gather(self._state.children[above], parents), rank)
+        mask &= has_place
+        top = tf.convert_to_tensor(self._state.num_free[level])
+        order = tf.cumsum(tf.cast(mask, tf.int32)) - 1
+        mask &= order < top
+        new_blocks = tf.gather(self._state.free[level], tf.maximum(top - 1 - order, 0))
+        self._state.num_free[level].assign_sub(tf.math.count_nonzero(mask, dtype=tf.int32))
+        new_node = parents * width + place
+        write_nodes(self._state.children[above], new_node, new_blocks, mask)
+        write_rows(self._state.owners[level], new_blocks, new_node, mask)
+        if depth > self._last:
+            halves = self._halve_leaves((blocks, new_blocks), (node, new_node), mask)
+        else:
+            halves = self._halve_nodes(depth, blocks, new_blocks, mask)
+        for at, (mean, stats) in zip((node, new_node), halves):
+            write_nodes(self._state.mean[above], at, mean, mask)
+            write_nodes(self._state.stats[above], at, stats, mask)
+        return tf.reduce_any(mask)
+
+    def _halve_leaves(self, leaves, nodes, mask):
+        """Moves candidates of the old leaves to the new ones; mean and statistics of both."""
+        size = self._shape.leaf_size
+        members = tf.gather(self._state.members, leaves[0])
+        ids = tf.maximum(members, 0)
+        vectors, errors = self._candidates.read_members(members, nodes[0])
+        stays = bisect(vectors, members >= 0, _SMALLEST_HALF_OF_LEAF)
+        halves = []
+        for part, leaf, node in zip((stays, (members >= 0) & ~stays), leaves, nodes):
+            write_rows(self._state.members, leaf, tf.where(part, members, -1), mask)
+            position = leaf[:, tf.newaxis] * size + tf.range(size)
+            written = tf.reshape(part & mask[:, tf.newaxis], [-1])
+            write_rows(
+                self._state.position, tf.reshape(ids, [-1]), tf.reshape(position, [-1]), written
+            )
+            halves.append(
+                self._candidates.recentre(ids, vectors, errors, part, nodes[0], node, mask)
+            )
+        return halves
+
+    def _halve_nodes(self, depth, blocks, new_blocks, mask):
+        """Moves nodes of `blocks` of level `depth` to `new_blocks`, likewise."""
+        level, below = str(depth), str(depth + 1)
+        children = tf.gather(self._state.children[level], blocks)
+        means = tf.gather(self._state.mean[level], blocks)
+        stats = tf.gather(self._state.stats[level], blocks)
+        is_there = children >= 0
+        vectors = tf.cast(means, tf.float32)
+        stays = bisect(vectors, is_there, _SMALLEST_HALF_OF_NODES)
+        goes = is_there & ~stays
+        halves = []
+        for part, to in ((stays, blocks), (goes, new_blocks)):
+            part_stats = tf.where(part[..., tf.newaxis], stats, 0.0)
+            write_rows(self._state.children[level], to, tf.where(part, children, -1), mask)
+            write_rows(self._state.stats[level], to, part_stats, mask)
+            halves.append(combine(vectors, part_stats))
+        write_rows(self._state.mean[level], new_blocks, means, mask)
+        width = self._shape.widths[depth]
+        address = new_blocks[:, tf.newaxis] * width + tf.range(width)
+        moved = tf.reshape(goes & mask[:, tf.newaxis], [-1])
+        owned = tf.reshape(tf.maximum(children, 0), [-1])
+        write_rows(self._state.owners[below], owned, tf.reshape(address, [-1]), moved)
+        return halves
+
+    def _change_paths(self, address, vectors, signs, errors):
+        """Counts candidates in (sign 1) and out (-1) at nodes of the last level and above them."""
+        for depth in range(self._last, -1, -1):
+            level = str(depth)
+            groups = Groups.of(address, signs != 0.0)
+            means = tf.cast(take_nodes(self._state.mean[level], groups.numbers), tf.float32)
+            stats = take_nodes(self._state.stats[level], groups.numbers)
+            moves = self._candidates.leaf_means_move or depth < self._last
+            means, stats = change_nodes(means, stats, groups, vectors, signs, errors, moves=moves)
+            write_nodes(self._state.mean[level], groups.numbers, means, groups.is_some)
+            write_nodes(self._state.stats[level], groups.numbers, stats, groups.is_some)
+            if depth > 0:
+                address = self._owner(depth, address // self._shape.widths[depth])
+
+    def _owner(self, depth, blocks):
+        """The addresses of the nodes of level `depth` - 1 that own blocks; 0 where none does."""
+        return tf.maximum(tf.gather(self._state.owners[str(depth)], blocks), 0)
+
+
+def _free_place(taken: tf.Tensor, rank: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The `rank`-th [n] place of each block [n, width] that holds -1, and whether there is one."""
+    is_free = taken < 0
+    order = tf.cumsum(tf.cast(is_free, tf.int32), axis=1) - 1
+    is_it = is_free & (order == rank[:, tf.newaxis])
+    return tf.argmax(is_it, axis=1, output_type=tf.int32), tf.reduce_any(is_it, axis=1)
+
+
+def _first(blocks: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The first few of the blocks with True in `mask`."""
+    chosen = tf.argsort(tf.cast(~mask, tf.int32), stable=True)[:_SPLIT_AT_ONCE]
+    return tf.gather(blocks, chosen), tf.gather(mask, chosen)

@@ -1,0 +1,118 @@
+"""The variables of a `TreeIndex`, and how single nodes of them are written."""
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache.layers._state import make_state_variable, scatter_rows
+from negative_cache.ops import masked_rows
+from negative_cache.ops.tree_cut import NUM_STATS, TreeLevel, take_nodes
+from negative_cache.ops.tree_shape import TreeShape
+
+
+def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
+    """The variables of a tree, as fields of a `StateLayer`; empty as `empty_topology` says.
+
+    Returns:
+      mean, stats, children: by node level, as in `ops.tree_cut.TreeLevel`.
+      owners: by level from 1 to L, the leaves, int32: for each block the address of the node that
+        owns it, -1 where none does.
+      free: likewise, a stack of the blocks that no node owns; num_free: its height.
+      members: [num_leaves, leaf_size] int32.
+      position: [capacity] int32, the slot of each candidate: leaf * leaf_size + place in it; -1
+        where the candidate is not in the tree.
+    """
+    last = shape.num_levels - 1
+
+    def make(name, size, dtype, value=0):
+        return make_state_variable(lambda: tf.cast(tf.fill(size, value), dtype), name)
+
+    fields = {
+        "mean": {},
+        "stats": {},
+        "children": {},
+        "owners": {},
+        "free": {},
+        "num_free": {},
+        "members": make("members", [shape.num_leaves, shape.leaf_size], tf.int32, -1),
+        "position": make("position", [shape.capacity], tf.int32, -1),
+    }
+    for depth in range(shape.num_levels):
+        nodes = [shape.num_blocks[depth], shape.widths[depth]]
+        dtype = leaf_mean_dtype if depth == last else tf.float32
+        level = str(depth)
+        fields["mean"][level] = make(f"mean_{depth}", [*nodes, shape.dim], dtype)
+        fields["stats"][level] = make(f"stats_{depth}", [*nodes, NUM_STATS], tf.float32)
+        fields["children"][level] = make(f"children_{depth}", nodes, tf.int32, -1)
+        below, owned = str(depth + 1), [shape.num_owned(depth)]
+        fields["owners"][below] = make(f"owners_{depth + 1}", owned, tf.int32, -1)
+        fields["free"][below] = make(f"free_{depth + 1}", owned, tf.int32)
+        fields["num_free"][below] = make(f"num_free_{depth + 1}", [], tf.int32)
+    return fields
+
+
+def tree_levels(state) -> tuple[TreeLevel, ...]:
+    """The node levels of the variables."""
+    return tuple(
+        TreeLevel(state.mean[level], state.stats[level], state.children[level])
+        for level in sorted(state.mean)
+    )
+
+
+def empty_topology(shape: TreeShape):
+    """(children, owners, members) of a tree of one path without candidates.
+
+    There always is a path, so that a candidate always can be routed: leaf 0 is never given up.
+    """
+    children = [
+        np.full([blocks, width], -1, np.int32)
+        for blocks, width in zip(shape.num_blocks, shape.widths)
+    ]
+    owners = [np.full([shape.num_owned(depth)], -1, np.int32) for depth in range(shape.num_levels)]
+    for level, owner in zip(children, owners):
+        level[0, 0] = owner[0] = 0
+    return children, owners, np.full([shape.num_leaves, shape.leaf_size], -1, np.int32)
+
+
+def assign_topology(state, children, owners, members) -> None:
+    """Assigns a topology, as `ops.tree_build.build_topology` makes it, and what follows from it.
+
+    The statistics are zero then.
+    """
+    for depth, (level, owner) in enumerate(zip(children, owners)):
+        below = str(depth + 1)
+        state.children[str(depth)].assign(level)
+        state.owners[below].assign(owner)
+        unused = np.flatnonzero(owner < 0)[::-1]
+        free = np.zeros(owner.shape, np.int32)
+        free[: len(unused)] = unused
+        state.free[below].assign(free)
+        state.num_free[below].assign(len(unused))
+        for statistics in (state.mean[str(depth)], state.stats[str(depth)]):
+            statistics.assign(tf.zeros(statistics.shape, statistics.dtype))
+    state.members.assign(members)
+    slots = np.flatnonzero(members >= 0)
+    position = np.full(state.position.shape, -1, np.int32)
+    position[members.reshape(-1)[slots]] = slots
+    state.position.assign(position)
+
+
+def write_nodes(
+    variable: tf.Variable, addresses: tf.Tensor, values: tf.Tensor, mask: tf.Tensor
+) -> None:
+    """Writes `values` [n, ...] to the nodes at `addresses` [n] where `mask` [n] is True.
+
+    The addresses with True must differ from each other. The leaves' members are nodes in this
+    sense, with the slots as addresses.
+    """
+    rows = masked_rows(addresses, mask)
+    values = tf.cast(tf.gather(values, rows.sources), variable.dtype)
+    values = tf.cond(rows.any_written, lambda: values, lambda: take_nodes(variable, rows.rows))
+    width = variable.shape[1]
+    indices = tf.stack([rows.rows // width, rows.rows % width], axis=-1)
+    tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=indices, updates=values)
+
+
+def write_rows(variable: tf.Variable, rows: tf.Tensor, values: tf.Tensor, mask: tf.Tensor) -> None:
+    """Writes `values` [n, ...] to `rows` [n] of a variable where `mask` [n] is True."""
+    rows = masked_rows(rows, mask)
+    scatter_rows(variable, rows.rows, rows.values(tf.cast(values, variable.dtype), variable))

@@ -1,0 +1,485 @@
+"""`TreeIndex`: a dynamic tree that samples from a softmax over millions of candidates."""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache._compat import keras
+from negative_cache.layers import _tree_checks
+from negative_cache.layers._state import StateLayer, make_state_variable, on_every_replica
+from negative_cache.layers._tree_candidates import StoredEmbeddings
+from negative_cache.layers._tree_codes import CodedResiduals
+from negative_cache.layers._tree_maintenance import TreeMaintenance
+from negative_cache.layers._tree_state import assign_topology, empty_topology, make_tree_variables
+from negative_cache.layers._tree_tightening import tighten
+from negative_cache.ops import SoftmaxSample
+from negative_cache.ops.tree_build import build_topology
+from negative_cache.ops.tree_cut import (
+    COUNT,
+    ROUNDING,
+    Scoring,
+    Tree,
+    log_partition_bounds,
+    make_cut,
+)
+from negative_cache.ops.tree_sampling import sample_tree, search_tree
+from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree_statistics import Groups
+
+TensorFn = Callable[[tf.Tensor], tf.Tensor]
+
+# A product with this many means takes about as long as opening a few dozen blocks.
+_MAX_ROOT_WIDTH = 8192
+# Where embeddings are stored, leaves have room for candidates that come. Where memory is all that
+# matters they are larger, and filled.
+_STORED = {"leaf_size": 64, "fill": 0.66, "spare": 1.25}
+_CODED = {"leaf_size": 1024, "fill": 0.9, "spare": 1.15}
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class TreeIndex(StateLayer):
+    """A tree over candidate embeddings that samples from their softmax without scoring them all.
+
+    For each query a *cut* through the tree is refined where the query's mass is: at each level the
+    `beam` heaviest nodes are replaced by their children, in the end by single candidates with exact
+    scores. What remains are nodes, each of which stands for many candidates with an estimate of
+    their partition Σ exp(score), and with bounds of it that hold at every moment. A draw takes a
+    part of the cut, descends inside of it level by level to one candidate, and is corrected by a
+    few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the equations.
+    Time grows with the logarithm of the number of candidates; all shapes are fixed.
+
+    The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
+    whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
+    blocks of fixed size, which split in two where they are full, as in a B-tree). An updated
+    candidate that stays in the ball of its leaf only moves the means of its path; another one is
+    routed again from the root to the nearest child at each level. Where a mean moves by δ, the
+    node's radius grows by ‖δ‖. So bounds loosen with time, and `tighten` makes them exact again.
+
+    With `store_embeddings=False` the index keeps no embeddings: 4 bytes a candidate for its place,
+    about 6 for the leaves' lists of members, `residual_bytes` of a product-quantised residual, and
+    the means of leaves of about 900 candidates in bfloat16. Scores are then estimates, draws follow
+    the softmax over those, and bounds come from nodes alone. Centres of leaves then move only when
+    a leaf splits: after a large drift of the embeddings, call `index` again.
+
+    Updates, draws and searches run in graphs of fixed shapes, though not under XLA, which cannot
+    gather single nodes out of blocks: Keras is told not to compile what holds an index with it.
+
+    A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
+    finite; an index out of range, or for the second time in one update; a candidate without room,
+    which takes very many leaves that hold only a few candidates.
+
+    Args:
+      capacity: N, the number of candidates. Their indices are 0, …, N - 1.
+      embedding_dim: d.
+      beam: nodes opened at each level. More are slower, closer to the softmax and tighter in
+        bounds.
+      correction_steps: K, Metropolis-Hastings steps for each draw. Each costs one more descent for
+        each draw, which is little.
+      leaf_size: candidates of a leaf at the most; 64, or 1,024 without embeddings, where None.
+      branching: children of a node at the most, below the root.
+      embedding_dtype: of the stored embeddings: float32, bfloat16 or float16.
+      store_embeddings: whether embeddings are stored.
+      residual_bytes: without embeddings, bytes of a candidate's residual. It must divide d. 0 for
+        none, where candidates of a leaf are drawn uniformly.
+      saved: whether files hold the tree: TensorFlow checkpoints, `.keras` and `.weights.h5`.
+
+    Raises:
+      ValueError: where an argument is out of range or contradicts another.
+
+    Example:
+      >>> index = TreeIndex(capacity=1_000_000, embedding_dim=64)
+      >>> index.index(embeddings)
+      >>> sample = index.sample(query_embeddings, num_samples=4, temperature=0.05)
+      >>> index.update(sample.indices[:, 0], fresh_embeddings)
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        embedding_dim: int,
+        *,
+        beam: int = 16,
+        correction_steps: int = 2,
+        leaf_size: int | None = None,
+        branching: int = 16,
+        embedding_dtype: str | tf.DType = tf.float32,
+        store_embeddings: bool = True,
+        residual_bytes: int = 8,
+        saved: bool = True,
+        **kwargs,
+    ):
+        super().__init__(autocast=False, **kwargs)
+        check = _validation.check_count
+        self.capacity = check(capacity, "capacity")
+        self.embedding_dim = check(embedding_dim, "embedding_dim")
+        self.beam = check(beam, "beam")
+        self.correction_steps = check(correction_steps, "correction_steps", at_least=0)
+        self.branching = check(branching, "branching", at_least=2)
+        self.residual_bytes = check(residual_bytes, "residual_bytes", at_least=0)
+        self.store_embeddings = store_embeddings
+        self.embedding_dtype = tf.as_dtype(embedding_dtype)
+        plan = _STORED if store_embeddings else _CODED
+        self.leaf_size = check(leaf_size or plan["leaf_size"], "leaf_size", at_least=2)
+        _tree_checks.check_storage(self)
+        self._shape = TreeShape.of(
+            self.capacity,
+            self.embedding_dim,
+            leaf_size=self.leaf_size,
+            branching=self.branching,
+            max_root_width=_MAX_ROOT_WIDTH,
+            leaf_fill=plan["fill"],
+            spare=plan["spare"],
+        )
+        fields = make_tree_variables(
+            self._shape, tf.float32 if store_embeddings else CodedResiduals.leaf_mean_dtype
+        )
+        if store_embeddings:
+            self._candidates = StoredEmbeddings(
+                self.capacity, self.embedding_dim, self.embedding_dtype
+            )
+        else:
+            last = str(self._shape.num_levels - 1)
+            self._candidates = CodedResiduals(
+                self._shape, self.residual_bytes, fields["mean"][last], fields["stats"][last]
+            )
+        self._hold_state(
+            description={
+                "capacity": self.capacity,
+                "embedding_dim": self.embedding_dim,
+                "leaf_size": self.leaf_size,
+                "branching": self.branching,
+                "candidates": (
+                    self.embedding_dtype.name if store_embeddings else f"{residual_bytes} bytes"
+                ),
+            },
+            saved=saved,
+            candidates=self._candidates.variables,
+            max_norm=make_state_variable(lambda: tf.zeros([]), "max_norm"),
+            num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
+            **fields,
+        )
+        self._maintenance = TreeMaintenance(self._shape, self._state, self._candidates)
+        self.supports_jit = False
+        self._compiled_update = tf.function(self._update, reduce_retracing=True)
+        self._compiled_remove = tf.function(self._remove, reduce_retracing=True)
+        self._compiled_tighten = tf.function(self._tighten)
+        with tf.init_scope():
+            self.reset()
+        self.built = True
+
+    @property
+    def num_candidates(self) -> tf.Tensor:
+        """Scalar int32, the number of candidates in the tree."""
+        counts = tf.convert_to_tensor(self._state.stats["0"])[..., COUNT]
+        return tf.reduce_sum(tf.cast(counts, tf.int32))
+
+    @property
+    def num_skipped(self) -> tf.Variable:
+        """Scalar int64, the number of rows of updates left out so far."""
+        return self._state.num_skipped
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all variables of one replica."""
+        variables = tf.nest.flatten(vars(self._state))
+        return sum(variable.shape.num_elements() * variable.dtype.size for variable in variables)
+
+    @property
+    def tree_shape(self) -> TreeShape:
+        """The numbers of levels, blocks and leaves."""
+        return self._shape
+
+    @property
+    def tree(self) -> Tree:
+        """The live arrays, for the functions of `ops`."""
+        return self._maintenance.tree
+
+    def index(self, embeddings: np.ndarray | tf.Tensor, *, verbose: int = 1, seed: int = 0) -> None:
+        """Builds the tree anew over candidates 0, …, n - 1, on the host; whatever it held is gone.
+
+        The candidates are clustered into leaves, the leaves' means into blocks, and so on up to the
+        root block. It takes minutes for tens of millions, and no copy of the embeddings but the
+        stored one.
+
+        Args:
+          embeddings: [n, d] float, n <= capacity; an array, a tensor or a memory-mapped file. Rows
+            that are not finite are left out and counted.
+          verbose: 1 for a progress bar, 0 for none.
+          seed: of the clustering.
+
+        Raises:
+          ValueError: where the shape does not fit, or in a `tf.function`.
+        """
+        if not tf.executing_eagerly():
+            raise ValueError("`index` builds the tree on the host, outside of any `tf.function`.")
+        if tf.is_tensor(embeddings) or isinstance(embeddings, tf.Variable):
+            embeddings = embeddings.numpy()
+        _tree_checks.check_embeddings(self, embeddings, "embeddings")
+        if len(embeddings) > self.capacity:
+            raise ValueError(
+                "`embeddings` must have no more rows than `capacity`. Received:"
+                f" {len(embeddings)} rows for a capacity of {self.capacity}."
+            )
+        ids, max_norm = _tree_checks.finite_rows(embeddings)
+        points = embeddings if len(ids) == len(embeddings) else embeddings[ids]
+        progress = keras.utils.Progbar(len(ids), unit_name="candidate", verbose=verbose)
+        rng = np.random.default_rng(seed)
+        topology = build_topology(
+            points, self._shape, rng=rng, on_progress=progress.add if verbose else None
+        )
+        members = topology.members
+        if points is not embeddings:
+            members = np.where(members >= 0, ids[members], -1).astype(np.int32)
+        children, owners = topology.children, topology.owners
+        if not len(ids):
+            children, owners, members = empty_topology(self._shape)
+
+        def load():
+            assign_topology(self._state, children, owners, members)
+            self._candidates.load(embeddings, members, owners[-1], np.random.default_rng(seed))
+            self._state.max_norm.assign(max_norm)
+            self._state.num_skipped.assign_add(len(embeddings) - len(ids))
+            self._compiled_tighten()
+
+        on_every_replica(load)
+
+    def reset(self) -> None:
+        """Takes all candidates out of the tree."""
+
+        def empty():
+            assign_topology(self._state, *empty_topology(self._shape))
+            self._state.max_norm.assign(0.0)
+
+        on_every_replica(empty)
+
+    def update(self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None):
+        """Moves candidates to where their embeddings are now, or adds them.
+
+        Args:
+          indices: [m] int, which candidates; in [0, capacity), no two equal.
+          embeddings: [m, d] float.
+          mask: [m] bool; entries with False are left out without being counted, whatever they are.
+
+        Raises:
+          ValueError: where a shape does not fit; and, outside of a `tf.function`, where an index is
+            out of range or repeated.
+        """
+        embeddings = tf.convert_to_tensor(embeddings)
+        _tree_checks.check_embeddings(self, embeddings, "embeddings")
+        indices, mask = _tree_checks.check_indices(self, indices, embeddings, mask)
+        on_every_replica(self._compiled_update, indices, tf.cast(embeddings, tf.float32), mask)
+
+    def remove(self, indices: tf.Tensor) -> None:
+        """Takes candidates `indices` [m] out of the tree; those that are not in it are no error.
+
+        Raises:
+          ValueError: as `update`.
+        """
+        indices = tf.convert_to_tensor(indices)
+        indices, mask = _tree_checks.check_indices(self, indices, indices, None)
+        on_every_replica(self._compiled_remove, indices, mask)
+
+    def tighten(self) -> None:
+        """Computes means, spreads and radii anew, in a pass over all candidates.
+
+        Without stored embeddings the leaves' centres stay and only the bounds get tighter.
+        """
+        on_every_replica(self._compiled_tighten)
+
+    def sample(self, query_embeddings: tf.Tensor, num_samples: int = 1, **options) -> SoftmaxSample:
+        """Draws candidates nearly in proportion to exp(score), and estimates the log partition.
+
+        The score is s(x, y) = transform(⟨x, y⟩ / temperature).
+
+        Args:
+          query_embeddings: [B, d] float.
+          num_samples: S, draws for each query.
+          **options: as `sample_with_log_probability` takes them.
+
+        Returns:
+          A `SoftmaxSample`. Its scores are exact where embeddings are stored; `log_partition` is
+          the cut's estimate. No gradient flows through it.
+
+        Raises:
+          ValueError: where a shape does not fit or an argument is out of range.
+        """
+        return self.sample_with_log_probability(query_embeddings, num_samples, **options)[0]
+
+    def sample_with_log_probability(
+        self, query_embeddings: tf.Tensor, num_samples: int = 1, **options
+    ) -> tuple[SoftmaxSample, tf.Tensor]:
+        """`sample`, and log q(y|x) of every draw, for importance weights exp(score) / q.
+
+        Args:
+          query_embeddings: [B, d] float.
+          num_samples: S.
+          **options: `temperature`, `score_transform` (elementwise and nondecreasing), `beam`,
+            `correction_steps` (both those of the index where None), `seed` as in `sample_softmax`;
+            `candidate_ids` [capacity] with `positive_ids` [B], and `max_scores` [B], which leave
+            out candidates as there. Candidates of nodes that were not opened are left out when they
+            are drawn, and count for the log partition all the same: those that matter score high,
+            and are in opened leaves.
+
+        Returns:
+          The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each
+          draw, which is the draw's own where `correction_steps` is 0.
+
+        Raises:
+          ValueError: as `sample`.
+        """
+        sample, log_probability, _ = self._sample(query_embeddings, num_samples, **options)
+        return sample, log_probability
+
+    def sample_with_gradient(
+        self, query_embeddings: tf.Tensor, num_samples: int = 1, **options
+    ) -> tuple[SoftmaxSample, tf.Tensor]:
+        """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
+
+        The queries it is taken by are those divided by the temperature, as in
+        `ops.sample_softmax_with_gradient`. Arguments and errors are those of
+        `sample_with_log_probability`.
+        """
+        sample, _, gradient = self._sample(
+            query_embeddings, num_samples, compute_gradient=True, **options
+        )
+        return sample, gradient
+
+    def log_partition_bounds(
+        self,
+        query_embeddings: tf.Tensor,
+        *,
+        temperature: float | None = None,
+        score_transform: TensorFn | None = None,
+        beam: int | None = None,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Bounds log Σ exp(score) over all candidates, provably, rounding included.
+
+        Args:
+          query_embeddings: [B, d] float.
+          temperature: inner products are divided by it.
+          score_transform: elementwise and nondecreasing; bounds are looser with it.
+          beam: nodes opened at each level.
+
+        Returns:
+          lower: [B] float32; upper: [B] float32. -inf where the tree is empty.
+
+        Raises:
+          ValueError: where a shape does not fit or an argument is out of range.
+        """
+        queries = self._scaled(query_embeddings, temperature)
+        scoring = Scoring(queries, score_transform)
+        beam = self._checked_beam(beam)
+        cut = make_cut(self.tree, scoring, beam, open_leaves=self.store_embeddings)
+        # The worst case of a sum of d products.
+        norms = tf.norm(queries, axis=1) * self._state.max_norm
+        return log_partition_bounds(cut, scoring, ROUNDING * (self.embedding_dim + 8) * norms)
+
+    def top_k(
+        self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Finds candidates with large inner products: the best of the leaves that are opened.
+
+        Args:
+          query_embeddings: [B, d] float.
+          k: how many.
+          beam: nodes opened at each level; where None the index's, or more if k needs more leaves.
+
+        Returns:
+          scores: [B, k] float32 inner products, in descending order; -inf where there are fewer.
+          indices: [B, k] int64; -1 likewise.
+
+        Raises:
+          ValueError: where a shape does not fit or an argument is out of range.
+        """
+        k = _validation.check_count(k, "k")
+        if k > self.capacity:
+            raise ValueError(f"`k` must be at most {self.capacity}, the capacity. Received: {k}.")
+        if beam is None:
+            beam = max(self.beam, math.ceil(4 * k / self.leaf_size))
+        scoring = Scoring(self._scaled(query_embeddings, None))
+        return search_tree(self.tree, scoring, k, self._checked_beam(beam))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "capacity": self.capacity,
+            "embedding_dim": self.embedding_dim,
+            "beam": self.beam,
+            "correction_steps": self.correction_steps,
+            "leaf_size": self.leaf_size,
+            "branching": self.branching,
+            "embedding_dtype": self.embedding_dtype.name,
+            "store_embeddings": self.store_embeddings,
+            "residual_bytes": self.residual_bytes,
+            "saved": self._is_saved,
+        }
+
+    def _sample(
+        self,
+        query_embeddings,
+        num_samples,
+        *,
+        temperature=None,
+        score_transform=None,
+        beam=None,
+        correction_steps=None,
+        candidate_ids=None,
+        positive_ids=None,
+        max_scores=None,
+        seed=None,
+        compute_gradient=False,
+    ):
+        if (candidate_ids is None) != (positive_ids is None):
+            raise ValueError("`candidate_ids` and `positive_ids` are used together.")
+        steps = self.correction_steps if correction_steps is None else correction_steps
+        scoring = Scoring(
+            self._scaled(query_embeddings, temperature),
+            score_transform,
+            candidate_ids=candidate_ids,
+            positive_ids=positive_ids,
+            max_scores=max_scores,
+        )
+        return sample_tree(
+            self.tree,
+            scoring,
+            num_samples=_validation.check_count(num_samples, "num_samples"),
+            beam=self._checked_beam(beam),
+            correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
+            seed=seed,
+            compute_gradient=compute_gradient,
+        )
+
+    def _update(self, indices, embeddings, mask):
+        usable = self._usable(indices, mask)
+        usable &= tf.reduce_all(tf.math.is_finite(embeddings), axis=1)
+        embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
+        longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
+        self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
+        refused = self._maintenance.update(tf.where(usable, indices, 0), embeddings, usable)
+        skipped = tf.math.count_nonzero(mask & ~usable) + tf.cast(refused, tf.int64)
+        self._state.num_skipped.assign_add(skipped)
+
+    def _remove(self, indices, mask):
+        usable = self._usable(indices, mask)
+        self._maintenance.remove(tf.where(usable, indices, 0), usable)
+        self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~usable))
+
+    def _usable(self, indices, mask):
+        """[m] bool, in range and for the first time."""
+        mask = mask & (indices >= 0) & (indices < self.capacity)
+        return mask & (Groups.of(indices, mask).rank == 0)
+
+    def _tighten(self):
+        tighten(self._shape, self._state, self._candidates)
+
+    def _scaled(self, queries, temperature):
+        queries = tf.convert_to_tensor(queries)
+        _tree_checks.check_embeddings(self, queries, "query_embeddings")
+        queries = tf.stop_gradient(tf.cast(queries, tf.float32))
+        return queries if temperature is None else queries / temperature
+
+    def _checked_beam(self, beam):
+        return self.beam if beam is None else _validation.check_count(beam, "beam")

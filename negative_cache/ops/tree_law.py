@@ -1,0 +1,123 @@
+"""The exact law of a tree's draws, for those who check it: all candidates, for a few queries.
+
+Nothing here is used in training. Arrays are of size [B, capacity].
+"""
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache.ops.tree_cut import Scoring, Tree, TreeLevel, make_cut
+
+
+def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
+    """[B, capacity] float64 log q(y|x), of draws without correction; -inf where q is zero.
+
+    Args:
+      tree: the tree.
+      scoring: of the queries [B, d].
+      beam: nodes opened at each level.
+    """
+    cut = make_cut(tree, scoring, beam)
+    log_partition = tf.reduce_logsumexp(cut.log_masses, axis=1).numpy().astype(np.float64)
+    from_above = None
+    for depth, (level, nodes) in enumerate(zip(tree.levels, cut.nodes)):
+        num_blocks, width = level.children.shape
+        law = np.full([len(log_partition), num_blocks * width], -np.inf)
+        if from_above is not None:
+            law = (from_above[:, :, np.newaxis] + _within_blocks(level, scoring)).reshape(law.shape)
+        addresses = (nodes.first.numpy()[..., np.newaxis] + np.arange(width)).reshape(
+            [nodes.first.shape[0], -1]
+        )
+        _put(law, addresses, _log(nodes.log_mass) - log_partition[:, np.newaxis])
+        children = tf.reshape(level.children, [-1]).numpy()
+        # -1 is one more, the last.
+        from_above = np.full([len(law), tree.shape.num_owned(depth) + 1], -np.inf)
+        from_above[:, children] = law
+        from_above = from_above[:, :-1]
+
+    members = tf.convert_to_tensor(tree.members).numpy()
+    level = tree.levels[-1]
+    leaf_means = np.zeros([len(members) + 1, tree.shape.dim], np.float32)
+    means = tf.cast(level.mean, tf.float32).numpy()
+    leaf_means[children] = means.reshape([-1, tree.shape.dim])
+    node_products = scoring.queries.numpy() @ leaf_means[:-1].T
+    everywhere = np.broadcast_to(members, [len(node_products), *members.shape])
+    products = tree.candidates.products(
+        scoring.queries, tf.constant(everywhere), tf.constant(node_products)
+    )
+    scores = _log(scoring.of_candidates(products, tf.constant(everywhere)))
+    law = from_above[:, :, np.newaxis] + scores - _logsumexp(scores)
+    result = np.full([len(law), tree.shape.capacity + 1], -np.inf)
+    result[:, members.reshape(-1)] = law.reshape([len(law), -1])
+    _put(result, cut.ids.numpy(), _log(cut.scores) - log_partition[:, np.newaxis])
+    return result[:, :-1]
+
+
+def law_after_correction(proposal: np.ndarray, target: np.ndarray, steps: int) -> np.ndarray:
+    """The law of an independent Metropolis-Hastings chain that starts with a proposal.
+
+    With w = target / proposal, a step from x goes to y with probability
+    proposal(y) min(1, w(y) / w(x)). Sums over x are sums over those of smaller and of larger w.
+
+    Args:
+      proposal: [N], sums to one.
+      target: [N], likewise; zero where the proposal is.
+      steps: K.
+
+    Returns:
+      [N].
+    """
+    weight = np.divide(target, proposal, out=np.zeros_like(target), where=proposal > 0)
+    order = np.argsort(weight, kind="stable")
+    weight, start = weight[order], proposal[order]
+    positive = weight > 0
+    inverse = np.divide(1.0, weight, out=np.zeros_like(weight), where=positive)
+    larger = np.cumsum(start[::-1])[::-1] - start
+    stays = 1.0 - larger - np.cumsum(start * weight) * inverse
+    stays = np.where(positive, np.maximum(stays, 0.0), 1.0 - start[positive].sum())
+    law = start.copy()
+    for _ in range(steps):
+        # From a state of weight zero every move is accepted.
+        from_smaller = np.cumsum(law)
+        flow = law * inverse
+        from_larger = weight * (np.cumsum(flow[::-1])[::-1] - flow)
+        law = law * stays + np.where(positive, start * (from_smaller + from_larger), 0.0)
+    result = np.empty_like(law)
+    result[order] = law
+    return result
+
+
+def total_variation(law: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """½ Σ |law - target| over the last axis."""
+    return 0.5 * np.abs(law - target).sum(axis=-1)
+
+
+def _within_blocks(level: TreeLevel, scoring: Scoring) -> np.ndarray:
+    """[B, blocks, width], log probability of each node among those of its block."""
+    num_blocks, width = level.children.shape
+    means = tf.reshape(tf.cast(level.mean, tf.float32), [num_blocks * width, -1])
+    stats = tf.reshape(level.stats, [1, num_blocks * width, -1])
+    products = tf.matmul(scoring.queries, means, transpose_b=True)
+    masses = _log(scoring.log_masses(products, stats)).reshape([-1, num_blocks, width])
+    return masses - _logsumexp(masses)
+
+
+def _log(values: tf.Tensor) -> np.ndarray:
+    """As float64, with -inf for what is inadmissible."""
+    values = values.numpy().astype(np.float64)
+    return np.where(values <= -1e29, -np.inf, values)
+
+
+def _logsumexp(values: np.ndarray) -> np.ndarray:
+    """Over the last axis, kept; 0 where all are -inf."""
+    largest = np.max(values, axis=-1, keepdims=True)
+    largest = np.where(np.isfinite(largest), largest, 0.0)
+    total = np.exp(values - largest).sum(axis=-1, keepdims=True)
+    return largest + np.log(np.where(total > 0, total, 1.0))
+
+
+def _put(law: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
+    """law[b, places[b, i]] = values[b, i] where that is finite."""
+    places = np.broadcast_to(places, values.shape)
+    query, position = np.nonzero(np.isfinite(values))
+    law[query, places[query, position]] = values[query, position]

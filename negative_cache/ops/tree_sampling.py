@@ -1,0 +1,184 @@
+"""Draws from a softmax by way of a tree index, and search for the best candidates in it.
+
+A draw takes a part of the query's cut in proportion to its mass. Where that is a node, the draw
+goes on down: at each level it takes a child in proportion to the children's masses, and in the leaf
+a candidate in proportion to the exponential of its score. So inside of a leaf the law is exact, and
+what differs from the softmax is how much goes to each of the nodes that were not opened. The
+probability q(y) of every draw is known. Independent Metropolis-Hastings steps with q as proposal
+bring the law to the softmax itself: a new draw y' replaces y with probability
+min(1, w(y') / w(y)), where w = exp(score) / q.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
+from negative_cache.ops.softmax_sampling import Seed, SoftmaxSample, draw_uniforms, inverse_cdf
+from negative_cache.ops.tree_cut import (
+    Cut,
+    Scoring,
+    Tree,
+    make_cut,
+    take_nodes,
+    without_nothing,
+)
+
+
+class TreeDraws(NamedTuple):
+    """Draws from the proposal.
+
+    Attributes:
+      ids: [B, T] int32.
+      scores: [B, T] float32; `INADMISSIBLE` for a candidate that is left out.
+      log_probability: [B, T] float32, log q.
+    """
+
+    ids: tf.Tensor
+    scores: tf.Tensor
+    log_probability: tf.Tensor
+
+
+def sample_tree(
+    tree: Tree,
+    scoring: Scoring,
+    *,
+    num_samples: int,
+    beam: int,
+    correction_steps: int,
+    seed: Seed = None,
+    compute_gradient: bool = False,
+) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
+    """Draws candidates nearly in proportion to exp(score), and estimates log Z.
+
+    Args:
+      tree: the tree.
+      scoring: of the queries [B, d].
+      num_samples: S, draws for each query.
+      beam: nodes to open at each level.
+      correction_steps: K, Metropolis-Hastings steps for each draw.
+      seed: as in `sample_softmax`.
+      compute_gradient: whether the gradient is wanted.
+
+    Returns:
+      A `SoftmaxSample` with exact scores and the cut's estimate of log Z; the proposal's
+      log probability of each draw [B, S], which is that of the draw itself where K = 0; and the
+      gradient of the estimate by the query [B, d], or None where it is not wanted.
+    """
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(scoring.queries)
+        cut = make_cut(tree, scoring, beam)
+        log_masses = cut.log_masses
+        log_partition = tf.reduce_logsumexp(log_masses, axis=1)
+    gradient = None
+    if compute_gradient:
+        gradient = tape.gradient(log_partition, scoring.queries)
+        has_some = is_admissible(log_partition)[:, tf.newaxis]
+        gradient = tf.stop_gradient(tf.where(has_some, gradient, 0.0))
+    num_queries = tf.shape(log_masses)[0]
+    num_draws = num_samples * (1 + correction_steps)
+    random = draw_uniforms([tree.shape.num_levels + 2, num_queries, num_draws], seed)
+    draws = _draw(tree, scoring, cut, log_masses, log_partition, random[:-1])
+    ids, scores, log_probability = _correct(draws, random[-1], num_samples, correction_steps)
+
+    found = is_admissible(scores)
+    sample = SoftmaxSample(
+        tf.where(found, tf.cast(ids, tf.int64), tf.constant(-1, tf.int64)),
+        tf.where(found, scores, -float("inf")),
+        without_nothing(log_partition),
+    )
+    sample = SoftmaxSample(*(tf.stop_gradient(part) for part in sample))
+    return sample, tf.stop_gradient(log_probability), gradient
+
+
+def search_tree(tree: Tree, scoring: Scoring, k: int, beam: int) -> tuple[tf.Tensor, tf.Tensor]:
+    """The k best candidates of the leaves that a cut opens: scores and ids [B, k], best first.
+
+    Where there are fewer than k, scores are -inf and ids -1.
+    """
+    cut = make_cut(tree, scoring, beam)
+    best = tf.math.top_k(cut.scores, k=k)
+    ids = tf.cast(tf.gather(cut.ids, best.indices, batch_dims=1), tf.int64)
+    found = is_admissible(best.values)
+    return (
+        tf.where(found, best.values, -float("inf")),
+        tf.where(found, ids, tf.constant(-1, tf.int64)),
+    )
+
+
+def _draw(tree, scoring, cut: Cut, log_masses, log_partition, random) -> TreeDraws:
+    """One draw for each of the uniforms [L + 1, B, T]."""
+    probability = tf.nn.softmax(log_masses)
+    position = inverse_cdf(probability, random[0])
+    log_probability = tf.gather(log_masses, position, batch_dims=1) - log_partition[:, tf.newaxis]
+
+    num_levels = tree.shape.num_levels
+    address = tf.zeros_like(position)
+    start = 0
+    depth_of_part = tf.fill(tf.shape(position), num_levels)
+    for depth, nodes in enumerate(cut.nodes):
+        size = nodes.log_mass.shape[1]
+        is_here = (position >= start) & (position < start + size)
+        node = tf.clip_by_value(position - start, 0, size - 1)
+        width = tree.shape.widths[depth]
+        first = nodes.first
+        if depth > 0:
+            first = tf.gather(nodes.first, node // width, batch_dims=1)
+        address = tf.where(is_here, first + node % width, address)
+        depth_of_part = tf.where(is_here, depth, depth_of_part)
+        start += size
+
+    queries = scoring.queries
+    for depth, level in enumerate(tree.levels):
+        is_here = depth_of_part <= depth
+        block = take_nodes(level.children, tf.where(is_here, address, 0))
+        block = tf.maximum(block, 0)
+        if depth < num_levels - 1:
+            below = tree.levels[depth + 1]
+            means = tf.cast(tf.gather(below.mean, block), tf.float32)
+            products = tf.einsum("btwd,bd->btw", means, queries)
+            masses = scoring.log_masses(products, tf.gather(below.stats, block))
+            child, its_log_probability = _pick(masses, random[depth + 1])
+            address = tf.where(is_here, block * tree.shape.widths[depth + 1] + child, address)
+        else:
+            members = tf.gather(tree.members, block)
+            means = tf.cast(take_nodes(level.mean, tf.where(is_here, address, 0)), tf.float32)
+            node_products = tf.einsum("btd,bd->bt", means, queries)
+            products = tree.candidates.products(queries, members, node_products)
+            scores = scoring.of_candidates(products, members)
+            slot, its_log_probability = _pick(scores, random[depth + 1])
+            scores = tf.gather(scores, slot, batch_dims=2)
+            ids = tf.gather(members, slot, batch_dims=2)
+        log_probability += tf.where(is_here, its_log_probability, 0.0)
+
+    # What the cut holds as single candidates is drawn already.
+    in_cut = depth_of_part == num_levels
+    candidate = tf.clip_by_value(position - start, 0, cut.ids.shape[1] - 1)
+    return TreeDraws(
+        tf.where(in_cut, tf.gather(cut.ids, candidate, batch_dims=1), ids),
+        tf.where(in_cut, tf.gather(cut.scores, candidate, batch_dims=1), scores),
+        log_probability,
+    )
+
+
+def _pick(log_masses, random):
+    """Positions [B, T] drawn in proportion to the masses [B, T, n], and their log probability."""
+    position = inverse_cdf(tf.nn.softmax(log_masses), random[..., tf.newaxis])[..., 0]
+    log_mass = tf.gather(log_masses, position, batch_dims=2)
+    return position, log_mass - tf.reduce_logsumexp(log_masses, axis=2)
+
+
+def _correct(draws: TreeDraws, random, num_samples: int, steps: int) -> TreeDraws:
+    """The states [B, S] of S independent chains after `steps` steps, out of B x S(K + 1) draws."""
+    # Of the same shape: the draws of one chain, step by step.
+    parts = [
+        tf.reshape(part, [-1, num_samples, 1 + steps]) for part in (*draws, tf.math.log(random))
+    ]
+    ids, scores, log_probability, log_uniform = parts
+    log_weight = tf.where(is_admissible(scores), scores - log_probability, INADMISSIBLE)
+    state = [part[..., 0] for part in (ids, scores, log_probability, log_weight)]
+    for step in range(1, 1 + steps):
+        proposal = [part[..., step] for part in (ids, scores, log_probability, log_weight)]
+        accepted = log_uniform[..., step] < proposal[-1] - state[-1]
+        state = [tf.where(accepted, new, old) for new, old in zip(proposal, state)]
+    return TreeDraws(*state[:3])

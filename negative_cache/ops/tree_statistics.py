@@ -1,0 +1,220 @@
+"""What a node of a tree index keeps of its candidates: count, mean, spread, radius and error.
+
+The statistics change with the candidates, and never by a pass over those that stay. All shapes are
+fixed.
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.ops.tree_cut import COUNT, ERROR, RADIUS, ROUNDING, SPREAD
+
+_NOTHING = tf.int32.max
+# Lloyd iterations of a bisection.
+_ITERATIONS = 4
+
+
+class Groups(NamedTuple):
+    """Which entries of a list of numbers are equal, for sums over equals in fixed shapes.
+
+    There are as many groups as entries, in ascending order of their numbers; the last are empty.
+
+    Attributes:
+      group: [n] int32, the group of each entry.
+      numbers: [n] int32, the number of each group.
+      is_some: [n] bool, whether a group has entries.
+      rank: [n] int32, the place of each entry in its group, in the order of the list.
+    """
+
+    group: tf.Tensor
+    numbers: tf.Tensor
+    is_some: tf.Tensor
+    rank: tf.Tensor
+
+    @classmethod
+    def of(cls, numbers: tf.Tensor, mask: tf.Tensor) -> "Groups":
+        """Groups the `numbers` [n] >= 0; the entries with False in `mask` [n] are in no group."""
+        size = tf.shape(numbers)[0]
+        keys = tf.where(mask, numbers, _NOTHING)
+        order = tf.argsort(keys, stable=True)
+        keys = tf.gather(keys, order)
+        is_first = tf.concat([tf.ones([1], tf.bool), keys[1:] != keys[:-1]], axis=0)[:size]
+        group = tf.cumsum(tf.cast(is_first, tf.int32)) - 1
+        place = tf.range(size)
+        start = tf.math.unsorted_segment_min(place, group, size)
+        rank = place - tf.gather(start, group)
+        # The inverse of the permutation.
+        back = tf.argsort(order)
+        numbers = tf.math.unsorted_segment_min(keys, group, size)
+        is_some = numbers != _NOTHING
+        return cls(
+            tf.gather(group, back),
+            tf.where(is_some, numbers, 0),
+            is_some,
+            tf.gather(rank, back),
+        )
+
+    def sum(self, values: tf.Tensor) -> tf.Tensor:
+        """[n, ...], the sums over the groups of `values` [n, ...]."""
+        return tf.math.unsorted_segment_sum(values, self.group, tf.shape(self.group)[0])
+
+    def max(self, values: tf.Tensor) -> tf.Tensor:
+        """[n, ...], the maxima, or for an empty group the lowest number there is."""
+        return tf.math.unsorted_segment_max(values, self.group, tf.shape(self.group)[0])
+
+
+def change_nodes(
+    means: tf.Tensor,
+    stats: tf.Tensor,
+    groups: Groups,
+    vectors: tf.Tensor,
+    signs: tf.Tensor,
+    errors: tf.Tensor,
+    *,
+    moves: bool = True,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Means and statistics of nodes that candidates have entered and left.
+
+    With δ the movement of the mean, the radius of those that stay grows by at most ‖δ‖, and what
+    has entered is measured. The spread is that of mean squares about the old mean, less ‖δ‖².
+
+    Args:
+      means: [n, d] float32, of the node of each group.
+      stats: [n, 4].
+      groups: of the entries by node.
+      vectors: [n, d] float32, the candidate of each entry.
+      signs: [n] float32, 1 where it enters, -1 where it leaves; 0 for an entry in no group.
+      errors: [n], how far off `vectors` may be.
+      moves: whether the means move. Where they do not, the errors grow.
+
+    Returns:
+      The same for the nodes' candidates after the change.
+    """
+    count, spread, radius, error = tf.unstack(stats, axis=1)
+    remaining = count - groups.sum(tf.maximum(-signs, 0.0))
+    new_count = remaining + groups.sum(tf.maximum(signs, 0.0))
+    divisor = tf.maximum(new_count, 1.0)
+    # Where none stays, the mean is of those that enter alone, without what was off before.
+    any_stays = remaining > 0.0
+    signs = tf.where(tf.gather(any_stays, groups.group), signs, tf.maximum(signs, 0.0))
+    count = tf.where(any_stays, count, 0.0)
+
+    offsets = vectors - tf.gather(means, groups.group)
+    squares = tf.reduce_sum(offsets**2, axis=1)
+    shift = groups.sum(signs[:, tf.newaxis] * offsets) / divisor[:, tf.newaxis]
+    missed = tf.zeros_like(divisor)
+    if not moves:
+        missed, shift = tf.norm(shift, axis=1), tf.zeros_like(shift)
+    new_means = means + shift
+    moved = tf.norm(shift, axis=1)
+    # What is added makes up for the rounding of the sums, by the worst-case bound.
+    rounding = ROUNDING * (
+        4.0 * (tf.norm(new_means, axis=1) + moved)
+        + (2.0 + groups.sum(tf.abs(signs))) * groups.sum(tf.sqrt(squares)) / divisor
+    )
+    new_error = (count * error + groups.sum(tf.abs(signs) * errors)) / divisor + rounding + missed
+    distances = tf.norm(offsets - tf.gather(shift, groups.group), axis=1) + errors
+    entering = groups.max(tf.where(signs > 0.0, distances, 0.0))
+    staying = tf.where(any_stays, radius + moved, 0.0)
+    new_radius = tf.maximum(entering, staying) * distances_round_up(means) + rounding
+    new_spread = (count * spread + groups.sum(signs * squares)) / divisor - moved**2
+    new_spread = tf.clip_by_value(new_spread, 0.0, new_radius**2)
+    new_stats = tf.stack([new_count, new_spread, new_radius, new_error], axis=1)
+    is_some = (new_count > 0.0)[:, tf.newaxis]
+    if moves:
+        new_means = tf.where(is_some, new_means, 0.0)
+    return new_means, tf.where(is_some, new_stats, 0.0)
+
+
+def combine(means: tf.Tensor, stats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Mean [..., d] and statistics [..., 4] of the union of nodes, or of single candidates.
+
+    Args:
+      means: [..., n, d] float32.
+      stats: [..., n, 4]; of what is not there 0.
+    """
+    count = stats[..., COUNT]
+    total = tf.reduce_sum(count, axis=-1)
+    divisor = tf.maximum(total, 1.0)
+    mean = tf.reduce_sum(count[..., tf.newaxis] * means, axis=-2) / divisor[..., tf.newaxis]
+    squares = tf.reduce_sum((means - mean[..., tf.newaxis, :]) ** 2, axis=-1)
+    reach = tf.sqrt(squares) + stats[..., RADIUS]
+    radius = tf.reduce_max(tf.where(count > 0.0, reach, 0.0), axis=-1)
+    rounding = (means.shape[-2] + 4) * ROUNDING * (tf.norm(mean, axis=-1) + radius)
+    radius = radius * distances_round_up(means) + rounding
+    spread = tf.reduce_sum(count * (stats[..., SPREAD] + squares), axis=-1) / divisor
+    spread = tf.minimum(spread, radius**2)
+    error = tf.reduce_sum(count * stats[..., ERROR], axis=-1) / divisor + rounding
+    stats = tf.stack([total, spread, radius, error], axis=-1)
+    return mean, tf.where((total > 0.0)[..., tf.newaxis], stats, 0.0)
+
+
+def bisect(vectors: tf.Tensor, is_there: tf.Tensor, smallest_part: float) -> tf.Tensor:
+    """Splits sets of vectors in two, by 2-means from two far points: [Q, n] bool, one of the parts.
+
+    Args:
+      vectors: [Q, n, d] float32.
+      is_there: [Q, n] bool; the others are in neither part.
+      smallest_part: the part of a set that each half has at least, and at least one vector where
+        the set has two.
+    """
+    weights = tf.cast(is_there, tf.float32)[..., tf.newaxis]
+    count = tf.reduce_sum(weights, axis=1)
+    mean = tf.reduce_sum(weights * vectors, axis=1) / tf.maximum(count, 1.0)
+    one = _farthest(vectors, is_there, mean)
+    other = _farthest(vectors, is_there, one)
+    for _ in range(_ITERATIONS):
+        in_one = _nearer(vectors, one, other) > 0.0
+        one, other = (
+            _mean_or(vectors, weights * tf.cast(part, tf.float32)[..., tf.newaxis], old)
+            for part, old in ((in_one, one), (~in_one, other))
+        )
+    nearer = tf.where(is_there, _nearer(vectors, one, other), -tf.float32.max)
+    rank = tf.argsort(tf.argsort(nearer, direction="DESCENDING", stable=True))
+    count = count[:, 0]
+    size = tf.reduce_sum(tf.cast((nearer > 0.0) & is_there, tf.float32), axis=1)
+    smallest = tf.maximum(tf.math.floor(smallest_part * count), 1.0)
+    size = tf.clip_by_value(size, smallest, tf.maximum(count - smallest, smallest))
+    return (tf.cast(rank, tf.float32) < size[:, tf.newaxis]) & is_there
+
+
+def round_means(means: tf.Tensor, stats: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
+    """Means [..., d] as `dtype` holds them, in float32, and the statistics about those."""
+    rounded = tf.cast(tf.cast(means, dtype), tf.float32)
+    off = tf.norm(rounded - means, axis=-1)
+    count, spread, radius, error = tf.unstack(stats, axis=-1)
+    return rounded, tf.where(
+        (count > 0.0)[..., tf.newaxis],
+        tf.stack([count, spread + off**2, radius + off, error + off], axis=-1),
+        0.0,
+    )
+
+
+def candidate_stats(is_there: tf.Tensor, errors: tf.Tensor) -> tf.Tensor:
+    """[..., 4] statistics of single candidates, whose vectors may be off by `errors` [...]."""
+    there = tf.cast(is_there, tf.float32)
+    return tf.stack([there, tf.zeros_like(there), there * errors, there * errors], axis=-1)
+
+
+def distances_round_up(vectors: tf.Tensor) -> float:
+    """A factor that makes a computed distance of `vectors` [..., d] an upper bound of it."""
+    return 1.0 + (vectors.shape[-1] + 4) * ROUNDING
+
+
+def _nearer(vectors, one, other):
+    """[Q, n], positive for vectors that are nearer to `one` [Q, d] than to `other`."""
+    middle = 0.5 * (one + other)
+    return tf.einsum("qnd,qd->qn", vectors - middle[:, tf.newaxis], one - other)
+
+
+def _farthest(vectors, is_there, point):
+    distances = tf.reduce_sum((vectors - point[:, tf.newaxis]) ** 2, axis=2)
+    position = tf.argmax(tf.where(is_there, distances, -1.0), axis=1)
+    return tf.gather(vectors, position, batch_dims=1)
+
+
+def _mean_or(vectors, weights, default):
+    count = tf.reduce_sum(weights, axis=1)
+    mean = tf.reduce_sum(weights * vectors, axis=1) / tf.maximum(count, 1.0)
+    return tf.where(count > 0.0, mean, default)
