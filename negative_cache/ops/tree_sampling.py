@@ -97,8 +97,11 @@ def search_tree(tree: Tree, scoring: Scoring, k: int, beam: int) -> tuple[tf.Ten
     Where there are fewer than k, scores are -inf and ids -1.
     """
     cut = make_cut(tree, scoring, beam)
-    best = tf.math.top_k(cut.scores, k=k)
-    ids = tf.cast(tf.gather(cut.ids, best.indices, batch_dims=1), tf.int64)
+    # The leaves may have fewer slots than k.
+    missing = [[0, 0], [0, max(k - cut.scores.shape[1], 0)]]
+    best = tf.math.top_k(tf.pad(cut.scores, missing, constant_values=INADMISSIBLE), k=k)
+    ids = tf.gather(tf.pad(cut.ids, missing, constant_values=-1), best.indices, batch_dims=1)
+    ids = tf.cast(ids, tf.int64)
     found = is_admissible(best.values)
     return (
         tf.where(found, best.values, -float("inf")),

@@ -197,6 +197,21 @@ def test_opening_everything_is_exact(root_width):
     np.testing.assert_allclose(scores, -np.sort(-products, axis=1)[:, :7], rtol=1e-5)
 
 
+def test_a_search_for_more_than_the_opened_leaves_hold(root_width):
+    rng = np.random.default_rng(5)
+    index, vectors = filled_index(rng)
+    queries = queries_of(rng, 3)
+    # One leaf has 6 slots.
+    scores, indices = index.top_k(queries, 20, beam=1)
+    found = indices.numpy() >= 0
+    assert scores.shape == indices.shape == (3, 20)
+    assert np.all(found[:, 0]) and not np.any(found[:, 6:])
+    np.testing.assert_array_equal(np.isneginf(scores), ~found)
+    rows = np.stack(list(vectors.values()))
+    products = np.take_along_axis(queries @ rows.T, np.maximum(indices, 0), axis=1)
+    np.testing.assert_allclose(scores.numpy()[found], products[found], rtol=1e-5)
+
+
 @pytest.mark.parametrize("transform", [None, tf.nn.softplus])
 def test_draws_have_the_stated_law(root_width, transform):
     rng = np.random.default_rng(6)
