@@ -25,6 +25,8 @@ from negative_cache.ops.tree_statistics import (
 _NUM_CODES = 256
 # Residuals that the codebooks are trained on, and how long.
 _TRAINED_ON, _ITERATIONS = 2**15, 10
+# Directions that are coded: most of what residuals are, in a third of the memory at d = 768.
+_MAX_DIRECTIONS = 256
 # Floats of embeddings that are coded at a time.
 _CODED_AT_ONCE = 2**22
 
@@ -34,6 +36,10 @@ class CodedResiduals:
 
     The centre of a leaf stays where it is until the leaf splits, so that codes keep their meaning.
     What it misses the mean by goes to the node's error.
+
+    Parts of a code are told apart by principal directions of the residuals, each part's spread over
+    large and small variances (after Ge et al., CVPR 2013): of neighbouring coordinates every part
+    may say the same, where embeddings fill a subspace.
 
     Args:
       shape: the tree's.
@@ -64,9 +70,18 @@ class CodedResiduals:
         self._off = make_state_variable(lambda: tf.zeros(nodes), "off")
         codes = [shape.capacity, num_bytes]
         self._codes = make_state_variable(lambda: tf.zeros(codes, tf.uint8), "codes")
-        books = [num_bytes, _NUM_CODES, shape.dim // num_bytes]
+        part = max(min(shape.dim, _MAX_DIRECTIONS) // num_bytes, 1)
+        books = [num_bytes, _NUM_CODES, part]
         self._books = make_state_variable(lambda: tf.zeros(books, tf.bfloat16), "codebooks")
-        self.variables = {"off": self._off, "codes": self._codes, "codebooks": self._books}
+        self._basis = make_state_variable(
+            lambda: tf.eye(shape.dim, part * num_bytes, dtype=tf.bfloat16), "basis"
+        )
+        self.variables = {
+            "off": self._off,
+            "codes": self._codes,
+            "codebooks": self._books,
+            "basis": self._basis,
+        }
 
     def products(self, queries, members, node_products):
         """See `ops.tree_cut.Candidates`."""
@@ -75,7 +90,7 @@ class CodedResiduals:
         if not self._has_codes:
             return products
         ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])
-        tables = lookup_tables(queries, self._codebooks())
+        tables = lookup_tables(self._along_basis(queries), self._codebooks())
         residual_products = lookup_scores(tables, tf.gather(self._codes, ids))
         return products + tf.reshape(residual_products, [-1, num_leaves, size])
 
@@ -91,8 +106,7 @@ class CodedResiduals:
         vectors = self._centres(node)
         if not self._has_codes:
             return vectors, take_nodes(self._stats, node)[:, RADIUS]
-        residuals = dequantize(tf.gather(self._codes, ids), self._codebooks())
-        return vectors + residuals, take_nodes(self._off, node)
+        return vectors + self._decode(tf.gather(self._codes, ids)), take_nodes(self._off, node)
 
     def read_members(self, members, node):
         """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
@@ -174,9 +188,16 @@ class CodedResiduals:
         slots = rng.choice(slots, min(_TRAINED_ON, len(slots)), replace=False)
         nodes = owners[slots // self._shape.leaf_size]
         vectors = _rows(embeddings, members.reshape(-1)[slots])
-        residuals = vectors - self._centres(nodes).numpy()
+        residuals = vectors - self._centres(nodes)
+        num_parts = self._codes.shape[1]
+        basis = _principal_directions(residuals.numpy(), self._basis.shape[1], num_parts)
+        self._basis.assign(tf.cast(basis, tf.bfloat16))
         books = train_codebooks(
-            residuals, self._codes.shape[1], num_codes=_NUM_CODES, iterations=_ITERATIONS, rng=rng
+            self._along_basis(residuals).numpy(),
+            num_parts,
+            num_codes=_NUM_CODES,
+            iterations=_ITERATIONS,
+            rng=rng,
         )
         self._books.assign(tf.cast(books, tf.bfloat16))
         for leaves in parts:
@@ -196,16 +217,34 @@ class CodedResiduals:
 
     def _encode(self, residuals):
         """Codes [..., m] of residuals [..., d], and the distances of what they stand for."""
-        codes = quantize(residuals, self._codebooks())
-        off = tf.norm(residuals - dequantize(codes, self._codebooks()), axis=-1)
+        codes = quantize(self._along_basis(residuals), self._codebooks())
+        off = tf.norm(residuals - self._decode(codes), axis=-1)
         # Also of the sums with a centre.
         return codes, off * distances_round_up(residuals) + 1e-6 * tf.norm(residuals, axis=-1)
+
+    def _decode(self, codes):
+        """Residuals [..., d] that codes [..., m] stand for."""
+        return tf.matmul(
+            dequantize(codes, self._codebooks()),
+            tf.cast(tf.convert_to_tensor(self._basis), tf.float32),
+            transpose_b=True,
+        )
+
+    def _along_basis(self, vectors):
+        return tf.matmul(vectors, tf.cast(tf.convert_to_tensor(self._basis), tf.float32))
 
     def _centres(self, node):
         return tf.cast(take_nodes(self._means, node), tf.float32)
 
     def _codebooks(self):
         return tf.cast(tf.convert_to_tensor(self._books), tf.float32)
+
+
+def _principal_directions(residuals: np.ndarray, count: int, num_parts: int) -> np.ndarray:
+    """[d, count], those of the largest variances of residuals [n, d], dealt out to the parts."""
+    _, directions = np.linalg.eigh(residuals.T @ residuals)
+    by_variance = directions[:, ::-1][:, :count]
+    return by_variance[:, np.argsort(np.arange(count) % num_parts, kind="stable")]
 
 
 def _rows(embeddings, ids: np.ndarray) -> tf.Tensor:
