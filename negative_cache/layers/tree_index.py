@@ -399,8 +399,8 @@ class TreeIndex(StateLayer):
             raise ValueError(f"`k` must be at most {self.capacity}, the capacity. Received: {k}.")
         if beam is None:
             beam = max(self.beam, math.ceil(4 * k / self.leaf_size))
-        scoring = Scoring(self._scaled(query_embeddings, None))
-        return search_tree(self.tree, scoring, k, self._checked_beam(beam))
+        queries = self._scaled(query_embeddings, None)
+        return search_tree(self.tree, queries, k, self._checked_beam(beam))
 
     def get_config(self):
         return {

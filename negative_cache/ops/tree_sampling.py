@@ -91,12 +91,13 @@ def sample_tree(
     return sample, tf.stop_gradient(log_probability), gradient
 
 
-def search_tree(tree: Tree, scoring: Scoring, k: int, beam: int) -> tuple[tf.Tensor, tf.Tensor]:
+def search_tree(tree: Tree, queries: tf.Tensor, k: int, beam: int) -> tuple[tf.Tensor, tf.Tensor]:
     """The k best candidates of the leaves that a cut opens: scores and ids [B, k], best first.
 
-    Where there are fewer than k, scores are -inf and ids -1.
+    The nodes opened are those that promise the best candidate, not the heaviest: see `_ByBest`.
+    Where there are fewer than k candidates, scores are -inf and ids -1.
     """
-    cut = make_cut(tree, scoring, beam)
+    cut = make_cut(tree, _ByBest(queries), beam)
     # The leaves may have fewer slots than k.
     missing = [[0, 0], [0, max(k - cut.scores.shape[1], 0)]]
     best = tf.math.top_k(tf.pad(cut.scores, missing, constant_values=INADMISSIBLE), k=k)
@@ -107,6 +108,23 @@ def search_tree(tree: Tree, scoring: Scoring, k: int, beam: int) -> tuple[tf.Ten
         tf.where(found, best.values, -float("inf")),
         tf.where(found, ids, tf.constant(-1, tf.int64)),
     )
+
+
+class _ByBest(Scoring):
+    """Scores whose "mass" of a node is the largest score that it may be expected to have.
+
+    Of |n| scores of mean ⟨x, c_n⟩ and variance σ² = ‖x‖² v_n / d, if they are normal, that is about
+    ⟨x, c_n⟩ + σ √(2 log |n|). It is also the least that (log Z_n) / β is, as estimated to second
+    order, over all inverse temperatures β.
+    """
+
+    def log_masses(self, products, stats):
+        """As of `Scoring`: [B, ...], `INADMISSIBLE` for empty nodes."""
+        count, spread, radius, _ = tf.unstack(stats, axis=-1)
+        norms = self._like(tf.norm(self.queries, axis=1), products)
+        deviations = tf.sqrt(2.0 * tf.math.log(tf.maximum(count, 1.0)))
+        above = tf.minimum(deviations * tf.sqrt(spread / self.queries.shape[1]), radius)
+        return tf.where(count > 0.0, products + norms * above, INADMISSIBLE)
 
 
 def _draw(tree, scoring, cut: Cut, log_masses, log_partition, random) -> TreeDraws:

@@ -197,6 +197,20 @@ def test_opening_everything_is_exact(root_width):
     np.testing.assert_allclose(scores, -np.sort(-products, axis=1)[:, :7], rtol=1e-5)
 
 
+def test_a_search_opens_the_best_node_and_not_the_heaviest():
+    rng = np.random.default_rng(5)
+    # Six candidates in one place, and one in another, which is nearer to the query.
+    many, one = np.eye(2, DIM, dtype=np.float32)
+    rows = np.concatenate([many + 1e-3 * rng.normal(size=[6, DIM]), one[np.newaxis]])
+    index = make_index(capacity=7)
+    index.index(rows.astype(np.float32), verbose=0)
+    query = (0.5 * many + one)[np.newaxis]
+    # 6 exp 0.5 > exp 1.
+    scores, indices = index.top_k(query, 1, beam=1)
+    np.testing.assert_array_equal(indices, [[6]])
+    np.testing.assert_allclose(scores, [[1.0]], rtol=1e-6)
+
+
 def test_a_search_for_more_than_the_opened_leaves_hold(root_width):
     rng = np.random.default_rng(5)
     index, vectors = filled_index(rng)
