@@ -1,6 +1,8 @@
 """What the benchmarks share: side-by-side timing, tables, and the record of a run."""
 
+import concurrent.futures.process
 import json
+import multiprocessing
 import os
 import pathlib
 import platform
@@ -43,6 +45,29 @@ def ratios(milliseconds: Mapping[str, float], baseline: str) -> dict[str, float]
         for name, value in milliseconds.items()
         if name != baseline
     }
+
+
+def resident(key: str) -> int:
+    """Bytes of this process that are in memory now ("VmRSS"), or were at the most ("VmHWM")."""
+    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"No {key} in /proc/self/status: figures of memory need Linux.")
+
+
+def reset_peak() -> None:
+    """Sets "VmHWM" back to what is in memory now, so that the peak is that of what follows."""
+    pathlib.Path("/proc/self/clear_refs").write_text("5")
+
+
+def in_new_process(function: Callable, *arguments):
+    """Its result, from a process that holds nothing of this one; None where that was killed."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except concurrent.futures.process.BrokenProcessPool:
+            return None
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

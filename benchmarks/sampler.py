@@ -18,7 +18,6 @@ after updates have run:
 
 import argparse
 import functools
-import multiprocessing
 import os
 import pathlib
 
@@ -204,7 +203,7 @@ def _shape(batch, size, dim):
     return {"B": batch, "C": size, "d": dim}
 
 
-def _peak_growth(name, queue):
+def _peak_growth(name):
     """Growth of the resident set's peak by one call, in MB, with all its inputs in memory."""
     batch, size, dim = MEMORY_SHAPE
     cache = filled_cache(size, dim)
@@ -216,29 +215,17 @@ def _peak_growth(name, queue):
     # Starts the thread pools and loads the kernels, on a few rows.
     ops.sample_softmax(queries[:8], tf.gather(cache.embeddings, tf.range(4096)))
     function = tf.function(functions[name]).get_concrete_function()
-    # Sets the high-water mark back to what is resident, so that the peak is that of the call.
-    pathlib.Path("/proc/self/clear_refs").write_text("5")
-    resident = _status("VmRSS")
+    _measure.reset_peak()
+    resident = _measure.resident("VmRSS")
     tf.nest.map_structure(lambda value: value.numpy(), function())
-    queue.put((_status("VmHWM") - resident) / 2**20)
-
-
-def _status(key):
-    for line in pathlib.Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key + ":"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"No {key} in /proc/self/status: the memory part needs Linux.")
+    return (_measure.resident("VmHWM") - resident) / 2**20
 
 
 def compare_memory():
     rows = []
-    context = multiprocessing.get_context("spawn")
     for name in ("sample_softmax", "straightforward"):
-        queue = context.Queue()
-        process = context.Process(target=_peak_growth, args=(name, queue))
-        process.start()
-        process.join()
-        growth = queue.get() if process.exitcode == 0 else "killed"
+        growth = _measure.in_new_process(_peak_growth, name)
+        growth = "killed" if growth is None else growth
         rows.append({**_shape(*MEMORY_SHAPE), "what": name, "peak growth, MB": growth})
     return rows
 
