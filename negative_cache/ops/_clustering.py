@@ -22,7 +22,7 @@ _MAX_FAN_OUT = 1024
 _SAMPLE_SIZE = 128
 _ITERATIONS = 8
 # Rounds in which points leave overfull clusters. Few are needed unless very many points are equal.
-_MAX_ROUNDS = 32
+_MAX_ROUNDS = 8
 
 
 def lloyd(
@@ -222,6 +222,8 @@ def _move_overflow(
         if asking.size:
             nearest, distances[asking] = _nearest(points, rows[asking], centres[open_clusters])
             assignment[asking] = open_clusters[nearest]
+    # Those that ask for the same cluster, equal points above all, stay together.
+    asking = asking[np.argsort(assignment[asking], kind="stable")]
     assignment[asking] = np.repeat(np.arange(len(centres)), room)[: asking.size]
 
 
