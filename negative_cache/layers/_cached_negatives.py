@@ -15,6 +15,7 @@ from negative_cache.layers import _popularity, _retrieval_checks
 from negative_cache.layers._scores import Scores
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import SoftmaxSample, contrastive, sample_softmax_with_gradient
 
 # What a row holds besides the candidate's own features.
@@ -32,6 +33,7 @@ def make_cache(
     cache_size: int,
     use_lru: bool,
     saved: bool,
+    index: TreeIndex | None,
 ) -> Cache:
     """Makes a cache whose rows are those of `make_rows`."""
     specs = {
@@ -41,7 +43,7 @@ def make_cache(
     }
     if has_ids:
         specs[CANDIDATE_ID] = tf.io.FixedLenFeature([], tf.int64)
-    return Cache(specs, cache_size, EMBEDDING, use_lru, saved=saved, name="cache")
+    return Cache(specs, cache_size, EMBEDDING, use_lru, saved=saved, index=index, name="cache")
 
 
 def make_rows(
@@ -153,6 +155,9 @@ class CachedNegatives:
     which are encoded: it is that of their mean score(x, g(ŷ)), or with `exact_query_gradient` that
     of ⟨x, ∇_x log Z⟩ + mean of (score(x, g(ŷ)) - score(x, ĝ(ŷ))), with ∇_x log Z and ĝ constant.
 
+    A cache with an index draws from that: the law is nearly the same, and log Z and its gradient
+    are the index's estimates.
+
     It has no state of its own and may be made anew for every call. Queries [B, d] come divided by
     the temperature.
 
@@ -251,6 +256,16 @@ class CachedNegatives:
                 "candidate_ids": tf.convert_to_tensor(self._cache.data[CANDIDATE_ID]),
                 "positive_ids": conditions.positive_ids,
             }
+        if self._cache.index is not None:
+            return self._cache.index.sample_with_gradient(
+                queries,
+                self._num_draws,
+                score_transform=self._scores.transform,
+                max_scores=conditions.max_scores,
+                seed=seed,
+                compute_gradient=compute_gradient,
+                **hits,
+            )
         return sample_softmax_with_gradient(
             queries,
             self._cache.embeddings,

@@ -3,12 +3,13 @@
 import tensorflow as tf
 
 from negative_cache import _validation
+from negative_cache.layers.tree_index import TreeIndex
 
 REDUCTIONS = ("sum_over_batch_size", "sum", "none")
 
 
-def check_settings(task, reserved_names: tuple[str, ...]) -> None:
-    """Checks the constructor's arguments, which `task` has as attributes."""
+def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
+    """Checks the constructor's arguments, which `task` has as attributes but for `index`."""
     if task.reduction not in REDUCTIONS:
         raise ValueError(f"`reduction` must be one of {REDUCTIONS}. Received: {task.reduction!r}.")
     if not callable(task.candidate_network):
@@ -34,6 +35,21 @@ def check_settings(task, reserved_names: tuple[str, ...]) -> None:
             f"`feature_specs` must not use the names {reserved_names}. Received: {reserved}."
         )
     _check_candidate_id(task)
+    if index is not None:
+        if not isinstance(index, TreeIndex):
+            raise ValueError(f"`index` must be a `TreeIndex`. Received: {index!r}.")
+        if not task.cache_size:
+            raise ValueError("`index` needs a cache. Received: cache_size=0.")
+        check_weighting(task.frequency_correction, index, "frequency_correction")
+
+
+def check_weighting(is_weighted: bool, index, name: str = "candidate_sampling_probability") -> None:
+    """Checks that cached candidates are not weighted where an index draws from them."""
+    if is_weighted and index is not None:
+        raise ValueError(
+            f"`{name}` cannot be used with an `index`, whose nodes know no weights of single"
+            " candidates."
+        )
 
 
 def _check_candidate_id(task) -> None:

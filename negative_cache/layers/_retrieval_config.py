@@ -24,7 +24,7 @@ _PLAIN = (
     "save_cache",
     "seed",
 )
-_OBJECTS = ("candidate_network", "score_transform")
+_OBJECTS = ("candidate_network", "score_transform", "index")
 _METRICS = ("metrics", "batch_metrics", "loss_metrics")
 
 
@@ -57,7 +57,7 @@ def from_config(config: Mapping) -> dict:
     specs = config["feature_specs"]
     return {
         **config,
-        **{name: deserialize(config[name]) for name in _OBJECTS},
+        **{name: deserialize(config.get(name)) for name in _OBJECTS},
         **{name: [deserialize(metric) for metric in config[name]] for name in _METRICS},
         "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
     }

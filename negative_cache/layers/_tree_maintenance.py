@@ -93,11 +93,13 @@ class TreeMaintenance:
     def _insert(self, ids, vectors, pending):
         """Places the `pending` [m] candidates; returns how many there was no room for."""
 
-        def place_some(pending, num_refused):
+        def place_some(pending, is_stuck, num_refused):
             chosen = tf.argsort(tf.cast(~pending, tf.int32), stable=True)[:_PLACED_AT_ONCE]
             is_chosen = tf.gather(pending, chosen)
             some_ids, some = tf.gather(ids, chosen), tf.gather(vectors, chosen)
-            leaf = route(self.tree, some)
+            leaf = tf.cond(
+                is_stuck, lambda: self._nearest_with_room(some), lambda: route(self.tree, some)
+            )
             placed = self._place(some_ids, some, leaf, is_chosen)
             waiting = is_chosen & ~placed
             has_split = tf.cond(
@@ -105,23 +107,18 @@ class TreeMaintenance:
                 lambda: self._split_leaves(leaf, waiting),
                 lambda: tf.constant(False),
             )
-            # No block is left to split into. Then any leaf with room will do.
-            is_stuck = tf.reduce_any(waiting) & ~tf.reduce_any(placed) & ~has_split
-            placed |= tf.cond(
-                is_stuck,
-                lambda: self._place_anywhere(some_ids, some, waiting),
-                lambda: tf.zeros_like(placed),
-            )
-            refused = is_chosen & ~placed & is_stuck & ~tf.reduce_any(placed)
+            # Where no block is left to split into, any leaf with room will do, if there is one.
+            is_now_stuck = ~tf.reduce_any(placed) & ~has_split
+            refused = waiting & is_stuck & is_now_stuck
             done = tf.cast(placed | refused, tf.int32)
             done = tf.math.unsorted_segment_max(done, chosen, tf.size(pending)) > 0
             num_refused += tf.math.count_nonzero(refused, dtype=tf.int32)
-            return pending & ~done, num_refused
+            return pending & ~done, is_now_stuck, num_refused
 
-        _, num_refused = tf.while_loop(
-            lambda pending, _: tf.reduce_any(pending),
+        *_, num_refused = tf.while_loop(
+            lambda pending, *_: tf.reduce_any(pending),
             place_some,
-            (pending, tf.constant(0)),
+            (pending, tf.constant(False), tf.constant(0)),
             parallel_iterations=1,
         )
         return num_refused
@@ -139,16 +136,15 @@ class TreeMaintenance:
         self._change_paths(node, vectors, tf.cast(placed, tf.float32), errors)
         return placed
 
-    def _place_anywhere(self, ids, vectors, mask):
-        """Puts candidates into the nearest of the leaves that have most room."""
+    def _nearest_with_room(self, vectors):
+        """[n] int32, for each of `vectors` the nearest of the leaves that have most room."""
         occupied = tf.convert_to_tensor(self._state.members) >= 0
         room = self._shape.leaf_size - tf.math.count_nonzero(occupied, axis=1, dtype=tf.int32)
         room = tf.where(self._state.owners[str(self._last + 1)] >= 0, room, 0)
         most, leaves = tf.math.top_k(room, k=min(_PLACED_AT_ONCE, self._shape.num_leaves))
         means = take_nodes(self.tree.levels[-1].mean, self._owner(self._last + 1, leaves))
         choice = nearest(vectors, tf.cast(means, tf.float32), most > 0)
-        mask &= tf.gather(most, choice) > 0
-        return self._place(ids, vectors, tf.gather(leaves, choice), mask)
+        return tf.gather(leaves, choice)
 
     def _take_out(self, ids, position, mask):
         """Empties slots whose candidates the statistics of their paths count no longer."""

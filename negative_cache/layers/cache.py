@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
+from negative_cache.layers import _cache_index
 from negative_cache.layers._state import (
     StateLayer,
     describe_specs,
@@ -14,6 +15,7 @@ from negative_cache.layers._state import (
     scatter_rows,
     specs_of,
 )
+from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_rows
 
@@ -44,10 +46,13 @@ class Cache(StateLayer):
         replaced first. Rows are replaced in order of insertion where False.
       saved: whether files hold the rows, TensorFlow checkpoints as well as `.keras` and
         `.weights.h5`. A file with rows of other specs or of another number is refused.
+      index: an index over the embeddings of the rows, which every update of the cache keeps in
+        step with them. What is changed in other ways, such as by assigning to `embeddings`, it does
+        not see: call `index.index` then.
 
     Raises:
-      ValueError: where the specs do not describe an embedding under `embedding_key`, or
-        `cache_size` is not positive.
+      ValueError: where the specs do not describe an embedding under `embedding_key`, `cache_size`
+        is not positive, or `index` is for other embeddings.
 
     Example:
       >>> cache = Cache(
@@ -69,6 +74,7 @@ class Cache(StateLayer):
         embedding_key: str = "embedding",
         use_lru: bool = True,
         saved: bool = True,
+        index: TreeIndex | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -77,6 +83,9 @@ class Cache(StateLayer):
         self._check_embedding(self.specs, embedding_key)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
+        if index is not None:
+            _cache_index.check_index(index, self.cache_size, self.specs[embedding_key], saved)
+        self.index = index
         self._has_queue = self.cache_size > _QUEUE_SIZE
         self._hold_state(
             description={"cache_size": self.cache_size, "specs": describe_specs(self.specs)},
@@ -179,10 +188,14 @@ class Cache(StateLayer):
         )
         with tf.control_dependencies([] if fits is None else [fits]):
             self._state.step.assign_add(1)
+        changed = []
         if updates is not None:
             items, indices, mask = updates
-            updated = masked_rows(indices, self._admit(items, mask))
+            mask = self._admit(items, mask)
+            updated = masked_rows(indices, mask)
             self._write(updated, items)
+            if self.embedding_key in items:
+                changed.append((indices, mask))
             if self.use_lru:
                 self._touch(updated)
         mask = self._admit(new_items, new_items_mask)
@@ -194,6 +207,9 @@ class Cache(StateLayer):
         is_more = mask & ~tf.gather(filled, inserted.rows)
         self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
         scatter_rows(filled, inserted.rows, inserted.values(tf.ones_like(mask), filled))
+        if self.index is not None:
+            changed.append((inserted.rows, mask))
+            _cache_index.follow(self.index, self.embeddings, changed)
 
     def _oldest_rows(self, count):
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
@@ -233,11 +249,13 @@ class Cache(StateLayer):
             "embedding_key": self.embedding_key,
             "use_lru": self.use_lru,
             "saved": self._is_saved,
+            "index": keras.utils.serialize_keras_object(self.index),
         }
 
     @classmethod
     def from_config(cls, config):
-        return cls(**{**config, "specs": specs_of(config["specs"])})
+        index = keras.utils.deserialize_keras_object(config.get("index"))
+        return cls(**{**config, "specs": specs_of(config["specs"]), "index": index})
 
     def _check_updates(self, items, indices, mask):
         items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)

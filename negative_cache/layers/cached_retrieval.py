@@ -15,6 +15,7 @@ from negative_cache.layers._scores import Scores
 from negative_cache.layers._state import StateLayer, make_state_variable, next_seed
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.metrics import Latest
 from negative_cache.ops import contrastive
 
@@ -62,6 +63,10 @@ class CachedRetrieval(StateLayer):
         Where `feature_specs` is a single spec, its name is "candidate".
       remove_accidental_hits: leave out negatives that have the positive's id. Needs
         `candidate_id_key`.
+      index: a `TreeIndex` with the cache's size as its capacity. Negatives are then drawn from it,
+        in time that hardly grows with the cache; the rows that a step writes move in it in the same
+        step. `score_transform` must be nondecreasing with it, and there are no corrections for
+        frequency: neither `frequency_correction` nor `candidate_sampling_probability`.
       use_lru: as in `Cache`.
       false_negative_margin: leave out in-batch and cached negatives that score above the positive
         minus this margin; they are likely unlabelled positives.
@@ -119,6 +124,7 @@ class CachedRetrieval(StateLayer):
         num_hard_negatives: int | None = None,
         candidate_id_key: str | None = None,
         remove_accidental_hits: bool = False,
+        index: TreeIndex | None = None,
         use_lru: bool = True,
         false_negative_margin: float | None = None,
         exact_query_gradient: bool = True,
@@ -156,7 +162,7 @@ class CachedRetrieval(StateLayer):
         self.frequency_correction = frequency_correction
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
-        _retrieval_checks.check_settings(self, _cached_negatives.INTERNAL_KEYS)
+        _retrieval_checks.check_settings(self, index, _cached_negatives.INTERNAL_KEYS)
         self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
         # Whatever seed a training began with, it goes on with it from a file.
@@ -182,12 +188,16 @@ class CachedRetrieval(StateLayer):
             else None
         )
         self._cache = None
-        # XLA has no strings. Keras 3 asks before it compiles by itself.
-        self.supports_jit = not any(
+        # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
+        self.supports_jit = index is None and not any(
             tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
         )
         self.built = True
+        # The cache's, once there is one: Keras is to find it there only.
+        self._untracked.index = index
         embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
+        if index is not None:
+            embedding_dim = index.embedding_dim
         if embedding_dim is not None:
             self.build_cache(embedding_dim)
 
@@ -195,6 +205,11 @@ class CachedRetrieval(StateLayer):
     def cache(self) -> Cache | None:
         """The `Cache`, or None while the embedding dimension is unknown: until the first call."""
         return self._cache
+
+    @property
+    def index(self) -> TreeIndex | None:
+        """The `TreeIndex` that negatives are drawn from, if one is."""
+        return self._untracked.index
 
     @property
     def training_metrics(self) -> list[keras.metrics.Metric]:
@@ -265,6 +280,7 @@ class CachedRetrieval(StateLayer):
         if self._frequency is not None and training:
             self._frequency.update(items[CANDIDATE_ID])
         has_probabilities = candidate_sampling_probability is not None
+        _retrieval_checks.check_weighting(has_probabilities, self.index)
         log_expected = self._log_expected_occurrences(items, has_probabilities)
         positive_logits, in_batch_logits = positive_scores, raw_scores
         if log_expected is not None:
@@ -369,6 +385,7 @@ class CachedRetrieval(StateLayer):
                 cache_size=self.cache_size,
                 use_lru=self.use_lru,
                 saved=self.save_cache,
+                index=self._untracked.index,
             )
         _retrieval_checks.check_dimension(embedding_dim, self._cache.embeddings)
 

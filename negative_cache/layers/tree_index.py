@@ -1,5 +1,6 @@
 """`TreeIndex`: a dynamic tree that samples from a softmax over millions of candidates."""
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -163,9 +164,11 @@ class TreeIndex(StateLayer):
         )
         self._maintenance = TreeMaintenance(self._shape, self._state, self._candidates)
         self.supports_jit = False
-        self._compiled_update = tf.function(self._update, reduce_retracing=True)
-        self._compiled_remove = tf.function(self._remove, reduce_retracing=True)
-        self._compiled_tighten = tf.function(self._tighten)
+        # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
+        compiled = functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        self._compiled_update = compiled(self._update)
+        self._compiled_remove = compiled(self._remove)
+        self._compiled_tighten = compiled(self._tighten)
         with tf.init_scope():
             self.reset()
         self.built = True
@@ -334,16 +337,21 @@ class TreeIndex(StateLayer):
         return sample, log_probability
 
     def sample_with_gradient(
-        self, query_embeddings: tf.Tensor, num_samples: int = 1, **options
-    ) -> tuple[SoftmaxSample, tf.Tensor]:
+        self,
+        query_embeddings: tf.Tensor,
+        num_samples: int = 1,
+        *,
+        compute_gradient: bool = True,
+        **options,
+    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
         """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
 
         The queries it is taken by are those divided by the temperature, as in
-        `ops.sample_softmax_with_gradient`. Arguments and errors are those of
-        `sample_with_log_probability`.
+        `ops.sample_softmax_with_gradient`; it is None where it is not wanted. Other arguments and
+        errors are those of `sample_with_log_probability`.
         """
         sample, _, gradient = self._sample(
-            query_embeddings, num_samples, compute_gradient=True, **options
+            query_embeddings, num_samples, compute_gradient=compute_gradient, **options
         )
         return sample, gradient
 

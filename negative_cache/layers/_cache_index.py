@@ -1,0 +1,46 @@
+"""How an index over a cache's embeddings follows the updates of the cache."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from negative_cache.layers.tree_index import TreeIndex
+from negative_cache.ops.tree_statistics import Groups
+
+
+def check_index(
+    index: TreeIndex, cache_size: int, embedding: tf.io.FixedLenFeature, saved: bool
+) -> None:
+    """Checks that `index` is for rows of a cache."""
+    if not isinstance(index, TreeIndex):
+        raise ValueError(f"`index` must be a `TreeIndex`. Received: {index!r}.")
+    wanted, received = (cache_size, embedding.shape[0]), (index.capacity, index.embedding_dim)
+    if received != wanted:
+        raise ValueError(
+            "`index` must have the capacity and the dimension of the cache. Received: capacity ="
+            f" {received[0]}, embedding_dim = {received[1]}. Wanted: {wanted[0]} and {wanted[1]}."
+        )
+    if index.get_config()["saved"] != saved:
+        raise ValueError(
+            "`index` must be saved if, and only if, the cache is: a tree of other rows is of no"
+            f" use. Received an index with saved={not saved} and a cache with saved={saved}."
+        )
+
+
+def follow(
+    index: TreeIndex,
+    embeddings: tf.Variable,
+    changed: Sequence[tuple[tf.Tensor, tf.Tensor]],
+) -> None:
+    """Brings `index` up to date with rows whose embeddings have changed.
+
+    Args:
+      index: over the rows.
+      embeddings: [C, d] variable, the rows as they are now.
+      changed: pairs of rows [n] int and [n] bool, which of them have changed; a row may come
+        several times.
+    """
+    rows = tf.concat([tf.cast(rows, tf.int32) for rows, _ in changed], axis=0)
+    mask = tf.concat([mask for _, mask in changed], axis=0)
+    mask &= Groups.of(rows, mask).rank == 0
+    index.update(rows, tf.gather(embeddings, tf.maximum(rows, 0)), mask)
