@@ -330,6 +330,23 @@ def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     return tf.minimum(positions, tf.shape(weights)[-1] - 1)
 
 
+def wide_inverse_cdf(
+    weights: tf.Tensor, uniforms: tf.Tensor, more_uniforms: tf.Tensor
+) -> tf.Tensor:
+    """`inverse_cdf` of [B, n] for large n, first among runs of neighbours and then within one.
+
+    It takes partial sums of a fraction of the weights only, which are slow, and one more uniform
+    number for each draw.
+    """
+    run = 64
+    num_runs = -(-weights.shape[1] // run)
+    weights = tf.pad(weights, [[0, 0], [0, num_runs * run - weights.shape[1]]])
+    runs = tf.reshape(weights, [-1, num_runs, run])
+    which = inverse_cdf(tf.reduce_sum(runs, axis=2), uniforms)
+    within = tf.gather(runs, which, batch_dims=1)
+    return which * run + inverse_cdf(within, more_uniforms[..., tf.newaxis])[..., 0]
+
+
 def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool):
     draws = [scorer.num_queries, num_samples]
     sample = SoftmaxSample(

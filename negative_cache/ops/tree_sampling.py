@@ -14,7 +14,13 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
-from negative_cache.ops.softmax_sampling import Seed, SoftmaxSample, draw_uniforms, inverse_cdf
+from negative_cache.ops.softmax_sampling import (
+    Seed,
+    SoftmaxSample,
+    draw_uniforms,
+    inverse_cdf,
+    wide_inverse_cdf,
+)
 from negative_cache.ops.tree_cut import (
     Cut,
     Scoring,
@@ -69,16 +75,22 @@ def sample_tree(
         tape.watch(scoring.queries)
         cut = make_cut(tree, scoring, beam)
         log_masses = cut.log_masses
-        log_partition = tf.reduce_logsumexp(log_masses, axis=1)
+    # The softmax is one fused operation: log Z follows from it, as log mass - log P of any part.
+    probability = tf.nn.softmax(log_masses)
+    heaviest = tf.reduce_max(log_masses, axis=1)
+    log_partition = heaviest - tf.math.log(tf.reduce_max(probability, axis=1))
     gradient = None
     if compute_gradient:
-        gradient = tape.gradient(log_partition, scoring.queries)
+        # ∇ log Z = Σ P ∇ log mass
+        gradient = tape.gradient(log_masses, scoring.queries, output_gradients=probability)
         has_some = is_admissible(log_partition)[:, tf.newaxis]
         gradient = tf.stop_gradient(tf.where(has_some, gradient, 0.0))
     num_queries = tf.shape(log_masses)[0]
     num_draws = num_samples * (1 + correction_steps)
-    random = draw_uniforms([tree.shape.num_levels + 2, num_queries, num_draws], seed)
-    draws = _draw(tree, scoring, cut, log_masses, log_partition, random[:-1])
+    random = draw_uniforms([tree.shape.num_levels + 3, num_queries, num_draws], seed)
+    position = wide_inverse_cdf(probability, random[0], random[1])
+    log_probability = tf.gather(log_masses, position, batch_dims=1) - log_partition[:, tf.newaxis]
+    draws = _descend(tree, scoring, cut, position, log_probability, random[2:-1])
     ids, scores, log_probability = _correct(draws, random[-1], num_samples, correction_steps)
 
     found = is_admissible(scores)
@@ -127,12 +139,17 @@ class _ByBest(Scoring):
         return tf.where(count > 0.0, products + norms * above, INADMISSIBLE)
 
 
-def _draw(tree, scoring, cut: Cut, log_masses, log_partition, random) -> TreeDraws:
-    """One draw for each of the uniforms [L + 1, B, T]."""
-    probability = tf.nn.softmax(log_masses)
-    position = inverse_cdf(probability, random[0])
-    log_probability = tf.gather(log_masses, position, batch_dims=1) - log_partition[:, tf.newaxis]
+def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> TreeDraws:
+    """Goes down from parts of the cut to candidates.
 
+    Args:
+      tree: the tree.
+      scoring: of the queries.
+      cut: of the tree.
+      position: [B, T] int32, which part of the cut each draw has taken.
+      log_probability: [B, T], of that.
+      random: [L, B, T] uniforms.
+    """
     num_levels = tree.shape.num_levels
     address = tf.zeros_like(position)
     start = 0
@@ -159,7 +176,7 @@ def _draw(tree, scoring, cut: Cut, log_masses, log_partition, random) -> TreeDra
             means = tf.cast(tf.gather(below.mean, block), tf.float32)
             products = tf.einsum("btwd,bd->btw", means, queries)
             masses = scoring.log_masses(products, tf.gather(below.stats, block))
-            child, its_log_probability = _pick(masses, random[depth + 1])
+            child, its_log_probability = _pick(masses, random[depth])
             address = tf.where(is_here, block * tree.shape.widths[depth + 1] + child, address)
         else:
             members = tf.gather(tree.members, block)
@@ -167,7 +184,7 @@ def _draw(tree, scoring, cut: Cut, log_masses, log_partition, random) -> TreeDra
             node_products = tf.einsum("btd,bd->bt", means, queries)
             products = tree.candidates.products(queries, members, node_products)
             scores = scoring.of_candidates(products, members)
-            slot, its_log_probability = _pick(scores, random[depth + 1])
+            slot, its_log_probability = _pick(scores, random[depth])
             scores = tf.gather(scores, slot, batch_dims=2)
             ids = tf.gather(members, slot, batch_dims=2)
         log_probability += tf.where(is_here, its_log_probability, 0.0)
