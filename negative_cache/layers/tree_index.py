@@ -45,12 +45,12 @@ class TreeIndex(StateLayer):
     """A tree over candidate embeddings that samples from their softmax without scoring them all.
 
     For each query a *cut* through the tree is refined where the query's mass is: at each level the
-    `beam` heaviest nodes are replaced by their children, in the end by single candidates with exact
-    scores. What remains are nodes, each of which stands for many candidates with an estimate of
-    their partition Σ exp(score), and with bounds of it that hold at every moment. A draw takes a
-    part of the cut, descends inside of it level by level to one candidate, and is corrected by a
-    few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the equations.
-    Time grows with the logarithm of the number of candidates; all shapes are fixed.
+    heaviest nodes are replaced by their children, in the end `beam` leaves by single candidates
+    with exact scores. What remains are nodes, each of which stands for many candidates with an
+    estimate of their partition Σ exp(score), and with bounds of it that hold at every moment. A
+    draw takes a part of the cut, descends inside of it level by level to one candidate, and is
+    corrected by a few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the
+    equations. Time grows with the logarithm of the number of candidates; all shapes are fixed.
 
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
     whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
@@ -75,8 +75,8 @@ class TreeIndex(StateLayer):
     Args:
       capacity: N, the number of candidates. Their indices are 0, …, N - 1.
       embedding_dim: d.
-      beam: nodes opened at each level. More are slower, closer to the softmax and tighter in
-        bounds.
+      beam: leaves opened for each query; of inner nodes twice as many are at each level. More are
+        slower, closer to the softmax and tighter in bounds.
       correction_steps: K, Metropolis-Hastings steps for each draw. Each costs one more descent for
         each draw, which is little.
       leaf_size: candidates of a leaf at the most; 64, or 1,024 without embeddings, where None.
@@ -369,7 +369,7 @@ class TreeIndex(StateLayer):
           query_embeddings: [B, d] float.
           temperature: inner products are divided by it.
           score_transform: elementwise and nondecreasing; bounds are looser with it.
-          beam: nodes opened at each level.
+          beam: leaves opened; the index's where None.
 
         Returns:
           lower: [B] float32; upper: [B] float32. -inf where the tree is empty.
@@ -393,7 +393,7 @@ class TreeIndex(StateLayer):
         Args:
           query_embeddings: [B, d] float.
           k: how many.
-          beam: nodes opened at each level; where None the index's, or more if k needs more leaves.
+          beam: leaves opened; where None the index's, or more if k needs more leaves.
 
         Returns:
           scores: [B, k] float32 inner products, in descending order; -inf where there are fewer.

@@ -15,7 +15,7 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
     Args:
       tree: the tree.
       scoring: of the queries [B, d].
-      beam: nodes opened at each level.
+      beam: leaves opened.
     """
     cut = make_cut(tree, scoring, beam)
     log_partition = tf.reduce_logsumexp(cut.log_masses, axis=1).numpy().astype(np.float64)

@@ -61,7 +61,7 @@ def sample_tree(
       tree: the tree.
       scoring: of the queries [B, d].
       num_samples: S, draws for each query.
-      beam: nodes to open at each level.
+      beam: leaves to open.
       correction_steps: K, Metropolis-Hastings steps for each draw.
       seed: as in `sample_softmax`.
       compute_gradient: whether the gradient is wanted.

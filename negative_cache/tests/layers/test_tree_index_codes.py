@@ -1,0 +1,98 @@
+"""Tests of `TreeIndex(store_embeddings=False)`, which keeps means and coded residuals only."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache.layers import TreeIndex
+from negative_cache.ops import tree_law
+from negative_cache.ops.tree_cut import Scoring
+from negative_cache.tests.tree_invariants import check_tree, log_partition
+
+DIM = 8
+
+
+def make_index(capacity=600, residual_bytes=4, **arguments):
+    arguments = {"leaf_size": 24, "branching": 4, "beam": 4, **arguments}
+    return TreeIndex(
+        capacity, DIM, store_embeddings=False, residual_bytes=residual_bytes, **arguments
+    )
+
+
+def clustered(rng, count):
+    centres = np.random.default_rng(0).normal(size=[12, DIM])
+    rows = centres[rng.integers(12, size=count)] + 0.2 * rng.normal(size=[count, DIM])
+    return rows.astype(np.float32)
+
+
+def assert_bounds(index, vectors, rng):
+    queries = (3.0 * rng.normal(size=[6, DIM])).astype(np.float32)
+    lower, upper = index.log_partition_bounds(queries)
+    expected = log_partition(queries, vectors)
+    assert np.all(lower.numpy() <= expected) and np.all(expected <= upper.numpy())
+
+
+@pytest.mark.parametrize("residual_bytes", [0, 2, 4])
+def test_bounds_and_invariants_hold_through_updates(residual_bytes):
+    rng = np.random.default_rng(1)
+    index = make_index(residual_bytes=residual_bytes)
+    rows = clustered(rng, 400)
+    index.index(rows, verbose=0)
+    vectors = dict(enumerate(rows))
+    # Spreads are only estimates once candidates have left that are known by their codes.
+    check_tree(index, vectors, spread_tolerance=0.02)
+    assert_bounds(index, vectors, rng)
+    for step in range(12):
+        ids = rng.choice(600, 60, replace=False)
+        rows = clustered(rng, 60)
+        if step % 2:
+            near = np.stack([vectors.get(i, row) for i, row in zip(ids.tolist(), rows)])
+            rows = (near + 0.05 * rng.normal(size=near.shape)).astype(np.float32)
+        index.update(ids, rows)
+        vectors.update(zip(ids.tolist(), rows))
+        assert_bounds(index, vectors, rng)
+    check_tree(index, vectors, spread_tolerance=np.inf)
+    index.remove(range(0, 300))
+    vectors = {i: row for i, row in vectors.items() if i >= 300}
+    index.tighten()
+    check_tree(index, vectors, spread_tolerance=np.inf)
+    assert_bounds(index, vectors, rng)
+    assert int(index.num_skipped) == 0
+
+
+@pytest.mark.parametrize("residual_bytes", [0, 4])
+def test_growing_from_empty(residual_bytes):
+    rng = np.random.default_rng(2)
+    index = make_index(residual_bytes=residual_bytes)
+    vectors = {}
+    for start in range(0, 300, 60):
+        rows = clustered(rng, 60)
+        index.update(range(start, start + 60), rows)
+        vectors.update(zip(range(start, start + 60), rows))
+    check_tree(index, vectors, spread_tolerance=np.inf)
+    assert_bounds(index, vectors, rng)
+
+
+def test_more_bytes_are_more_accurate():
+    rng = np.random.default_rng(3)
+    rows = clustered(rng, 600)
+    queries = (2.0 * rng.normal(size=[20, DIM])).astype(np.float32)
+    scores = queries.astype(np.float64) @ rows.T
+    target = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+    distances = []
+    for residual_bytes in (0, 2, 8):
+        index = make_index(residual_bytes=residual_bytes)
+        index.index(rows, verbose=0)
+        law = np.exp(tree_law.proposal_log_law(index.tree, Scoring(tf.constant(queries)), 100))
+        np.testing.assert_allclose(law.sum(axis=1), 1.0, atol=1e-3)
+        distances.append(np.mean(tree_law.total_variation(law, target)))
+    assert distances[0] > 1.5 * distances[1] > 2.0 * distances[2]
+    assert distances[2] < 0.05
+
+
+def test_takes_150_times_less_memory_than_the_embeddings():
+    # Shapes only: what the variables of a million candidates would take.
+    index = TreeIndex(200_000, 768, store_embeddings=False)
+    constant = 8 * 256 * 96 * 2
+    per_candidate = (index.num_bytes - constant) / 200_000
+    assert 768 * 4 / (per_candidate + constant / 1_000_000) >= 150
