@@ -15,6 +15,7 @@ from negative_cache.tests.datasets import movielens_files
 ROOT = pathlib.Path(__file__).parents[2]
 MOVIELENS_TFRS = ROOT / "examples" / "movielens_tfrs.py"
 SERVING = ROOT / "examples" / "serving.py"
+TREE_INDEX = ROOT / "examples" / "tree_index.py"
 
 if not MOVIELENS_TFRS.exists():
     pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
@@ -94,3 +95,15 @@ def test_serving_answers_from_a_process_that_has_tensorflow_only(tmp_path):
     # User i likes movies of taste i % 10.
     for user in ("3", "4"):
         assert re.findall(r"of taste (\d)", answers[user]) == [user] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_tree_index_trains_and_searches():
+    legacy = "1" if IS_KERAS_2 else "0"
+    arguments = ("--candidates", 2000, "--steps", 150)
+    done = run(*arguments, script=TREE_INDEX, TF_USE_LEGACY_KERAS=legacy)
+    assert done.returncode == 0, done.stderr
+    first, last = map(float, re.search(r"loss (\S+) in .* steps, (\S+) in", done.stdout).groups())
+    assert last < 0.5 * first
+    assert float(re.search(r"by the index: (\S+)%", done.stdout).group(1)) > 80.0

@@ -58,6 +58,24 @@ def test_ten_lines_and_callbacks(tmp_path, monkeypatch):
     assert int(names["model"].optimizer.iterations) == 5 * 2 + 5 + 2 * 3
 
 
+def test_tree_index():
+    import negative_cache as nc
+
+    names = {"tf": tf, "nc": nc, "candidate_tower": TitleTower()}
+    # The same calls, for fewer and smaller candidates.
+    code = block("index=index,").replace("1_000_000", "300").replace("=64", "=8")
+    exec(code, names)
+    names["task"].add_to_cache({"title": TITLES})
+    assert int(names["index"].num_candidates) == len(TITLES)
+    rng = np.random.default_rng(0)
+    names["embeddings"], names["queries"], names["new_embeddings"] = (
+        rng.normal(size=[size, 8]).astype(np.float32) for size in (300, 2, 2)
+    )
+    exec(block("index.index(embeddings)"), names)
+    assert np.all(names["lower"] <= names["upper"])
+    assert names["scores"].shape == (2, 100)
+
+
 @pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
 def test_tfrs_model():
     import tensorflow_recommenders as tfrs
