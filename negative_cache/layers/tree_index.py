@@ -33,7 +33,7 @@ from negative_cache.ops.tree_statistics import Groups
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
 # A product with this many means takes about as long as opening a few dozen blocks.
-_MAX_ROOT_WIDTH = 8192
+_MAX_ROOT_WIDTH = 10_000
 # Where embeddings are stored, leaves have room for candidates that come. Where memory is all that
 # matters they are larger, and filled.
 _STORED = {"leaf_size": 64, "fill": 0.66, "spare": 1.25}

@@ -6,34 +6,15 @@ single block, the root. The address of a row is block · width + row.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
 from negative_cache.ops._clustering import max_groups, partition, read_rows
+from negative_cache.ops.tree_shape import TreeShape
 
 # Coordinates read at a time where means are taken.
 _BLOCK_ENTRIES = 2**22
-
-
-class Shape(Protocol):
-    """What `build_topology` asks of the shape of a tree.
-
-    Attributes:
-      leaf_size: slots of a leaf.
-      num_leaves: leaves there are.
-      widths: rows of a block, for each node level.
-      num_blocks: blocks there are, for each node level; the first is 1.
-      leaf_fill: fraction of the slots of the used leaves to fill, in (0, 1].
-      node_fill: fraction of the rows of the used blocks to fill, in (0, 1].
-    """
-
-    leaf_size: int
-    num_leaves: int
-    widths: tuple[int, ...]
-    num_blocks: tuple[int, ...]
-    leaf_fill: float
-    node_fill: float
 
 
 class Topology(NamedTuple):
@@ -54,7 +35,7 @@ class Topology(NamedTuple):
 
 def build_topology(
     points: np.ndarray,
-    shape: Shape,
+    shape: TreeShape,
     *,
     rng: np.random.Generator,
     on_progress: Callable[[int], None] | None = None,
@@ -103,7 +84,7 @@ def build_topology(
     return Topology(children, owners, members)
 
 
-def _available(shape: Shape) -> list[int]:
+def _available(shape: TreeShape) -> list[int]:
     """Blocks of each node level, then leaves, that there are and that can be under a row."""
     available = [1]
     for width, num_below in zip(shape.widths, [*shape.num_blocks[1:], shape.num_leaves]):

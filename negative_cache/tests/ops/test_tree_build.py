@@ -1,27 +1,30 @@
-from typing import NamedTuple
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from negative_cache.ops.tree_build import build_topology
+from negative_cache.ops.tree_shape import TreeShape
 
 
-class Shape(NamedTuple):
-    leaf_size: int
-    num_leaves: int
-    widths: tuple
-    num_blocks: tuple
-    leaf_fill: float = 0.6
-    node_fill: float = 0.7
+def make_shape(leaf_size, num_leaves, widths, num_blocks, leaf_fill=0.6, node_fill=0.7):
+    return TreeShape(
+        capacity=leaf_size * num_leaves,
+        dim=2,
+        leaf_size=leaf_size,
+        num_leaves=num_leaves,
+        widths=widths,
+        num_blocks=num_blocks,
+        leaf_fill=leaf_fill,
+        node_fill=node_fill,
+    )
 
 
 # Each has room for 200 points at least.
 SHAPES = {
-    1: Shape(8, 70, (90,), (1,)),
-    2: Shape(8, 60, (11, 8), (1, 11)),
-    3: Shape(4, 100, (6, 5, 8), (1, 5, 22)),
+    1: make_shape(8, 70, (90,), (1,)),
+    2: make_shape(8, 60, (11, 8), (1, 11)),
+    3: make_shape(4, 100, (6, 5, 8), (1, 5, 22)),
 }
 
 
@@ -75,7 +78,7 @@ def test_neighbours_are_together_at_every_level():
     fine = np.repeat(np.arange(12), 4)
     points = np.stack([1000.0 * coarse, 10.0 * fine], axis=1) + rng.standard_normal([48, 2]) / 10
     shuffled = rng.permutation(48)
-    shape = Shape(4, 12, (3, 4), (1, 3), leaf_fill=1.0, node_fill=1.0)
+    shape = make_shape(4, 12, (3, 4), (1, 3), leaf_fill=1.0, node_fill=1.0)
     # k-means from random points need not find the clusters, but often does.
     for seed in range(20):
         topology = build(points[shuffled].astype("f"), shape, seed)
@@ -89,7 +92,7 @@ def test_neighbours_are_together_at_every_level():
 
 def test_uses_the_fills_of_the_shape_where_there_is_room():
     points = np.random.default_rng(0).standard_normal([120, 3]).astype("f")
-    topology = build(points, Shape(10, 100, (100, 10), (1, 100), 0.5, 0.8))
+    topology = build(points, make_shape(10, 100, (100, 10), (1, 100), 0.5, 0.8))
     # 120 / (0.5 * 10) = 24 leaves, 24 / (0.8 * 10) = 3 blocks.
     assert np.count_nonzero(topology.owners[1] >= 0) == 24
     assert np.count_nonzero(topology.owners[0] >= 0) == 3
@@ -98,12 +101,12 @@ def test_uses_the_fills_of_the_shape_where_there_is_room():
 @pytest.mark.parametrize(
     "shape",
     [
-        Shape(10, 13, (13,), (1,), 0.5),
-        Shape(10, 12, (12,), (1,), 0.5),
-        Shape(10, 99, (12,), (1,), 0.5),
-        Shape(10, 99, (3, 4), (1, 3), 0.5, 0.5),
-        Shape(10, 99, (3, 4), (1, 99), 0.5, 0.5),
-        Shape(10, 12, (2, 2, 3), (1, 9, 9), 0.5, 0.5),
+        make_shape(10, 13, (13,), (1,), 0.5),
+        make_shape(10, 12, (12,), (1,), 0.5),
+        make_shape(10, 99, (12,), (1,), 0.5),
+        make_shape(10, 99, (3, 4), (1, 3), 0.5, 0.5),
+        make_shape(10, 99, (3, 4), (1, 99), 0.5, 0.5),
+        make_shape(10, 12, (2, 2, 3), (1, 9, 9), 0.5, 0.5),
     ],
 )
 def test_fills_more_where_there_is_no_room(shape):
@@ -125,7 +128,7 @@ def test_leaves_are_grouped_by_their_unweighted_means():
     # Two leaves a block. The leaves at 0, 1 and 10, 11 have means that pair them, whatever
     # number of points they have.
     values = np.repeat([0.0, 1.0, 10.0, 11.0], [1, 4, 4, 1])[:, np.newaxis].astype("f")
-    shape = Shape(4, 4, (2, 2), (1, 2), leaf_fill=0.625, node_fill=1.0)
+    shape = make_shape(4, 4, (2, 2), (1, 2), leaf_fill=0.625, node_fill=1.0)
     found = False
     for seed in range(20):
         topology = build(values, shape, seed)
