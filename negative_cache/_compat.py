@@ -44,14 +44,14 @@ class RunningMean(keras.metrics.Mean):
 
 if IS_KERAS_2:
 
-    def _refuse_jit_of_strings(model):
+    def _refuse_jit(model):
         # Keras 3 does without XLA, and says so.
         for layer in model._flatten_layers():
             if not getattr(layer, "supports_jit", True):
                 raise ValueError(
-                    "XLA has no strings. Compile without `jit_compile=True`, or look strings up"
-                    f" before they enter the model. Received `jit_compile=True` and {layer.name!r},"
-                    " which caches strings."
+                    "XLA has no strings, and no `TreeIndex`. Compile without `jit_compile=True`,"
+                    " draw without an index, and look strings up before they enter the model."
+                    f" Received `jit_compile=True` and the layer {layer.name!r}."
                 )
 
     class Model(keras.Model):
@@ -66,7 +66,7 @@ if IS_KERAS_2:
 
         def make_train_function(self, force=False):
             if self._jit_compile:
-                _refuse_jit_of_strings(self)
+                _refuse_jit(self)
             return super().make_train_function(force)
 
         def train_step(self, data):

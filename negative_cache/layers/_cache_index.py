@@ -20,6 +20,11 @@ def check_index(
             "`index` must have the capacity and the dimension of the cache. Received: capacity ="
             f" {received[0]}, embedding_dim = {received[1]}. Wanted: {wanted[0]} and {wanted[1]}."
         )
+    if not index.store_embeddings:
+        raise ValueError(
+            "An index over the rows of a cache must store embeddings: without, it cannot grow from"
+            " an empty cache. Received an index with store_embeddings=False."
+        )
     if index.get_config()["saved"] != saved:
         raise ValueError(
             "`index` must be saved if, and only if, the cache is: a tree of other rows is of no"
@@ -30,6 +35,7 @@ def check_index(
 def follow(
     index: TreeIndex,
     embeddings: tf.Variable,
+    filled: tf.Variable,
     changed: Sequence[tuple[tf.Tensor, tf.Tensor]],
 ) -> None:
     """Brings `index` up to date with rows whose embeddings have changed.
@@ -37,10 +43,13 @@ def follow(
     Args:
       index: over the rows.
       embeddings: [C, d] variable, the rows as they are now.
+      filled: [C] bool variable, which of them hold a candidate.
       changed: pairs of rows [n] int and [n] bool, which of them have changed; a row may come
         several times.
     """
     rows = tf.concat([tf.cast(rows, tf.int32) for rows, _ in changed], axis=0)
     mask = tf.concat([mask for _, mask in changed], axis=0)
     mask &= Groups.of(rows, mask).rank == 0
-    index.update(rows, tf.gather(embeddings, tf.maximum(rows, 0)), mask)
+    rows = tf.where(mask, rows, 0)
+    mask &= tf.gather(filled, rows)
+    index.update(rows, tf.gather(embeddings, rows), mask)

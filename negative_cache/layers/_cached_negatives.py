@@ -224,11 +224,11 @@ class CachedNegatives:
             contrastive.relative_staleness(stale, fresh),
             sample_weight=tf.cast(is_drawn, tf.float32),
         )
-        surrogate = self._scores.mean_of_draws(queries, fresh, self._num_draws)
+        surrogate = self._scores.mean_of_draws(queries, fresh, is_drawn, self._num_draws)
         if exact:
             exact_term = tf.reduce_sum(queries * query_gradient, axis=1)
             surrogate += exact_term
-            surrogate -= self._scores.mean_of_draws(queries, stale, self._num_draws)
+            surrogate -= self._scores.mean_of_draws(queries, stale, is_drawn, self._num_draws)
         logit = contrastive.value_with_gradient(sample.log_partition, surrogate)
         return logit, Refreshed(rows, fresh, is_drawn)
 

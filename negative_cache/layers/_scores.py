@@ -29,11 +29,22 @@ class Scores:
         return self._apply(tf.einsum("bd,bnd->bn", scaled_queries, candidates))
 
     def mean_of_draws(
-        self, scaled_queries: tf.Tensor, embeddings: tf.Tensor, num_draws: int
+        self,
+        scaled_queries: tf.Tensor,
+        embeddings: tf.Tensor,
+        is_drawn: tf.Tensor,
+        num_draws: int,
     ) -> tf.Tensor:
-        """[B], each query's mean score of its draws, whose embeddings are [B * num_draws, d]."""
+        """[B], each query's mean score of its draws; zero where it has none.
+
+        Their embeddings are [B * num_draws, d], and `is_drawn` [B * num_draws] says which of them
+        are of a draw.
+        """
         embeddings = tf.reshape(embeddings, [-1, num_draws, embeddings.shape[1]])
-        return tf.reduce_mean(self.of_own(scaled_queries, embeddings), axis=1)
+        is_drawn = tf.reshape(is_drawn, [-1, num_draws])
+        scores = tf.where(is_drawn, self.of_own(scaled_queries, embeddings), 0.0)
+        count = tf.math.count_nonzero(is_drawn, axis=1, dtype=tf.float32)
+        return tf.reduce_sum(scores, axis=1) / tf.maximum(count, 1.0)
 
     def _apply(self, products):
         return products if self.transform is None else self.transform(products)

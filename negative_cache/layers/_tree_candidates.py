@@ -20,7 +20,6 @@ class StoredEmbeddings:
     """
 
     leaf_means_move = True
-    leaf_mean_dtype = tf.float32
 
     def __init__(self, capacity: int, dim: int, dtype: tf.DType):
         self._capacity, self._dtype = capacity, dtype
@@ -66,9 +65,19 @@ class StoredEmbeddings:
         del ids, old_node, node, mask
         return combine(vectors, candidate_stats(is_there, errors))
 
-    def summary(self, members, node, level):
+    def copy_nodes(self, blocks, new_blocks, mask) -> None:
+        """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
+
+    @property
+    def accepts_updates(self) -> tf.Tensor:
+        """Scalar bool: embeddings may come one by one."""
+        return tf.constant(True)
+
+    def clear(self) -> None:
+        """Forgets what no candidate is left for."""
+
+    def summary(self, members, node):
         """Mean [n, d] and statistics [n, 4] of leaves with `members` [n, leaf_size]."""
-        del level
         vectors, errors = self.read_members(members, node)
         return combine(vectors, candidate_stats(members >= 0, errors))
 

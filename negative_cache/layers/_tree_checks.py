@@ -1,19 +1,19 @@
 """Checks of what a caller hands to a `TreeIndex`."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 
 _READ_AT_ONCE = 2**16
+# Of the squares of longer embeddings, sums are not finite any more.
+_LONGEST_SQUARED = 1e30
 
 
 def check_storage(index) -> None:
     """Checks that the settings of a `TreeIndex` fit each other."""
-    if not index.embedding_dtype.is_floating:
-        raise ValueError(
-            f"`embedding_dtype` must be floating point. Received: {index.embedding_dtype.name}."
-        )
     has_codes = not index.store_embeddings and index.residual_bytes
     if has_codes and index.embedding_dim % index.residual_bytes:
         raise ValueError(
@@ -22,8 +22,23 @@ def check_storage(index) -> None:
         )
 
 
-def check_embeddings(index, embeddings, name: str) -> None:
-    """Checks that `embeddings` are [rows, d] floats."""
+def check_dtype(dtype) -> tf.DType:
+    """Returns the dtype of stored embeddings."""
+    try:
+        received = tf.as_dtype(dtype)
+    except TypeError:
+        received = None
+    if received not in (tf.float32, tf.bfloat16, tf.float16):
+        raise ValueError(
+            f"`embedding_dtype` must be float32, bfloat16 or float16. Received: {dtype!r}."
+        )
+    return received
+
+
+def check_embeddings(index, embeddings, name: str):
+    """Returns `embeddings` [rows, d]: floats, as an array if they are one, else as a tensor."""
+    if not isinstance(embeddings, np.ndarray):
+        embeddings = tf.convert_to_tensor(embeddings)
     shape = tf.TensorShape(embeddings.shape)
     if not shape.is_compatible_with([None, index.embedding_dim]):
         raise ValueError(
@@ -32,6 +47,7 @@ def check_embeddings(index, embeddings, name: str) -> None:
     dtype = tf.as_dtype(embeddings.dtype)
     if not dtype.is_floating:
         raise ValueError(f"`{name}` must be floating point. Received dtype: {dtype.name}.")
+    return embeddings
 
 
 def check_indices(index, indices, like, mask) -> tuple[tf.Tensor, tf.Tensor]:
@@ -57,13 +73,21 @@ def check_indices(index, indices, like, mask) -> tuple[tf.Tensor, tf.Tensor]:
     return tf.cast(tf.clip_by_value(indices, -1, index.capacity), tf.int32), mask
 
 
-def finite_rows(embeddings) -> tuple[np.ndarray, float]:
-    """The rows [n] that are finite, and the largest norm of one; a block at a time."""
-    finite, longest = [np.zeros([0], np.int64)], 0.0
+def is_usable(embeddings: tf.Tensor) -> tf.Tensor:
+    """[n] bool, which of [n, d] are finite and not so long that their squares are not."""
+    # What is NaN is not smaller either.
+    return tf.reduce_sum(embeddings**2, axis=1) < _LONGEST_SQUARED
+
+
+def usable_rows(index, embeddings) -> tuple[np.ndarray, float]:
+    """The rows [n] that are usable as they are stored, and the largest norm of one."""
+    usable, longest = [np.zeros([0], np.int64)], 0.0
     for start in range(0, len(embeddings), _READ_AT_ONCE):
         rows = np.asarray(embeddings[start : start + _READ_AT_ONCE], np.float32)
-        is_finite = np.isfinite(rows).all(axis=1)
-        finite.append(start + np.flatnonzero(is_finite))
-        norms = np.linalg.norm(rows[is_finite], axis=1)
-        longest = max(longest, float(norms.max(initial=0.0)))
-    return np.concatenate(finite), longest
+        with np.errstate(all="ignore"):
+            rows = rows.astype(index.embedding_dtype.as_numpy_dtype).astype(np.float32)
+            squares = np.einsum("nd,nd->n", rows, rows)
+            is_some = squares < _LONGEST_SQUARED
+        usable.append(start + np.flatnonzero(is_some))
+        longest = max(longest, float(squares[is_some].max(initial=0.0)))
+    return np.concatenate(usable), math.sqrt(longest) * (1.0 + 1e-5)

@@ -62,7 +62,8 @@ class CodedResiduals:
         self._shape = shape
         self._means = leaf_means
         self._stats = leaf_stats
-        self.variables = {}
+        self._is_indexed = make_state_variable(lambda: tf.constant(False), "is_indexed")
+        self.variables = {"is_indexed": self._is_indexed}
         self._has_codes = num_bytes > 0
         if not self._has_codes:
             return
@@ -76,7 +77,7 @@ class CodedResiduals:
         self._basis = make_state_variable(
             lambda: tf.eye(shape.dim, part * num_bytes, dtype=tf.bfloat16), "basis"
         )
-        self.variables = {
+        self.variables |= {
             "off": self._off,
             "codes": self._codes,
             "codebooks": self._books,
@@ -153,9 +154,24 @@ class CodedResiduals:
         write_nodes(self._off, node, off, mask)
         return mean, stats
 
-    def summary(self, members, node, level):
+    def copy_nodes(self, blocks, new_blocks, mask) -> None:
+        """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
+        if self._has_codes:
+            write_rows(self._off, new_blocks, tf.gather(self._off, blocks), mask)
+
+    def clear(self) -> None:
+        """Forgets what no candidate is left for."""
+        self._is_indexed.assign(False)
+        if self._has_codes:
+            self._off.assign(tf.zeros_like(self._off))
+
+    @property
+    def accepts_updates(self) -> tf.Tensor:
+        """Scalar bool: without centres and codebooks all candidates would be one."""
+        return tf.convert_to_tensor(self._is_indexed)
+
+    def summary(self, members, node):
         """The centres of leaves as they are, and bounds no looser than before."""
-        del level
         vectors, errors = self.read_members(members, node)
         centre, stats = self._centres(node), take_nodes(self._stats, node)
         there = tf.cast(members >= 0, tf.float32)
@@ -177,6 +193,7 @@ class CodedResiduals:
           owners: [num_leaves] int32.
           rng: chooses the residuals that the codebooks are trained on.
         """
+        self._is_indexed.assign(bool(np.any(members >= 0)))
         used = np.flatnonzero(owners >= 0)
         size = max(_CODED_AT_ONCE // (self._shape.leaf_size * self._shape.dim), 1)
         parts = [used[start : start + size] for start in range(0, len(used), size)]

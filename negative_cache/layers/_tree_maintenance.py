@@ -1,9 +1,10 @@
 """How a `TreeIndex` follows its candidates: they move, come and go, and its blocks split.
 
-A candidate that stays inside the ball of its leaf only changes the statistics of its path.
-Otherwise it leaves, and is routed from the root again. Those are placed in chunks: what does not
-fit into its leaf waits until the leaf has split. A block that is left empty is given up and used
-again. All shapes are fixed, and no work grows with the size of the tree.
+A candidate that is inside the ball of its leaf, and nearer to that than to the leaf it would be
+routed to, stays and only changes the statistics of its path. Otherwise it goes to that leaf.
+Candidates are placed in chunks: what does not fit into its leaf waits until the leaf has split. A
+block that is left empty is given up and used again. All shapes are fixed, and no work grows with
+the size of the tree, unless there is no block left to split into.
 """
 
 import functools
@@ -69,7 +70,12 @@ class TreeMaintenance:
         level = self.tree.levels[-1]
         means = tf.cast(take_nodes(level.mean, node), tf.float32)
         radius = take_nodes(level.stats, node)[:, RADIUS]
-        stays = is_known & (tf.norm(vectors - means, axis=1) <= radius)
+        # A ball grows as its candidates scatter: inside of it is not yet where they belong.
+        elsewhere = self._owner(self._last + 1, route(self.tree, vectors))
+        there = tf.cast(take_nodes(level.mean, elsewhere), tf.float32)
+        distance = tf.norm(vectors - means, axis=1)
+        stays = is_known & (distance <= radius)
+        stays &= distance <= tf.norm(vectors - there, axis=1)
         new_errors = self._candidates.write(ids, vectors, node, stays)
         self._change_paths(
             tf.concat([node, node], axis=0),
@@ -265,6 +271,8 @@ class TreeMaintenance:
             write_rows(self._state.stats[level], to, part_stats, mask)
             halves.append(combine(vectors, part_stats))
         write_rows(self._state.mean[level], new_blocks, means, mask)
+        if depth == self._last:
+            self._candidates.copy_nodes(blocks, new_blocks, mask)
         width = self._shape.widths[depth]
         address = new_blocks[:, tf.newaxis] * width + tf.range(width)
         moved = tf.reshape(goes & mask[:, tf.newaxis], [-1])

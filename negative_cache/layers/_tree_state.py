@@ -54,7 +54,7 @@ def tree_levels(state) -> tuple[TreeLevel, ...]:
     """The node levels of the variables."""
     return tuple(
         TreeLevel(state.mean[level], state.stats[level], state.children[level])
-        for level in sorted(state.mean)
+        for level in sorted(state.mean, key=int)
     )
 
 

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import tree_levels, write_nodes
+from negative_cache.layers._tree_state import write_nodes
 from negative_cache.ops.tree_cut import RADIUS, take_nodes
 from negative_cache.ops.tree_shape import TreeShape
 from negative_cache.ops.tree_statistics import combine, distances_round_up
@@ -22,9 +22,8 @@ def tighten(shape: TreeShape, state, candidates) -> None:
 
     def tighten_leaves(leaves):
         node = tf.gather(leaf_owners, leaves)
-        mean, stats = candidates.summary(
-            tf.gather(state.members, leaves), tf.maximum(node, 0), tree_levels(state)[-1]
-        )
+        members = tf.gather(state.members, leaves)
+        mean, stats = candidates.summary(members, tf.maximum(node, 0))
         write_nodes(state.mean[str(last)], node, mean, node >= 0)
         write_nodes(state.stats[str(last)], node, stats, node >= 0)
 

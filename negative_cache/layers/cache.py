@@ -209,7 +209,7 @@ class Cache(StateLayer):
         scatter_rows(filled, inserted.rows, inserted.values(tf.ones_like(mask), filled))
         if self.index is not None:
             changed.append((inserted.rows, mask))
-            _cache_index.follow(self.index, self.embeddings, changed)
+            _cache_index.follow(self.index, self.embeddings, filled, changed)
 
     def _oldest_rows(self, count):
         """[count] int64, the rows touched longest ago, the smallest first among equals."""

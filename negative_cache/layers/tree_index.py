@@ -20,6 +20,7 @@ from negative_cache.ops import SoftmaxSample
 from negative_cache.ops.tree_build import build_topology
 from negative_cache.ops.tree_cut import (
     COUNT,
+    RADIUS,
     ROUNDING,
     Scoring,
     Tree,
@@ -55,15 +56,16 @@ class TreeIndex(StateLayer):
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
     whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
     blocks of fixed size, which split in two where they are full, as in a B-tree). An updated
-    candidate that stays in the ball of its leaf only moves the means of its path; another one is
-    routed again from the root to the nearest child at each level. Where a mean moves by δ, the
+    candidate is routed from the root to the nearest child at each level, and moves to the leaf it
+    comes to, unless it is in the ball of its own and nearer to that. Where a mean moves by δ, the
     node's radius grows by ‖δ‖. So bounds loosen with time, and `tighten` makes them exact again.
 
     With `store_embeddings=False` the index keeps no embeddings: 4 bytes a candidate for its place,
     about 6 for the leaves' lists of members, `residual_bytes` of a product-quantised residual, and
-    the means of leaves of about 900 candidates in bfloat16. Scores are then estimates, draws follow
-    the softmax over those, and bounds come from nodes alone. Centres of leaves then move only when
-    a leaf splits: after a large drift of the embeddings, call `index` again.
+    the means of leaves of about 900 candidates in bfloat16. It starts with `index`. Scores are then
+    estimates, draws follow the softmax over those, and bounds come from nodes alone. Centres of
+    leaves then move only when a leaf splits: after a large drift of the embeddings, call `index`
+    again.
 
     Updates, draws and searches run in graphs of fixed shapes, though not under XLA, which cannot
     gather single nodes out of blocks: Keras is told not to compile what holds an index with it.
@@ -94,7 +96,7 @@ class TreeIndex(StateLayer):
       >>> index = TreeIndex(capacity=1_000_000, embedding_dim=64)
       >>> index.index(embeddings)
       >>> sample = index.sample(query_embeddings, num_samples=4, temperature=0.05)
-      >>> index.update(sample.indices[:, 0], fresh_embeddings)
+      >>> index.update([17, 29], fresh_embeddings)
     """
 
     def __init__(
@@ -118,12 +120,13 @@ class TreeIndex(StateLayer):
         self.embedding_dim = check(embedding_dim, "embedding_dim")
         self.beam = check(beam, "beam")
         self.correction_steps = check(correction_steps, "correction_steps", at_least=0)
-        self.branching = check(branching, "branching", at_least=2)
+        self.branching = check(branching, "branching", at_least=4)
         self.residual_bytes = check(residual_bytes, "residual_bytes", at_least=0)
         self.store_embeddings = store_embeddings
-        self.embedding_dtype = tf.as_dtype(embedding_dtype)
+        self.embedding_dtype = _tree_checks.check_dtype(embedding_dtype)
         plan = _STORED if store_embeddings else _CODED
-        self.leaf_size = check(leaf_size or plan["leaf_size"], "leaf_size", at_least=2)
+        leaf_size = plan["leaf_size"] if leaf_size is None else leaf_size
+        self.leaf_size = check(leaf_size, "leaf_size", at_least=2)
         _tree_checks.check_storage(self)
         self._shape = TreeShape.of(
             self.capacity,
@@ -162,6 +165,7 @@ class TreeIndex(StateLayer):
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
             **fields,
         )
+        self._strategy = tf.distribute.get_strategy()
         self._maintenance = TreeMaintenance(self._shape, self._state, self._candidates)
         self.supports_jit = False
         # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
@@ -218,15 +222,15 @@ class TreeIndex(StateLayer):
         """
         if not tf.executing_eagerly():
             raise ValueError("`index` builds the tree on the host, outside of any `tf.function`.")
-        if tf.is_tensor(embeddings) or isinstance(embeddings, tf.Variable):
-            embeddings = embeddings.numpy()
+        if not isinstance(embeddings, np.ndarray):
+            embeddings = tf.convert_to_tensor(embeddings).numpy()
         _tree_checks.check_embeddings(self, embeddings, "embeddings")
         if len(embeddings) > self.capacity:
             raise ValueError(
                 "`embeddings` must have no more rows than `capacity`. Received:"
                 f" {len(embeddings)} rows for a capacity of {self.capacity}."
             )
-        ids, max_norm = _tree_checks.finite_rows(embeddings)
+        ids, max_norm = _tree_checks.usable_rows(self, embeddings)
         points = embeddings if len(ids) == len(embeddings) else embeddings[ids]
         progress = keras.utils.Progbar(len(ids), unit_name="candidate", verbose=verbose)
         rng = np.random.default_rng(seed)
@@ -242,21 +246,23 @@ class TreeIndex(StateLayer):
 
         def load():
             assign_topology(self._state, children, owners, members)
+            self._candidates.clear()
             self._candidates.load(embeddings, members, owners[-1], np.random.default_rng(seed))
             self._state.max_norm.assign(max_norm)
             self._state.num_skipped.assign_add(len(embeddings) - len(ids))
             self._compiled_tighten()
 
-        on_every_replica(load)
+        self._on_every_replica(load)
 
     def reset(self) -> None:
         """Takes all candidates out of the tree."""
 
         def empty():
             assign_topology(self._state, *empty_topology(self._shape))
+            self._candidates.clear()
             self._state.max_norm.assign(0.0)
 
-        on_every_replica(empty)
+        self._on_every_replica(empty)
 
     def update(self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None):
         """Moves candidates to where their embeddings are now, or adds them.
@@ -270,10 +276,14 @@ class TreeIndex(StateLayer):
           ValueError: where a shape does not fit; and, outside of a `tf.function`, where an index is
             out of range or repeated.
         """
-        embeddings = tf.convert_to_tensor(embeddings)
-        _tree_checks.check_embeddings(self, embeddings, "embeddings")
+        embeddings = _tree_checks.check_embeddings(self, embeddings, "embeddings")
         indices, mask = _tree_checks.check_indices(self, indices, embeddings, mask)
-        on_every_replica(self._compiled_update, indices, tf.cast(embeddings, tf.float32), mask)
+        if tf.executing_eagerly() and not self._candidates.accepts_updates:
+            raise ValueError(
+                "An index without embeddings cannot grow from nothing: call `index` first."
+            )
+        embeddings = tf.ensure_shape(tf.cast(embeddings, tf.float32), [None, self.embedding_dim])
+        self._on_every_replica(self._compiled_update, indices, embeddings, mask)
 
     def remove(self, indices: tf.Tensor) -> None:
         """Takes candidates `indices` [m] out of the tree; those that are not in it are no error.
@@ -283,14 +293,14 @@ class TreeIndex(StateLayer):
         """
         indices = tf.convert_to_tensor(indices)
         indices, mask = _tree_checks.check_indices(self, indices, indices, None)
-        on_every_replica(self._compiled_remove, indices, mask)
+        self._on_every_replica(self._compiled_remove, indices, mask)
 
     def tighten(self) -> None:
         """Computes means, spreads and radii anew, in a pass over all candidates.
 
         Without stored embeddings the leaves' centres stay and only the bounds get tighter.
         """
-        on_every_replica(self._compiled_tighten)
+        self._on_every_replica(self._compiled_tighten)
 
     def sample(self, query_embeddings: tf.Tensor, num_samples: int = 1, **options) -> SoftmaxSample:
         """Draws candidates nearly in proportion to exp(score), and estimates the log partition.
@@ -300,7 +310,8 @@ class TreeIndex(StateLayer):
         Args:
           query_embeddings: [B, d] float.
           num_samples: S, draws for each query.
-          **options: as `sample_with_log_probability` takes them.
+          **options: as `sample_with_log_probability` takes them; `correction_steps` are the
+            index's where None.
 
         Returns:
           A `SoftmaxSample`. Its scores are exact where embeddings are stored; `log_partition` is
@@ -309,31 +320,40 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: where a shape does not fit or an argument is out of range.
         """
-        return self.sample_with_log_probability(query_embeddings, num_samples, **options)[0]
+        return self._sample(query_embeddings, num_samples, **options)[0]
 
     def sample_with_log_probability(
-        self, query_embeddings: tf.Tensor, num_samples: int = 1, **options
+        self,
+        query_embeddings: tf.Tensor,
+        num_samples: int = 1,
+        *,
+        correction_steps: int = 0,
+        **options,
     ) -> tuple[SoftmaxSample, tf.Tensor]:
         """`sample`, and log q(y|x) of every draw, for importance weights exp(score) / q.
 
         Args:
           query_embeddings: [B, d] float.
           num_samples: S.
-          **options: `temperature`, `score_transform` (elementwise and nondecreasing), `beam`,
-            `correction_steps` (both those of the index where None), `seed` as in `sample_softmax`;
-            `candidate_ids` [capacity] with `positive_ids` [B], and `max_scores` [B], which leave
-            out candidates as there. Candidates of nodes that were not opened are left out when they
-            are drawn, and count for the log partition all the same: those that matter score high,
-            and are in opened leaves.
+          correction_steps: none here, unless asked for: q is the law of draws without them.
+          **options: `temperature`, `score_transform` (elementwise and nondecreasing), `beam` (the
+            index's where None), `seed` as in `sample_softmax`; `candidate_ids` [capacity] with
+            `positive_ids` [B], and `max_scores` [B], which leave out candidates as there. In nodes
+            that were not opened, candidates with a positive's id are left out when they are drawn
+            but count for the log partition; of those above `max_scores` the expected part of the
+            mass is taken away, as if a node's scores were normal.
 
         Returns:
           The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each
-          draw, which is the draw's own where `correction_steps` is 0.
+          draw, which is the draw's own where `correction_steps` is 0. Of K + 1 proposals that all
+          are left out, the index is -1.
 
         Raises:
           ValueError: as `sample`.
         """
-        sample, log_probability, _ = self._sample(query_embeddings, num_samples, **options)
+        sample, log_probability, _ = self._sample(
+            query_embeddings, num_samples, correction_steps=correction_steps, **options
+        )
         return sample, log_probability
 
     def sample_with_gradient(
@@ -347,8 +367,9 @@ class TreeIndex(StateLayer):
         """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
 
         The queries it is taken by are those divided by the temperature, as in
-        `ops.sample_softmax_with_gradient`; it is None where it is not wanted. Other arguments and
-        errors are those of `sample_with_log_probability`.
+        `ops.sample_softmax_with_gradient`; it is None where it is not wanted. The derivatives of
+        a `score_transform` in the second-order terms count as constants. Other arguments and
+        errors are those of `sample`.
         """
         sample, _, gradient = self._sample(
             query_embeddings, num_samples, compute_gradient=compute_gradient, **options
@@ -383,7 +404,7 @@ class TreeIndex(StateLayer):
         cut = make_cut(self.tree, scoring, beam, open_leaves=self.store_embeddings)
         # The worst case of a sum of d products.
         norms = tf.norm(queries, axis=1) * self._state.max_norm
-        return log_partition_bounds(cut, scoring, ROUNDING * (self.embedding_dim + 8) * norms)
+        return log_partition_bounds(cut, scoring, ROUNDING * (2 * self.embedding_dim + 8) * norms)
 
     def top_k(
         self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
@@ -461,8 +482,8 @@ class TreeIndex(StateLayer):
         )
 
     def _update(self, indices, embeddings, mask):
-        usable = self._usable(indices, mask)
-        usable &= tf.reduce_all(tf.math.is_finite(embeddings), axis=1)
+        usable = self._usable(indices, mask) & self._candidates.accepts_updates
+        usable &= _tree_checks.is_usable(self._candidates.rounded(embeddings))
         embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
         longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
         self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
@@ -482,11 +503,26 @@ class TreeIndex(StateLayer):
 
     def _tighten(self):
         tighten(self._shape, self._state, self._candidates)
+        # No embedding is longer than the farthest point of a node of the root can be.
+        root = self.tree.levels[0]
+        norms = tf.norm(tf.cast(root.mean, tf.float32), axis=2)
+        longest = tf.reduce_max(norms + root.stats[..., RADIUS]) * (1.0 + 1e-5)
+        self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
+
+    def _on_every_replica(self, function, *args):
+        # Outside of its scope a strategy is not known, and one replica alone would be changed.
+        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
+            with self._strategy.scope():
+                on_every_replica(function, *args)
+        else:
+            on_every_replica(function, *args)
 
     def _scaled(self, queries, temperature):
-        queries = tf.convert_to_tensor(queries)
-        _tree_checks.check_embeddings(self, queries, "query_embeddings")
-        queries = tf.stop_gradient(tf.cast(queries, tf.float32))
+        queries = _tree_checks.check_embeddings(self, queries, "query_embeddings")
+        queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, self.embedding_dim])
+        queries = tf.stop_gradient(queries)
+        if temperature is not None and not temperature > 0:
+            raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
         return queries if temperature is None else queries / temperature
 
     def _checked_beam(self, beam):

@@ -339,12 +339,15 @@ def wide_inverse_cdf(
     number for each draw.
     """
     run = 64
-    num_runs = -(-weights.shape[1] // run)
-    weights = tf.pad(weights, [[0, 0], [0, num_runs * run - weights.shape[1]]])
+    num_weights = weights.shape[1]
+    num_runs = math.ceil(num_weights / run)
+    weights = tf.pad(weights, [[0, 0], [0, num_runs * run - num_weights]])
     runs = tf.reshape(weights, [-1, num_runs, run])
     which = inverse_cdf(tf.reduce_sum(runs, axis=2), uniforms)
     within = tf.gather(runs, which, batch_dims=1)
-    return which * run + inverse_cdf(within, more_uniforms[..., tf.newaxis])[..., 0]
+    position = which * run + inverse_cdf(within, more_uniforms[..., tf.newaxis])[..., 0]
+    # Weights that are NaN lead into the padding.
+    return tf.minimum(position, num_weights - 1)
 
 
 def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool):

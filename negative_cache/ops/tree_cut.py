@@ -107,13 +107,17 @@ class Scoring:
         self.queries = queries
         self._transform = transform
         self._candidate_ids = candidate_ids
+        if positive_ids is not None:
+            positive_ids = tf.convert_to_tensor(positive_ids, candidate_ids.dtype)
         self._positive_ids = positive_ids
-        self._max_scores = max_scores
+        self._max_scores = None if max_scores is None else tf.cast(max_scores, tf.float32)
 
     def log_masses(self, products: tf.Tensor, stats: tf.Tensor) -> tf.Tensor:
         """Estimates of log Z_n [B, ...] from inner products with the means.
 
-        They are `INADMISSIBLE` for empty nodes. The second-order term is at most ‖x‖ r_n.
+        They are `INADMISSIBLE` for empty nodes. The second-order term is at most ‖x‖ r_n. Where
+        candidates of high scores are left out, it is as if the node's scores were normal: of their
+        exponentials' sum the part Φ((max - ⟨x, c_n⟩ - σ²) / σ) is left, with their variance σ².
         """
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
         norms = self._like(tf.norm(self.queries, axis=1), products)
@@ -122,6 +126,10 @@ class Scoring:
         variance = (slopes * norms) ** 2 * spread / self.queries.shape[1]
         log_masses = scores + tf.minimum(0.5 * variance, reach)
         log_masses += tf.math.log(tf.maximum(count, 1.0))
+        if self._max_scores is not None:
+            deviation = tf.maximum(tf.sqrt(variance), 1e-6)
+            room = (self._like(self._max_scores, products) - scores - variance) / deviation
+            log_masses += _log_normal_cdf(room)
         return tf.where(count > 0.0, log_masses, INADMISSIBLE)
 
     def bounds(
@@ -174,7 +182,8 @@ class Scoring:
         with tf.GradientTape() as tape:
             tape.watch(products)
             scores = self._transform(products)
-        return scores, tf.stop_gradient(tape.gradient(scores, products))
+        slopes = tape.gradient(scores, products, unconnected_gradients="zero")
+        return scores, tf.stop_gradient(tf.where(tf.math.is_finite(slopes), slopes, 0.0))
 
     def _like(self, values, other):
         """[B, 1, ...], of the rank of `other`."""
@@ -190,12 +199,14 @@ class CutNodes(NamedTuple):
       log_mass: [B, n]; `INADMISSIBLE` for nodes that are empty, or that were opened and so are
         not in the cut.
       first: [B or 1, n / width], the addresses of the first node of each block.
+      opened: [B, k] int32, which of the nodes were opened; None where none was.
     """
 
     products: tf.Tensor
     stats: tf.Tensor
     log_mass: tf.Tensor
     first: tf.Tensor
+    opened: tf.Tensor | None = None
 
 
 class Cut(NamedTuple):
@@ -246,7 +257,8 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
         width = tree.shape.widths[depth]
         num_opened = beam if is_last else _INNER_BEAM * beam
         heaviest, nodes = tf.math.top_k(log_mass, k=min(num_opened, products.shape[1]))
-        all_nodes.append(CutNodes(products, stats, _leave_out(log_mass, nodes), first))
+        in_cut = _leave_out(log_mass, nodes)
+        all_nodes.append(CutNodes(products, stats, in_cut, first, nodes))
         address = _take(first, nodes // width) + nodes % width
         # Of empty nodes, -1.
         block = tf.where(heaviest > INADMISSIBLE, take_nodes(level.children, address), -1)
@@ -274,11 +286,11 @@ def log_partition_bounds(
     """
     lower, upper = [], []
     for nodes in cut.nodes:
-        in_cut = nodes.log_mass > INADMISSIBLE
         for parts, bound in zip(
             (lower, upper), scoring.bounds(nodes.products, nodes.stats, rounding)
         ):
-            parts.append(tf.where(in_cut, bound, INADMISSIBLE))
+            bound = tf.maximum(bound, INADMISSIBLE)
+            parts.append(bound if nodes.opened is None else _leave_out(bound, nodes.opened))
     if cut.ids is not None:
         margin = rounding[:, tf.newaxis]
         lower.append(scoring.of_candidates(cut.products - margin, cut.ids))
@@ -289,6 +301,11 @@ def log_partition_bounds(
         bound += sign * _SUM_ROUNDING * (1.0 + tf.abs(bound))
         bounds.append(without_nothing(bound))
     return tuple(bounds)
+
+
+def _log_normal_cdf(values: tf.Tensor) -> tf.Tensor:
+    """Logarithm of Φ, no less than about -70."""
+    return tf.math.log(0.5 * tf.math.erfc(-values / math.sqrt(2.0)) + 1e-30)
 
 
 def without_nothing(log_partition: tf.Tensor) -> tf.Tensor:

@@ -77,7 +77,7 @@ def sample_tree(
         log_masses = cut.log_masses
     # The softmax is one fused operation: log Z follows from it, as log mass - log P of any part.
     probability = tf.nn.softmax(log_masses)
-    heaviest = tf.reduce_max(log_masses, axis=1)
+    heaviest = tf.maximum(tf.reduce_max(log_masses, axis=1), INADMISSIBLE)
     log_partition = heaviest - tf.math.log(tf.reduce_max(probability, axis=1))
     gradient = None
     if compute_gradient:
@@ -93,7 +93,8 @@ def sample_tree(
     draws = _descend(tree, scoring, cut, position, log_probability, random[2:-1])
     ids, scores, log_probability = _correct(draws, random[-1], num_samples, correction_steps)
 
-    found = is_admissible(scores)
+    has_law = tf.math.is_finite(log_partition)[:, tf.newaxis]
+    found = is_admissible(scores) & has_law
     sample = SoftmaxSample(
         tf.where(found, tf.cast(ids, tf.int64), tf.constant(-1, tf.int64)),
         tf.where(found, scores, -float("inf")),

@@ -63,6 +63,33 @@ def test_the_index_follows_every_update_of_a_cache():
     assert_follows(index, cache)
 
 
+def test_masked_and_unfilled_rows_are_as_without_an_index():
+    index = make_index(6)
+    specs = {"id": INT_ID, "embedding": tf.io.FixedLenFeature([DIM], tf.float32)}
+    cache = Cache(specs, 6, index=index)
+    cache.update(
+        new_items={"id": [1, 2], "embedding": tf.ones([2, DIM])},
+        updated_item_indices=[4, 999],
+        updated_item_data={"embedding": 2.0 * tf.ones([2, DIM])},
+        updated_item_mask=[True, False],
+    )
+    assert_follows(index, cache)
+    assert int(index.num_candidates) == 2
+
+
+def test_a_query_whose_proposals_are_all_left_out_has_no_gradient_of_a_draw():
+    table, queries = make_table(), make_queries(1)
+    # Every cached candidate is the positive: none is a negative.
+    index = make_index(beam=1, correction_steps=0)
+    task = make_task(table, index=index, filled_with=[3, 3, 3], remove_accidental_hits=True)
+    variable = tf.Variable(queries)
+    with tf.GradientTape() as tape:
+        ids = tf.constant([3], tf.int64)
+        loss = task(variable, tf.constant(table[3:4]), {"id": ids}, training=True)
+    np.testing.assert_allclose(loss, 0.0)
+    np.testing.assert_array_equal(tape.gradient(loss, variable), np.zeros([1, DIM]))
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     "arguments",
@@ -203,6 +230,10 @@ def test_two_replicas_have_indices_of_their_own():
         ({"index": lambda: make_index(saved=False)}, "saved"),
         ({"index": lambda: make_index(), "frequency_correction": True}, "frequency_correction"),
         ({"index": lambda: "tree"}, "TreeIndex"),
+        (
+            {"index": lambda: make_index(store_embeddings=False, residual_bytes=1)},
+            "must store embeddings",
+        ),
         ({"index": lambda: make_index(), "cache_size": 0}, "cache_size=0"),
     ],
 )

@@ -153,7 +153,7 @@ def test_thousands_of_updates():
 @settings(max_examples=15)
 def test_bounds_of_random_trees(temperature, dim, count, seed):
     rng = np.random.default_rng(seed)
-    index = TreeIndex(300, dim, leaf_size=8, branching=3, beam=int(rng.integers(1, 9)))
+    index = TreeIndex(300, dim, leaf_size=8, branching=4, beam=int(rng.integers(1, 9)))
     rows = clustered(rng, count, dim) * np.float32(10.0 ** rng.uniform(-2, 1))
     index.index(rows, verbose=0)
     queries = rng.normal(size=[5, dim]).astype(np.float32)
@@ -378,6 +378,104 @@ def test_in_a_graph_bad_indices_are_skipped_and_counted():
     assert int(index.num_skipped) == 4
 
 
+@pytest.mark.parametrize("dtype, far", [("float32", 1e20), ("float16", 7e4), ("bfloat16", 3e38)])
+def test_rows_too_long_to_be_squared_are_skipped_and_counted(root_width, dtype, far):
+    rng = np.random.default_rng(14)
+    index, vectors = filled_index(rng, embedding_dtype=dtype)
+    vectors = {i: tf.cast(tf.cast(row, dtype), tf.float32).numpy() for i, row in vectors.items()}
+    index.update([3, 250], np.full([2, DIM], far, np.float32))
+    check_tree(index, vectors)
+    assert int(index.num_skipped) == 2
+    assert_bounds(index, queries_of(rng, 2), vectors)
+    rows = np.stack(list(vectors.values()))
+    rows[7] = far
+    index.index(rows, verbose=0)
+    check_tree(index, {i: row for i, row in enumerate(rows) if i != 7})
+    assert int(index.num_skipped) == 3
+
+
+def test_queries_without_a_law_draw_nothing(root_width):
+    rng = np.random.default_rng(14)
+    index, _ = filled_index(rng)
+    queries = queries_of(rng, 3)
+    queries[0, 1], queries[2] = np.nan, np.inf
+    sample = index.sample(queries, 4)
+    np.testing.assert_array_equal(sample.indices[0::2], -np.ones([2, 4]))
+    assert np.all(sample.indices[1] >= 0)
+    assert not np.any(np.isfinite(sample.log_partition[0::2]))
+
+
+def test_scores_above_a_limit_are_left_out_of_the_masses_of_nodes():
+    rng = np.random.default_rng(14)
+    index = TreeIndex(4000, DIM, beam=4)
+    rows = clustered(rng, 4000)
+    index.index(rows, verbose=0)
+    queries = queries_of(rng, 8, scale=2.0)
+    scores = queries @ rows.T
+    limits = np.median(scores, axis=1)
+    left = np.where(scores <= limits[:, np.newaxis], scores, -np.inf)
+    expected = np.logaddexp.reduce(left, axis=1)
+    error = np.abs(index.sample(queries, max_scores=limits).log_partition - expected)
+    without = np.abs(index.sample(queries).log_partition - expected)
+    assert np.mean(error) < 0.5 < 3.0 < np.mean(without)
+
+
+def test_draws_stay_near_the_softmax_as_candidates_drift():
+    rng = np.random.default_rng(14)
+    index = TreeIndex(2000, DIM, beam=4)
+    rows = clustered(rng, 2000)
+    target = clustered(np.random.default_rng(99), 2000)
+    index.index(rows, verbose=0)
+    for step in range(10):
+        rows = (rows + (target - rows) / (10 - step)).astype(np.float32)
+        index.update(range(2000), rows)
+    check_tree(index, dict(enumerate(rows)))
+    queries = queries_of(rng, 8, scale=2.0)
+    scores = queries.astype(np.float64) @ rows.T
+    law = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
+    proposal = np.exp(tree_law.proposal_log_law(index.tree, Scoring(tf.constant(queries)), 4))
+    rebuilt = TreeIndex(2000, DIM, beam=4)
+    rebuilt.index(rows, verbose=0)
+    fresh = np.exp(tree_law.proposal_log_law(rebuilt.tree, Scoring(tf.constant(queries)), 4))
+    distance, best = (np.mean(tree_law.total_variation(its, law)) for its in (proposal, fresh))
+    assert distance < 2.0 * best + 0.02
+
+
+def test_bounds_allow_for_the_rounding_of_scores():
+    rng = np.random.default_rng(14)
+    rows = np.full([50, DIM], 1.7, np.float32) + 1e-6 * rng.normal(size=[50, DIM])
+    index = make_index()
+    index.index(rows.astype(np.float32), verbose=0)
+    queries = queries_of(rng, 50, scale=1e4)
+    vectors = dict(enumerate(rows.astype(np.float32)))
+    assert_bounds(index, queries, vectors, beam=1)
+    assert_bounds(index, queries, vectors, beam=50)
+
+
+@pytest.mark.parametrize(
+    "transform", [tf.floor, lambda s: tf.where(s > 0.5, s, -np.inf)], ids=["floor", "cutoff"]
+)
+def test_bounds_with_transforms_that_are_flat_or_minus_infinity(root_width, transform):
+    rng = np.random.default_rng(14)
+    index, vectors = filled_index(rng)
+    queries = queries_of(rng, 5)
+    lower, upper = index.log_partition_bounds(queries, score_transform=transform, beam=2)
+    scores = queries.astype(np.float64) @ np.stack(list(vectors.values())).T.astype(np.float64)
+    expected = np.logaddexp.reduce(transform(tf.constant(scores)).numpy(), axis=1)
+    assert np.all(lower.numpy() <= expected) and np.all(expected <= upper.numpy())
+
+
+def test_a_strategy_is_known_outside_of_its_scope():
+    rows = clustered(np.random.default_rng(14), 20)
+    with two_replicas().scope():
+        index = make_index()
+    index.index(rows, verbose=0)
+    index.update([30], rows[:1])
+    results = two_replicas().run(lambda: index.num_candidates)
+    counts = [int(count) for count in two_replicas().experimental_local_results(results)]
+    assert counts == [21, 21]
+
+
 def test_masked_entries_change_nothing():
     rng = np.random.default_rng(15)
     index, vectors = filled_index(rng)
@@ -508,7 +606,10 @@ def test_a_checkpoint_and_a_keras_file_hold_the_tree(tmp_path, arguments):
         ({"beam": 0}, "`beam`"),
         ({"correction_steps": -1}, "`correction_steps`"),
         ({"leaf_size": 1}, "`leaf_size`"),
-        ({"branching": 1}, "`branching`"),
+        ({"leaf_size": 0}, "`leaf_size`"),
+        ({"branching": 3}, "`branching`"),
+        ({"embedding_dtype": "foo"}, "`embedding_dtype`"),
+        ({"embedding_dtype": tf.float64}, "`embedding_dtype`"),
         ({"embedding_dtype": tf.int32}, "`embedding_dtype`"),
         ({"store_embeddings": False, "residual_bytes": 4}, "`residual_bytes`"),
     ],

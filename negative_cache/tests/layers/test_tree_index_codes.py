@@ -5,6 +5,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.layers import TreeIndex
+from negative_cache.layers import tree_index as tree_index_module
 from negative_cache.ops import tree_law
 from negative_cache.ops.tree_cut import Scoring
 from negative_cache.tests.tree_invariants import check_tree, log_partition
@@ -32,8 +33,10 @@ def assert_bounds(index, vectors, rng):
     assert np.all(lower.numpy() <= expected) and np.all(expected <= upper.numpy())
 
 
+@pytest.mark.parametrize("root_width", [4096, 6])
 @pytest.mark.parametrize("residual_bytes", [0, 2, 4])
-def test_bounds_and_invariants_hold_through_updates(residual_bytes):
+def test_bounds_and_invariants_hold_through_updates(residual_bytes, root_width, monkeypatch):
+    monkeypatch.setattr(tree_index_module, "_MAX_ROOT_WIDTH", root_width)
     rng = np.random.default_rng(1)
     index = make_index(residual_bytes=residual_bytes)
     rows = clustered(rng, 400)
@@ -61,16 +64,31 @@ def test_bounds_and_invariants_hold_through_updates(residual_bytes):
 
 
 @pytest.mark.parametrize("residual_bytes", [0, 4])
-def test_growing_from_empty(residual_bytes):
-    rng = np.random.default_rng(2)
+def test_does_not_grow_from_nothing(residual_bytes):
+    rows = clustered(np.random.default_rng(2), 60)
     index = make_index(residual_bytes=residual_bytes)
-    vectors = {}
-    for start in range(0, 300, 60):
-        rows = clustered(rng, 60)
-        index.update(range(start, start + 60), rows)
-        vectors.update(zip(range(start, start + 60), rows))
-    check_tree(index, vectors, spread_tolerance=np.inf)
-    assert_bounds(index, vectors, rng)
+    with pytest.raises(ValueError, match="call `index` first"):
+        index.update(range(60), rows)
+    tf.function(index.update)(tf.range(60), tf.constant(rows))
+    check_tree(index, {})
+    assert int(index.num_skipped) == 60
+    index.index(rows[:40], verbose=0)
+    index.update(range(40, 60), rows[40:])
+    check_tree(index, dict(enumerate(rows)), spread_tolerance=np.inf)
+    index.reset()
+    with pytest.raises(ValueError, match="call `index` first"):
+        index.update(range(60), rows)
+
+
+def test_indexing_again_forgets_how_far_codes_were_off():
+    rows = clustered(np.random.default_rng(2), 300)
+    indices = [make_index(), make_index()]
+    indices[0].index(50.0 * rows, verbose=0)
+    for index in indices:
+        index.index(rows, verbose=0)
+    queries = clustered(np.random.default_rng(3), 4)
+    for again, fresh in zip(*(index.log_partition_bounds(queries) for index in indices)):
+        np.testing.assert_allclose(again, fresh, rtol=1e-5)
 
 
 def test_more_bytes_are_more_accurate():
