@@ -1,10 +1,11 @@
 """How a `TreeIndex` follows its candidates: they move, come and go, and its blocks split.
 
-A candidate that is inside the ball of its leaf, and nearer to that than to the leaf it would be
-routed to, stays and only changes the statistics of its path. Otherwise it goes to that leaf.
-Candidates are placed in chunks: what does not fit into its leaf waits until the leaf has split. A
-block that is left empty is given up and used again. All shapes are fixed, and no work grows with
-the size of the tree, unless there is no block left to split into.
+A candidate that stays inside the ball of its leaf, has not moved far, and is not too far from the
+centre for what the leaf was when it was made, only changes the statistics of its path. Otherwise it
+leaves, and is routed from the root again. Candidates are placed in chunks: what does not fit into
+its leaf waits until the leaf has split. A block that is left empty is given up and used again. All
+shapes are fixed, and no work grows with the size of the tree, unless no block is left to split
+into.
 """
 
 import functools
@@ -12,7 +13,7 @@ import functools
 import tensorflow as tf
 
 from negative_cache.layers._tree_state import tree_levels, write_nodes, write_rows
-from negative_cache.ops.tree_cut import COUNT, RADIUS, Tree, take_nodes
+from negative_cache.ops.tree_cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
 from negative_cache.ops.tree_routing import nearest, route
 from negative_cache.ops.tree_shape import TreeShape
 from negative_cache.ops.tree_statistics import (
@@ -27,6 +28,10 @@ _PLACED_AT_ONCE, _SPLIT_AT_ONCE = 256, 32
 # The part of a leaf that goes to either half. Nodes are halved, so that no level runs out of blocks
 # while candidates only come.
 _SMALLEST_HALF_OF_LEAF, _SMALLEST_HALF_OF_NODES = 0.25, 0.5
+# The squared distance from a leaf's centre beyond which candidates leave it, and that which is a
+# move of some length, after which they leave it sooner; in units of the candidates' mean squared
+# distance when the leaf was made.
+_FARTHEST, _FARTHEST_MOVED, _FAR_MOVE = 2.0, 1.0, 0.1
 
 
 class TreeMaintenance:
@@ -70,12 +75,12 @@ class TreeMaintenance:
         level = self.tree.levels[-1]
         means = tf.cast(take_nodes(level.mean, node), tf.float32)
         radius = take_nodes(level.stats, node)[:, RADIUS]
-        # A ball grows as its candidates scatter: inside of it is not yet where they belong.
-        elsewhere = self._owner(self._last + 1, route(self.tree, vectors))
-        there = tf.cast(take_nodes(level.mean, elsewhere), tf.float32)
         distance = tf.norm(vectors - means, axis=1)
-        stays = is_known & (distance <= radius)
-        stays &= distance <= tf.norm(vectors - there, axis=1)
+        # The ball itself grows as its candidates scatter, and would hold them for ever.
+        spread = take_nodes(self._state.first_spread, node)
+        has_moved = tf.reduce_sum((vectors - old_vectors) ** 2, axis=1) > _FAR_MOVE * spread
+        limit = tf.where(has_moved, _FARTHEST_MOVED, _FARTHEST) * spread
+        stays = is_known & (distance <= radius) & (distance**2 <= limit)
         new_errors = self._candidates.write(ids, vectors, node, stays)
         self._change_paths(
             tf.concat([node, node], axis=0),
@@ -232,6 +237,8 @@ class TreeMaintenance:
         for at, (mean, stats) in zip((node, new_node), halves):
             write_nodes(self._state.mean[above], at, mean, mask)
             write_nodes(self._state.stats[above], at, stats, mask)
+            if depth > self._last:
+                write_nodes(self._state.first_spread, at, stats[:, SPREAD], mask)
         return tf.reduce_any(mask)
 
     def _halve_leaves(self, leaves, nodes, mask):
@@ -272,6 +279,8 @@ class TreeMaintenance:
             halves.append(combine(vectors, part_stats))
         write_rows(self._state.mean[level], new_blocks, means, mask)
         if depth == self._last:
+            spread = tf.gather(self._state.first_spread, blocks)
+            write_rows(self._state.first_spread, new_blocks, spread, mask)
             self._candidates.copy_nodes(blocks, new_blocks, mask)
         width = self._shape.widths[depth]
         address = new_blocks[:, tf.newaxis] * width + tf.range(width)

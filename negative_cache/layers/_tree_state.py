@@ -17,6 +17,8 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
       owners: by level from 1 to L, the leaves, int32: for each block the address of the node that
         owns it, -1 where none does.
       free: likewise, a stack of the blocks that no node owns; num_free: its height.
+      first_spread: [blocks, width] float32, v_n of each node of the last level when its leaf was
+        made.
       members: [num_leaves, leaf_size] int32.
       position: [capacity] int32, the slot of each candidate: leaf * leaf_size + place in it; -1
         where the candidate is not in the tree.
@@ -33,6 +35,9 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
         "owners": {},
         "free": {},
         "num_free": {},
+        "first_spread": make(
+            "first_spread", [shape.num_blocks[last], shape.widths[last]], tf.float32
+        ),
         "members": make("members", [shape.num_leaves, shape.leaf_size], tf.int32, -1),
         "position": make("position", [shape.capacity], tf.int32, -1),
     }
@@ -89,6 +94,7 @@ def assign_topology(state, children, owners, members) -> None:
         state.num_free[below].assign(len(unused))
         for statistics in (state.mean[str(depth)], state.stats[str(depth)]):
             statistics.assign(tf.zeros(statistics.shape, statistics.dtype))
+    state.first_spread.assign(tf.zeros_like(state.first_spread))
     state.members.assign(members)
     slots = np.flatnonzero(members >= 0)
     position = np.full(state.position.shape, -1, np.int32)

@@ -22,6 +22,7 @@ from negative_cache.ops.tree_cut import (
     COUNT,
     RADIUS,
     ROUNDING,
+    SPREAD,
     Scoring,
     Tree,
     log_partition_bounds,
@@ -37,7 +38,7 @@ TensorFn = Callable[[tf.Tensor], tf.Tensor]
 _MAX_ROOT_WIDTH = 10_000
 # Where embeddings are stored, leaves have room for candidates that come. Where memory is all that
 # matters they are larger, and filled.
-_STORED = {"leaf_size": 64, "fill": 0.66, "spare": 1.25}
+_STORED = {"leaf_size": 64, "fill": 0.66, "spare": 2.0}
 _CODED = {"leaf_size": 1024, "fill": 0.9, "spare": 1.15}
 
 
@@ -56,8 +57,9 @@ class TreeIndex(StateLayer):
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
     whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
     blocks of fixed size, which split in two where they are full, as in a B-tree). An updated
-    candidate is routed from the root to the nearest child at each level, and moves to the leaf it
-    comes to, unless it is in the ball of its own and nearer to that. Where a mean moves by δ, the
+    candidate that stays inside the ball of its leaf, and near enough for what the leaf was when it
+    was made, only moves the means of its path; another one is routed again from the root to the
+    nearest child at each level. Where a mean moves by δ, the
     node's radius grows by ‖δ‖. So bounds loosen with time, and `tighten` makes them exact again.
 
     With `store_embeddings=False` the index keeps no embeddings: 4 bytes a candidate for its place,
@@ -104,7 +106,7 @@ class TreeIndex(StateLayer):
         capacity: int,
         embedding_dim: int,
         *,
-        beam: int = 16,
+        beam: int = 12,
         correction_steps: int = 2,
         leaf_size: int | None = None,
         branching: int = 16,
@@ -251,6 +253,8 @@ class TreeIndex(StateLayer):
             self._state.max_norm.assign(max_norm)
             self._state.num_skipped.assign_add(len(embeddings) - len(ids))
             self._compiled_tighten()
+            last_stats = tf.convert_to_tensor(self.tree.levels[-1].stats)
+            self._state.first_spread.assign(last_stats[..., SPREAD])
 
         self._on_every_replica(load)
 

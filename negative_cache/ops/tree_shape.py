@@ -3,9 +3,8 @@
 import dataclasses
 import math
 
-# Blocks beyond those that a tree built at once would fill, so that a tree that grows one candidate
-# after another, or whose candidates move, finds blocks to split into.
-_SPARE = 1.25
+# How full the blocks of nodes must be, on average, for all leaves to be used.
+_WORST_NODE_FILL = 0.75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,14 +47,18 @@ class TreeShape:
         max_root_width: int,
         leaf_fill: float,
         node_fill: float = 0.66,
-        spare: float = _SPARE,
+        spare: float,
     ) -> "TreeShape":
-        """The shape with the fewest levels whose root block is at most `max_root_width` wide."""
+        """The shape with the fewest levels whose root block is at most `max_root_width` wide.
+
+        It has `spare` times as many leaves as a tree that is built at once fills, so that one that
+        grows, or whose candidates move, finds leaves to split into.
+        """
         num_leaves = math.ceil(spare * capacity / (leaf_fill * leaf_size)) + 2
         widths, num_blocks = [], []
         to_own = num_leaves
         while to_own > max_root_width:
-            to_own = math.ceil(spare * to_own / (node_fill * branching)) + 2
+            to_own = math.ceil(to_own / (_WORST_NODE_FILL * branching)) + 2
             widths.insert(0, branching)
             num_blocks.insert(0, to_own)
         return cls(

@@ -77,7 +77,7 @@ def test_the_bounds_contain_the_partition_of_any_node(seed, scale, count, off):
 @pytest.mark.parametrize("capacity", [1, 50, 10_000, 1_000_000, 20_000_000])
 def test_every_block_finds_a_node_to_own_it(capacity):
     shape = TreeShape.of(
-        capacity, 8, leaf_size=64, branching=16, max_root_width=10_000, leaf_fill=0.66
+        capacity, 8, leaf_size=64, branching=16, max_root_width=10_000, leaf_fill=0.66, spare=2.0
     )
     assert shape.num_leaves * shape.leaf_size > capacity
     assert shape.num_blocks[0] == 1 and shape.widths[0] <= 10_000
