@@ -8,7 +8,7 @@ import negative_cache as nc
 from negative_cache.ops.tree_cut import Scoring
 from negative_cache.ops.tree_law import law_after_correction, proposal_log_law, total_variation
 
-BEAMS, STEPS = (4, 8, 16, 32, 64), (0, 1, 2, 4, 8)
+BEAMS, STEPS = (4, 8, 12, 16, 32, 64), (0, 1, 2, 4, 8)
 # Without embeddings: bytes of the residuals, and the size that the memory is given for.
 WIDE_DIM, WIDE_SIZE, WIDE_NOISE = 768, 1_000_000, 0.1
 RESIDUAL_BYTES = (0, 8, 12)

@@ -12,7 +12,7 @@ import negative_cache as nc
 from negative_cache import ops
 
 BATCH = 64
-BEAMS = (8, 16, 32)
+BEAMS = (8, 12, 32)
 MOVED, SMALL_NOISE, LARGE_NOISE = 1000, 0.1, 10.0
 
 

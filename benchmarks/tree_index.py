@@ -13,7 +13,7 @@ Parts, each a table or two; what `_tree_data` says is the data:
 * `memory`: bytes of an index without embeddings next to a float32 cache of a million candidates,
   d = 768; and its accuracy, on the trained embeddings mapped to 768 dimensions at random, which
   codes of consecutive dimensions do not know of.
-* `speed`: `sample` with beam 8, 16 and 32 and `sample_with_gradient` against `ops.sample_softmax`,
+* `speed`: `sample` with beam 8, 12 and 32 and `sample_with_gradient` against `ops.sample_softmax`,
   in graphs, B = 64; then updates of 1,000 candidates that move a little or far. A process a size.
 * `build`: seconds and peak memory of `index`. A process a size.
 * `search`: `top_k` against faiss (the extra `benchmarks`) at the same recall@k, two threads each.
