@@ -37,8 +37,9 @@ def build(kind: str, size: int) -> dict:
 
 def compare(kind: str, size: int, repeats: int) -> tuple[dict, dict]:
     """Rows of the tables of draws and of updates; in a process of its own."""
-    index, queries = _built(kind, size)
+    index, queries, seconds = _built(kind, size)
     draws = _compare_draws(index, queries, repeats)
+    draws |= {"built in, s": seconds, "peak, GB": _measure.resident("VmHWM") / 1e9}
     updates = _compare_updates(index, queries, repeats)
     return {"data": kind, "N": size, **draws}, {"data": kind, "N": size, **updates}
 
@@ -47,8 +48,10 @@ def _built(kind, size):
     """The index keeps the candidates; no other copy of them is left."""
     candidates, queries = _tree_data.make(kind, size)
     index = nc.TreeIndex(size, _tree_data.DIM)
+    start = time.perf_counter()
     index.index(candidates, verbose=0)
-    return index, tf.constant(queries[:BATCH] * _tree_data.SCALE)
+    seconds = time.perf_counter() - start
+    return index, tf.constant(queries[:BATCH] * _tree_data.SCALE), seconds
 
 
 def _compare_draws(index, queries, repeats):

@@ -31,7 +31,7 @@ _SMALLEST_HALF_OF_LEAF, _SMALLEST_HALF_OF_NODES = 0.25, 0.5
 # The squared distance from a leaf's centre beyond which candidates leave it, and that which is a
 # move of some length, after which they leave it sooner; in units of the candidates' mean squared
 # distance when the leaf was made.
-_FARTHEST, _FARTHEST_MOVED, _FAR_MOVE = 2.0, 1.0, 0.1
+_FARTHEST, _FARTHEST_MOVED, _FAR_MOVE = 4.0, 1.0, 0.1
 
 
 class TreeMaintenance:
