@@ -3,9 +3,8 @@
 A candidate that stays inside the ball of its leaf, has not moved far, and is not too far from the
 centre for what the leaf was when it was made, only changes the statistics of its path. Otherwise it
 leaves, and is routed from the root again. Candidates are placed in chunks: what does not fit into
-its leaf waits until the leaf has split. A block that is left empty is given up and used again. All
-shapes are fixed, and no work grows with the size of the tree, unless no block is left to split
-into.
+its leaf waits until the leaf has split. A block that is left empty is given up and used again. No
+work grows with the size of the tree, unless no block is left to split into.
 """
 
 import functools
@@ -24,7 +23,7 @@ from negative_cache.ops.tree_statistics import (
 )
 
 # Candidates placed, and blocks of a level split, in one round.
-_PLACED_AT_ONCE, _SPLIT_AT_ONCE = 256, 32
+_PLACED_AT_ONCE, _SPLIT_AT_ONCE = 512, 32
 # The part of a leaf that goes to either half. Nodes are halved, so that no level runs out of blocks
 # while candidates only come.
 _SMALLEST_HALF_OF_LEAF, _SMALLEST_HALF_OF_NODES = 0.25, 0.5
@@ -105,14 +104,14 @@ class TreeMaintenance:
         """Places the `pending` [m] candidates; returns how many there was no room for."""
 
         def place_some(pending, is_stuck, num_refused):
-            chosen = tf.argsort(tf.cast(~pending, tf.int32), stable=True)[:_PLACED_AT_ONCE]
-            is_chosen = tf.gather(pending, chosen)
+            # As many as there are: routing them is what takes longest.
+            chosen = tf.where(pending)[:_PLACED_AT_ONCE, 0]
             some_ids, some = tf.gather(ids, chosen), tf.gather(vectors, chosen)
             leaf = tf.cond(
                 is_stuck, lambda: self._nearest_with_room(some), lambda: route(self.tree, some)
             )
-            placed = self._place(some_ids, some, leaf, is_chosen)
-            waiting = is_chosen & ~placed
+            placed = self._place(some_ids, some, leaf)
+            waiting = ~placed
             has_split = tf.cond(
                 tf.reduce_any(waiting),
                 lambda: self._split_leaves(leaf, waiting),
@@ -121,10 +120,10 @@ class TreeMaintenance:
             # Where no block is left to split into, any leaf with room will do, if there is one.
             is_now_stuck = ~tf.reduce_any(placed) & ~has_split
             refused = waiting & is_stuck & is_now_stuck
-            done = tf.cast(placed | refused, tf.int32)
-            done = tf.math.unsorted_segment_max(done, chosen, tf.size(pending)) > 0
             num_refused += tf.math.count_nonzero(refused, dtype=tf.int32)
-            return pending & ~done, is_now_stuck, num_refused
+            is_left = ~(placed | refused)
+            pending = tf.tensor_scatter_nd_update(pending, chosen[:, tf.newaxis], is_left)
+            return pending, is_now_stuck, num_refused
 
         *_, num_refused = tf.while_loop(
             lambda pending, *_: tf.reduce_any(pending),
@@ -134,11 +133,10 @@ class TreeMaintenance:
         )
         return num_refused
 
-    def _place(self, ids, vectors, leaf, mask):
+    def _place(self, ids, vectors, leaf):
         """Puts candidates into the free slots of their leaves; returns which of them fitted."""
-        rank = Groups.of(leaf, mask).rank
-        slot, has_slot = _free_place(tf.gather(self._state.members, leaf), rank)
-        placed = mask & has_slot
+        rank = Groups.of(leaf, tf.ones_like(leaf, tf.bool)).rank
+        slot, placed = _free_place(tf.gather(self._state.members, leaf), rank)
         position = leaf * self._shape.leaf_size + slot
         write_nodes(self._state.members, position, ids, placed)
         write_rows(self._state.position, ids, position, placed)

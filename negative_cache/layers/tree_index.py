@@ -52,7 +52,7 @@ class TreeIndex(StateLayer):
     estimate of their partition Σ exp(score), and with bounds of it that hold at every moment. A
     draw takes a part of the cut, descends inside of it level by level to one candidate, and is
     corrected by a few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the
-    equations. Time grows with the logarithm of the number of candidates; all shapes are fixed.
+    equations. Time grows with the logarithm of the number of candidates.
 
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
     whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
@@ -69,7 +69,7 @@ class TreeIndex(StateLayer):
     leaves then move only when a leaf splits: after a large drift of the embeddings, call `index`
     again.
 
-    Updates, draws and searches run in graphs of fixed shapes, though not under XLA, which cannot
+    Updates, draws and searches run in graphs, without retracing, though not under XLA, which cannot
     gather single nodes out of blocks: Keras is told not to compile what holds an index with it.
 
     A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not

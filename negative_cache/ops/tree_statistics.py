@@ -1,7 +1,6 @@
 """What a node of a tree index keeps of its candidates: count, mean, spread, radius and error.
 
-The statistics change with the candidates, and never by a pass over those that stay. All shapes are
-fixed.
+The statistics change with the candidates, and never by a pass over those that stay.
 """
 
 from typing import NamedTuple
