@@ -59,8 +59,8 @@ class TreeIndex(StateLayer):
     blocks of fixed size, which split in two where they are full, as in a B-tree). An updated
     candidate that stays inside the ball of its leaf, and near enough for what the leaf was when it
     was made, only moves the means of its path; another one is routed again from the root to the
-    nearest child at each level. Where a mean moves by δ, the
-    node's radius grows by ‖δ‖. So bounds loosen with time, and `tighten` makes them exact again.
+    nearest child at each level. Where a mean moves by δ, the node's radius grows by ‖δ‖. So bounds
+    loosen with time, and `tighten` brings them back to what the candidates themselves give.
 
     With `store_embeddings=False` the index keeps no embeddings: 4 bytes a candidate for its place,
     about 6 for the leaves' lists of members, `residual_bytes` of a product-quantised residual, and
@@ -73,8 +73,8 @@ class TreeIndex(StateLayer):
     gather single nodes out of blocks: Keras is told not to compile what holds an index with it.
 
     A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
-    finite; an index out of range, or for the second time in one update; a candidate without room,
-    which takes very many leaves that hold only a few candidates.
+    finite, or longer than 1e15; an index out of range, or for the second time in one update; a
+    candidate without room, which takes very many leaves that hold only a few candidates.
 
     Args:
       capacity: N, the number of candidates. Their indices are 0, …, N - 1.
