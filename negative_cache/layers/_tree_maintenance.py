@@ -58,19 +58,15 @@ class TreeMaintenance:
 
         Args:
           ids: [m] int32 in [0, capacity); those with True in `mask` differ from each other.
-          vectors: [m, d] float32.
+          vectors: [m, d] float32, as the candidates are kept.
           mask: [m] bool, which entries to apply.
 
         Returns:
           Scalar int32, the number of candidates for which there was no room, which are no longer in
           the tree.
         """
-        position = tf.gather(self._state.position, ids)
-        is_known = mask & (position >= 0)
-        position = tf.maximum(position, 0)
-        node = self._owner(self._last + 1, position // self._shape.leaf_size)
+        is_known, position, node = self._locate(ids, mask)
         old_vectors, old_errors = self._candidates.read(ids, node)
-        vectors = self._candidates.rounded(vectors)
         level = self.tree.levels[-1]
         means = tf.cast(take_nodes(level.mean, node), tf.float32)
         radius = take_nodes(level.stats, node)[:, RADIUS]
@@ -92,13 +88,17 @@ class TreeMaintenance:
 
     def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
         """Takes candidates `ids` [m] out of the tree where `mask` [m] is True."""
-        position = tf.gather(self._state.position, ids)
-        mask &= position >= 0
-        position = tf.maximum(position, 0)
-        node = self._owner(self._last + 1, position // self._shape.leaf_size)
+        is_known, position, node = self._locate(ids, mask)
         vectors, errors = self._candidates.read(ids, node)
-        self._change_paths(node, vectors, -tf.cast(mask, tf.float32), errors)
-        self._take_out(ids, position, mask)
+        self._change_paths(node, vectors, -tf.cast(is_known, tf.float32), errors)
+        self._take_out(ids, position, is_known)
+
+    def _locate(self, ids, mask):
+        """Which of `ids` are in the tree, their slots, and their leaves' nodes: [m] each, or 0."""
+        position = tf.gather(self._state.position, ids)
+        is_known = mask & (position >= 0)
+        position = tf.maximum(position, 0)
+        return is_known, position, self._owner(self._last + 1, position // self._shape.leaf_size)
 
     def _insert(self, ids, vectors, pending):
         """Places the `pending` [m] candidates; returns how many there was no room for."""

@@ -211,11 +211,11 @@ class TreeIndex(StateLayer):
 
         The candidates are clustered into leaves, the leaves' means into blocks, and so on up to the
         root block. It takes minutes for tens of millions, and no copy of the embeddings but the
-        stored one.
+        stored one, unless rows are left out.
 
         Args:
           embeddings: [n, d] float, n <= capacity; an array, a tensor or a memory-mapped file. Rows
-            that are not finite are left out and counted.
+            that are not finite, or longer than 1e15, are left out and counted.
           verbose: 1 for a progress bar, 0 for none.
           seed: of the clustering.
 
@@ -487,7 +487,8 @@ class TreeIndex(StateLayer):
 
     def _update(self, indices, embeddings, mask):
         usable = self._usable(indices, mask) & self._candidates.accepts_updates
-        usable &= _tree_checks.is_usable(self._candidates.rounded(embeddings))
+        embeddings = self._candidates.rounded(embeddings)
+        usable &= _tree_checks.is_usable(embeddings)
         embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
         longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
         self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
