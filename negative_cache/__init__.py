@@ -8,8 +8,8 @@ What most users need is here, flat.
 # `_compat` is first, because it refuses what the others would fail on.
 from negative_cache import _compat, datasets, evaluation, layers, ops  # noqa: F401
 from negative_cache.backup import BackupAndRestore
-from negative_cache.callbacks import CacheWarmStart, CorpusMetrics
-from negative_cache.layers import Cache, CachedRetrieval, TreeIndex
+from negative_cache.callbacks import CacheRefresh, CacheWarmStart, CorpusMetrics
+from negative_cache.layers import Cache, CachedRetrieval, Corrector, NystromCorrector, TreeIndex
 from negative_cache.models import DualEncoder
 from negative_cache.summaries import CacheSummaries
 from negative_cache.version import __version__
@@ -17,11 +17,14 @@ from negative_cache.version import __version__
 __all__ = [
     "BackupAndRestore",
     "Cache",
+    "CacheRefresh",
     "CacheSummaries",
     "CacheWarmStart",
     "CachedRetrieval",
     "CorpusMetrics",
+    "Corrector",
     "DualEncoder",
+    "NystromCorrector",
     "TreeIndex",
     "__version__",
     "datasets",

@@ -38,6 +38,21 @@ def check_count(value: int, name: str, *, at_least: int = 1) -> int:
     return count
 
 
+def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, where: str) -> None:
+    """Checks that the argument `name` is the `key` of a feature in `where` that can be an id."""
+    if key not in specs:
+        raise ValueError(
+            f"`{name}` must be one of the features in `{where}`. Received: {key!r}, and specs for"
+            f" {sorted(specs)}."
+        )
+    dtype = tf.as_dtype(specs[key].dtype)
+    if len(specs[key].shape) != 0 or not (dtype.is_integer or dtype == tf.string):
+        raise ValueError(
+            f"The feature `{name}` must be a scalar integer or string. Received the spec:"
+            f" {specs[key]}."
+        )
+
+
 def check_keys(received: Iterable[str], wanted: Iterable[str], *, what: str, exact: bool) -> None:
     """Checks that the keys `received` are the keys `wanted`, or some of them where not `exact`."""
     received, wanted = set(received), set(wanted)

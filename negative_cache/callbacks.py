@@ -1,11 +1,11 @@
-"""Keras callbacks: metrics over the whole corpus, and a cache that is full from the first step."""
+"""Keras callbacks: metrics over the whole corpus, and a cache that is filled and refreshed."""
 
 import itertools
 from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-from negative_cache import evaluation
+from negative_cache import _validation, evaluation
 from negative_cache._compat import keras
 
 
@@ -115,6 +115,10 @@ class CacheWarmStart(keras.callbacks.Callback):
         task = cached_task(self.model, self.task)
         if _holds_rows(task):
             return
+        if task.cache is not None and task.cache.row_key is not None:
+            with self.model.distribute_strategy.scope():
+                task.fill_cache(self.candidates, verbose=self.verbose)
+            return
         batches = iter(self.candidates)
         first = next(batches, None)
         # In the scope, but outside of the replicas: what is added reaches every one of them.
@@ -146,6 +150,67 @@ class CacheWarmStart(keras.callbacks.Callback):
             if num_added >= task.cache_size:
                 break
         return num_added
+
+
+class CacheRefresh(keras.callbacks.Callback):
+    """Encodes all cached candidates anew, at the beginning of epochs or every so many steps.
+
+    It is the refresh of ANCE (Xiong et al., arXiv 2007.00808): between two of them rows are as
+    stale as the towers have moved. What it costs, `candidates_encoded` in the logs says. The
+    features are those in the cache, so that no dataset is read. There is no refresh before the
+    first step of `fit`: a cache is fresh when it is filled.
+
+    Args:
+      every_steps: training steps from one refresh to the next; None refreshes when an epoch begins.
+        With `steps_per_execution` it is at the end of the execution in which it was due.
+      batch_size: candidates encoded at a time.
+      verbose: 1 shows a progress bar at every refresh.
+      task: the `CachedRetrieval`; the attribute `task` of the model where None.
+
+    Raises:
+      ValueError: where `every_steps` or `batch_size` is not positive; when training begins, where
+        the model has no cache.
+    """
+
+    def __init__(
+        self,
+        every_steps: int | None = None,
+        *,
+        batch_size: int = 1024,
+        verbose: int = 1,
+        task=None,
+    ):
+        super().__init__()
+        if every_steps is not None:
+            _validation.check_count(every_steps, "every_steps")
+        self.every_steps = every_steps
+        self.batch_size = _validation.check_count(batch_size, "batch_size")
+        self.verbose = verbose
+        self.task = task
+        self._is_first_epoch = True
+        self._steps = self._last_batch = 0
+
+    def on_train_begin(self, logs=None):
+        cached_task(self.model, self.task)
+        self._is_first_epoch, self._steps = True, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._last_batch = -1
+        if self.every_steps is None and not self._is_first_epoch:
+            self._refresh()
+        self._is_first_epoch = False
+
+    def on_train_batch_end(self, batch, logs=None):
+        # The last of the batches of an execution.
+        before, self._steps = self._steps, self._steps + batch - self._last_batch
+        self._last_batch = batch
+        if self.every_steps and before // self.every_steps != self._steps // self.every_steps:
+            self._refresh()
+
+    def _refresh(self):
+        task = cached_task(self.model, self.task)
+        with self.model.distribute_strategy.scope():
+            task.refresh_cache(self.batch_size, self.verbose)
 
 
 def cached_task(model, task=None):

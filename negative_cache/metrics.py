@@ -7,9 +7,15 @@ from negative_cache._compat import RunningMean, keras
 
 @keras.utils.register_keras_serializable("negative_cache")
 class Latest(RunningMean):
-    """The last value it was given, for quantities whose average over an epoch says nothing."""
+    """The last value it was given, for quantities whose average over an epoch says nothing.
+
+    It outlasts the end of an epoch, until there is a new one.
+    """
 
     def update_state(self, value, sample_weight=None):
         del sample_weight
         self.total.assign(tf.cast(value, self.total.dtype))
         self.count.assign(tf.cast(1, self.count.dtype))
+
+    def reset_state(self):
+        """Keeps the value."""

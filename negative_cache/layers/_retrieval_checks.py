@@ -1,11 +1,129 @@
 """What `CachedRetrieval` checks of its arguments. Nothing here computes."""
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import tensorflow as tf
 
 from negative_cache import _validation
+from negative_cache.layers._corpus import EMBEDDING, ONE_FEATURE
+from negative_cache.layers._state import describe_specs
+from negative_cache.layers.cache import Cache
+from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
 
 REDUCTIONS = ("sum_over_batch_size", "sum", "none")
+
+
+class Given(NamedTuple):
+    """Arguments that a cache of a corpus decides on, as they were given."""
+
+    feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None
+    cache_size: int | None
+    candidate_id_key: str | None
+    index: TreeIndex | None
+    embedding_dim: int | None
+
+
+def check_corpus(cache, given: Given) -> Given:
+    """Checks a `cache` against the arguments that it decides on, and returns those."""
+    if not isinstance(cache, Cache) or cache.row_key is None:
+        raise ValueError(
+            "`cache` must be a `Cache` that covers a corpus, as `Cache.from_dataset` makes it."
+            f" Received: {cache!r}."
+        )
+    if cache.embedding_key != EMBEDDING:
+        raise ValueError(
+            f"The embedding of a `cache` must be called {EMBEDDING!r}. Received:"
+            f" {cache.embedding_key!r}."
+        )
+    specs = {key: spec for key, spec in cache.specs.items() if key != EMBEDDING}
+    feature_specs = given.feature_specs
+    if feature_specs is None:
+        feature_specs = specs[ONE_FEATURE] if set(specs) == {ONE_FEATURE} else specs
+    is_mapping = isinstance(feature_specs, Mapping)
+    described = describe_specs(feature_specs if is_mapping else {ONE_FEATURE: feature_specs})
+    if described != describe_specs(specs):
+        raise ValueError(
+            "`feature_specs` must be those of the `cache`. Received:"
+            f" {described}. Wanted: {describe_specs(specs)}."
+        )
+    decided = {
+        "cache_size": cache.cache_size,
+        "candidate_id_key": cache.row_key,
+        "index": cache.index,
+        "embedding_dim": cache.embeddings.shape[1],
+    }
+    for name, value in decided.items():
+        if getattr(given, name) not in (None, value):
+            raise ValueError(
+                f"`{name}` is decided by the `cache`. Received: {getattr(given, name)!r}. Wanted:"
+                f" None, or {value!r}."
+            )
+    return Given(feature_specs, **decided)
+
+
+def check_schedule(task, cache) -> None:
+    """Checks what of the cache of a task is encoded and corrected."""
+    if not 0.0 <= task.refresh_fraction <= 1.0:
+        raise ValueError(
+            f"`refresh_fraction` must be in [0, 1]. Received: {task.refresh_fraction}."
+        )
+    _validation.check_count(task.probe_size, "probe_size", at_least=0)
+    _validation.check_count(task.probe_every, "probe_every")
+    if not task.cache_size:
+        asked = {
+            "corrector": task.corrector is not None,
+            "refresh_fraction": task.refresh_fraction > 0.0,
+            "probe_size": task.probe_size > 0,
+        }
+        for name in (name for name, is_asked in asked.items() if is_asked):
+            raise ValueError(f"`{name}` needs a cache. Received: cache_size=0.")
+        return
+    if task.probe_size > task.cache_size:
+        raise ValueError(
+            "`probe_size` must be at most the number of rows of the cache. Received:"
+            f" {task.probe_size} for {task.cache_size} rows."
+        )
+    if task.refresh_fraction and not task.use_lru:
+        raise ValueError(
+            "`refresh_fraction` needs `use_lru=True`: without, the oldest rows stay the oldest"
+            " when they are refreshed. Received: use_lru=False."
+        )
+    if cache is None and not task.write_back:
+        raise ValueError(
+            "`write_back=False` is for a `cache` that covers a corpus. Received: None."
+        )
+    if cache is not None and task.frequency_correction:
+        raise ValueError(
+            "There is no `frequency_correction` with a `cache`: it holds every candidate once."
+        )
+    if task.corrector is not None:
+        check_corrector(task.corrector, task)
+
+
+def check_corrector(corrector, task) -> None:
+    """Checks the `corrector` of a task with a cache."""
+    if not isinstance(corrector, DriftCorrector):
+        raise ValueError(
+            f"`corrector` must be a `Corrector` or a `NystromCorrector`. Received: {corrector!r}."
+        )
+    num_landmarks = getattr(corrector, "num_landmarks", 0)
+    if num_landmarks > task.cache_size:
+        raise ValueError(
+            "There must be no more landmarks than rows of the cache. Received:"
+            f" num_landmarks={num_landmarks} for {task.cache_size} rows."
+        )
+    key = corrector.content_key
+    if key is None:
+        return
+    spec = task.feature_specs.get(key)
+    if spec is None or len(spec.shape) != 1 or not tf.as_dtype(spec.dtype).is_floating:
+        raise ValueError(
+            "The `content_key` of a corrector must be one of the features in `feature_specs`,"
+            f" floating point of shape [size]. Received: {key!r}, and specs:"
+            f" {describe_specs(task.feature_specs)}."
+        )
 
 
 def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
@@ -41,6 +159,11 @@ def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
         if not task.cache_size:
             raise ValueError("`index` needs a cache. Received: cache_size=0.")
         check_weighting(task.frequency_correction, index, "frequency_correction")
+        if task.corrector is not None and task.corrector.content_key is not None:
+            raise ValueError(
+                "A corrector with a `content_key` cannot be used with an `index`, whose nodes have"
+                f" no content. Received: content_key={task.corrector.content_key!r}."
+            )
 
 
 def check_weighting(is_weighted: bool, index, name: str = "candidate_sampling_probability") -> None:
@@ -59,16 +182,7 @@ def _check_candidate_id(task) -> None:
             if getattr(task, name):
                 raise ValueError(f"`{name}=True` needs a `candidate_id_key`. Received: None.")
         return
-    if key not in specs:
-        raise ValueError(
-            "`candidate_id_key` must be one of the features in `feature_specs`. Received:"
-            f" {key!r}, and specs for {sorted(specs)}."
-        )
-    dtype = tf.as_dtype(specs[key].dtype)
-    if len(specs[key].shape) != 0 or not (dtype.is_integer or dtype == tf.string):
-        raise ValueError(
-            f"The candidate id must be a scalar integer or string. Received the spec: {specs[key]}."
-        )
+    _validation.check_id(key, specs, "candidate_id_key", "feature_specs")
 
 
 def check_embeddings(queries: tf.Tensor, candidates: tf.Tensor) -> None:

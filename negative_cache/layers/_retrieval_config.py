@@ -23,8 +23,12 @@ _PLAIN = (
     "reduction",
     "save_cache",
     "seed",
+    "write_back",
+    "refresh_fraction",
+    "probe_size",
+    "probe_every",
 )
-_OBJECTS = ("candidate_network", "score_transform", "index")
+_OBJECTS = ("candidate_network", "score_transform", "corrector", "cache", "index")
 _METRICS = ("metrics", "batch_metrics", "loss_metrics")
 
 
@@ -37,9 +41,13 @@ def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
       metrics: the arguments `metrics`, `batch_metrics` and `loss_metrics`, as lists.
     """
     serialize = keras.utils.serialize_keras_object
+    objects = {name: getattr(task, name) for name in _OBJECTS}
+    # A cache that streams is made by the task; one that covers a corpus was given, with its index.
+    is_given = task.cache is not None and task.cache.row_key is not None
+    objects["index" if is_given else "cache"] = None
     return {
         **{name: getattr(task, name) for name in _PLAIN},
-        **{name: serialize(getattr(task, name)) for name in _OBJECTS},
+        **{name: serialize(value) for name, value in objects.items()},
         **{name: [serialize(metric) for metric in metrics[name]] for name in _METRICS},
         "feature_specs": (
             describe_spec(feature_specs)

@@ -25,6 +25,10 @@ class StoredEmbeddings:
         self._capacity, self._dtype = capacity, dtype
         self.embeddings = make_state_variable(lambda: tf.zeros([capacity, dim], dtype), "rows")
 
+    def transformed(self, row_transform) -> "TransformedCandidates":
+        """The candidates as `row_transform` makes them: (vectors [n, d], ids [n]) -> [n, d]."""
+        return TransformedCandidates(self.embeddings, row_transform)
+
     @property
     def variables(self) -> dict[str, tf.Variable]:
         """What a file holds."""
@@ -32,12 +36,7 @@ class StoredEmbeddings:
 
     def products(self, queries, members, node_products):
         """See `ops.tree_cut.Candidates`."""
-        del node_products
-        num_leaves, size = members.shape[1:]
-        ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])
-        vectors = tf.cast(tf.gather(self.embeddings, ids), tf.float32)
-        products = tf.matmul(vectors, queries[..., tf.newaxis])
-        return tf.reshape(products, [-1, num_leaves, size])
+        return TransformedCandidates(self.embeddings).products(queries, members, node_products)
 
     def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
         """`vectors` [n, d] float32 as they are kept."""
@@ -90,3 +89,28 @@ class StoredEmbeddings:
             ids = start + np.flatnonzero(is_member[start : start + _WRITTEN_AT_ONCE])
             rows = tf.cast(np.asarray(embeddings[ids], np.float32), self._dtype)
             scatter_rows(self.embeddings, tf.constant(ids), rows)
+
+
+class TransformedCandidates:
+    """Stored embeddings as `ops.tree_cut.Candidates`, and what a function makes of them.
+
+    Args:
+      embeddings: [capacity, d] variable.
+      row_transform: (vectors [n, d] float32, ids [n]) -> [n, d]; None leaves them as they are.
+    """
+
+    def __init__(self, embeddings: tf.Variable, row_transform=None):
+        self._embeddings, self._row_transform = embeddings, row_transform
+
+    def products(self, queries, members, node_products):
+        """See `ops.tree_cut.Candidates`."""
+        del node_products
+        num_leaves, size = members.shape[1:]
+        ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])
+        vectors = tf.cast(tf.gather(self._embeddings, ids), tf.float32)
+        if self._row_transform is not None:
+            flat = tf.reshape(vectors, [-1, vectors.shape[-1]])
+            moved = self._row_transform(flat, tf.reshape(ids, [-1]))
+            vectors = tf.reshape(moved, tf.shape(vectors))
+        products = tf.matmul(vectors, queries[..., tf.newaxis])
+        return tf.reshape(products, [-1, num_leaves, size])

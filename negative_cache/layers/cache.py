@@ -1,12 +1,14 @@
 """`Cache`: the rows of a negative cache as variables that are updated in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers import _cache_index
+from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById
 from negative_cache.layers._state import (
     StateLayer,
     describe_specs,
@@ -49,10 +51,15 @@ class Cache(StateLayer):
       index: an index over the embeddings of the rows, which every update of the cache keeps in
         step with them. What is changed in other ways, such as by assigning to `embeddings`, it does
         not see: call `index.index` then.
+      row_key: name of the feature that identifies a candidate, scalar int or string. Given, the
+        cache does not stream but covers a corpus: it is filled once, by `fill` or
+        `Cache.from_dataset`, row i stays that of the i-th candidate, and new items are written to
+        the rows of their ids. Of an item whose id is not in the corpus nothing is written; it
+        counts in `num_skipped`.
 
     Raises:
-      ValueError: where the specs do not describe an embedding under `embedding_key`, `cache_size`
-        is not positive, or `index` is for other embeddings.
+      ValueError: where the specs do not describe an embedding under `embedding_key`, and an id under
+        a given `row_key`; where `cache_size` is not positive, or `index` is for other embeddings.
 
     Example:
       >>> cache = Cache(
@@ -75,6 +82,7 @@ class Cache(StateLayer):
         use_lru: bool = True,
         saved: bool = True,
         index: TreeIndex | None = None,
+        row_key: str | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -86,6 +94,9 @@ class Cache(StateLayer):
         if index is not None:
             _cache_index.check_index(index, self.cache_size, self.specs[embedding_key], saved)
         self.index = index
+        if row_key is not None:
+            _validation.check_id(row_key, self.specs, "row_key", "specs")
+        self.row_key = row_key
         self._has_queue = self.cache_size > _QUEUE_SIZE
         self._hold_state(
             description={"cache_size": self.cache_size, "specs": describe_specs(self.specs)},
@@ -100,6 +111,7 @@ class Cache(StateLayer):
             step=make_state_variable(lambda: tf.zeros([], tf.int32), "step"),
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
             queue=self._make_queue() if self._has_queue else {},
+            rows_by_id=RowsById.make_variables(self.cache_size) if row_key is not None else {},
         )
         self.built = True
 
@@ -122,6 +134,16 @@ class Cache(StateLayer):
         return self._state.step - self._state.last_touched
 
     @property
+    def saved(self) -> bool:
+        """Whether files hold the rows."""
+        return self._is_saved
+
+    @property
+    def step(self) -> tf.Variable:
+        """Scalar int32, the number of updates so far."""
+        return self._state.step
+
+    @property
     def filled(self) -> tf.Variable:
         """[C] bool, whether each row holds a candidate."""
         return self._state.filled
@@ -135,6 +157,125 @@ class Cache(StateLayer):
     def num_skipped(self) -> tf.Variable:
         """Scalar int64, the number of rows refused so far for an embedding that is not finite."""
         return self._state.num_skipped
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Iterable,
+        candidate_network: Callable[..., tf.Tensor],
+        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None = None,
+        *,
+        candidate_id_key: str | None = None,
+        cache_size: int | None = None,
+        embedding_dtype: str | tf.DType = tf.float32,
+        index: TreeIndex | None = None,
+        saved: bool = True,
+        verbose: int = 1,
+        **kwargs,
+    ) -> "Cache":
+        """A cache of a whole corpus, each candidate encoded once: row i is that of candidate i.
+
+        Args:
+          dataset: batches of candidate features, in the order of the rows; a mapping or a single
+            tensor, what `candidate_network` takes. It is read twice where `cache_size` is None, to
+            know the number of candidates first.
+          candidate_network: the candidate tower, features -> [n, d]; called in inference mode.
+          feature_specs: feature name -> spec, or a single spec; taken from the dataset where None,
+            which must be a `tf.data.Dataset` then.
+          candidate_id_key: the feature that identifies a candidate, the later `row_key`. Where the
+            tower takes a single tensor, it is that, under the name "candidate".
+          cache_size: the number of candidates.
+          embedding_dtype: of the cached embeddings: float32, bfloat16 or float16.
+          index: as in `Cache`.
+          saved: likewise.
+          verbose: 1 for a progress bar, 0 for none.
+          **kwargs: of the layer.
+
+        Raises:
+          ValueError: where the features of the dataset are not those of the specs, two candidates
+            have the same id, or the dataset has more candidates than `cache_size`, or none.
+        """
+        corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key)
+        size = corpus.count() if cache_size is None else cache_size
+        embedding = tf.io.FixedLenFeature([corpus.embedding_dim()], embedding_dtype)
+        cache = cls(
+            {**corpus.specs, EMBEDDING: embedding},
+            size,
+            EMBEDDING,
+            saved=saved,
+            index=index,
+            row_key=corpus.id_key,
+            **kwargs,
+        )
+        cache.fill(corpus.items(), verbose=verbose)
+        return cache
+
+    def fill(self, batches: Iterable[Mapping[str, tf.Tensor]], *, verbose: int = 1) -> None:
+        """Fills a cache that has a `row_key`, in order; whatever it held is gone.
+
+        Args:
+          batches: feature name -> [n, ...], of all of the cache's features.
+          verbose: 1 for a progress bar, 0 for none.
+
+        Raises:
+          ValueError: where two candidates have the same id, there are more of them than rows, or
+            none; where features do not match the specs; and for a cache without a `row_key`.
+        """
+        if self.row_key is None:
+            raise ValueError("`fill` is for a cache with a `row_key`. Received: row_key=None.")
+        bar = keras.utils.Progbar(self.cache_size, unit_name="candidate", verbose=verbose)
+        on_every_replica(self._forget)
+        write = tf.function(self._fill_rows, reduce_retracing=True)
+        ids, start = [], 0
+        for items in batches:
+            items = _validation.check_items(items, self.specs, what="batches", exact=True)
+            ids.append(items[self.row_key].numpy())
+            if start + len(ids[-1]) > self.cache_size:
+                raise ValueError(
+                    "There are more candidates than rows. Received at least"
+                    f" {start + len(ids[-1])} candidates for a `cache_size` of {self.cache_size}."
+                )
+            on_every_replica(write, tf.constant(start, tf.int64), items)
+            start += len(ids[-1])
+            bar.update(start)
+        if not start:
+            raise ValueError("There are no candidates to fill the cache with.")
+        if verbose and start < self.cache_size:
+            bar.update(start, finalize=True)
+        on_every_replica(RowsById.assign, self._state.rows_by_id, np.concatenate(ids))
+        if self.index is not None:
+            is_filled = tf.convert_to_tensor(self.filled).numpy()
+            embeddings = tf.cast(tf.convert_to_tensor(self.embeddings), tf.float32).numpy()
+            # What is not filled is left out by the index as it is here.
+            embeddings[~is_filled] = np.nan
+            self.index.index(embeddings, verbose=verbose)
+
+    def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
+        """[n] int64, the rows of the candidates with `ids` [n]; -1 for an id that is not there.
+
+        Raises:
+          ValueError: for a cache without a `row_key`.
+        """
+        if self.row_key is None:
+            raise ValueError("`rows_of` needs a cache with a `row_key`. Received: row_key=None.")
+        return RowsById.find(self._state.rows_by_id, ids)
+
+    def oldest(self, count: int) -> tf.Tensor:
+        """[count] int64, the rows touched longest ago, the smallest first among equals."""
+        return self._oldest_rows(count)
+
+    def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
+        """Writes embeddings that were computed anew, outside of the sequence of updates.
+
+        The rows get age 0, and the others get no older.
+
+        Args:
+          rows: [n] int, different rows that are filled.
+          embeddings: [n, d] float.
+        """
+        items = {self.embedding_key: embeddings}
+        items, rows, mask = self._check_updates(items, rows, None)
+        on_every_replica(self._rewrite, rows, items, mask)
 
     def as_negative_cache(self) -> NegativeCache:
         """Returns the cache as the published `NegativeCache`, whose data are the live variables."""
@@ -199,17 +340,49 @@ class Cache(StateLayer):
             if self.use_lru:
                 self._touch(updated)
         mask = self._admit(new_items, new_items_mask)
-        size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
-        inserted = insertion_rows(self._oldest_rows(size), mask)
+        inserted, mask = self._rows_for(new_items, mask)
         self._write(inserted, new_items)
         self._touch(inserted)
-        filled = self._state.filled
-        is_more = mask & ~tf.gather(filled, inserted.rows)
-        self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
-        scatter_rows(filled, inserted.rows, inserted.values(tf.ones_like(mask), filled))
+        self._mark_filled(inserted, mask)
         if self.index is not None:
             changed.append((inserted.rows, mask))
-            _cache_index.follow(self.index, self.embeddings, filled, changed)
+            _cache_index.follow(self.index, self.embeddings, self._state.filled, changed)
+
+    def _rows_for(self, items, mask):
+        """The rows that new items go to, and which of the items there is a row for."""
+        if self.row_key is None:
+            size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
+            return insertion_rows(self._oldest_rows(size), mask), mask
+        rows = self.rows_of(items[self.row_key])
+        is_known = mask & (rows >= 0)
+        self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
+        return masked_rows(rows, is_known), is_known
+
+    def _mark_filled(self, rows, mask):
+        filled = self._state.filled
+        is_more = mask & ~tf.gather(filled, rows.rows)
+        self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
+        scatter_rows(filled, rows.rows, rows.values(tf.ones_like(mask), filled))
+
+    def _forget(self):
+        for variable in (self._state.filled, self._state.num_filled):
+            variable.assign(tf.zeros(variable.shape, variable.dtype))
+
+    def _fill_rows(self, start, items):
+        mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))
+        rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
+        self._write(rows, items)
+        self._touch(rows)
+        self._mark_filled(rows, mask)
+
+    def _rewrite(self, rows, items, mask):
+        mask = self._admit(items, mask)
+        written = masked_rows(rows, mask)
+        self._write(written, items)
+        self._touch(written)
+        if self.index is not None:
+            changed = [(rows, mask)]
+            _cache_index.follow(self.index, self.embeddings, self._state.filled, changed)
 
     def _oldest_rows(self, count):
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
@@ -250,6 +423,7 @@ class Cache(StateLayer):
             "use_lru": self.use_lru,
             "saved": self._is_saved,
             "index": keras.utils.serialize_keras_object(self.index),
+            "row_key": self.row_key,
         }
 
     @classmethod

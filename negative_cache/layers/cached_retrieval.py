@@ -11,15 +11,22 @@ from negative_cache import _validation
 from negative_cache._compat import RunningMean, become_task, keras
 from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks, _retrieval_config
 from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
+from negative_cache.layers._corpus import ONE_FEATURE
 from negative_cache.layers._scores import Scores
-from negative_cache.layers._state import StateLayer, make_state_variable, next_seed
+from negative_cache.layers._state import (
+    StateLayer,
+    make_state_variable,
+    next_seed,
+    on_every_replica,
+)
 from negative_cache.layers.cache import Cache
+from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.metrics import Latest
 from negative_cache.ops import contrastive
+from negative_cache.ops.landmarks import uniform_rows
 
-_ONE_FEATURE = "candidate"
 _DIMENSION = "embedding_dim"
 
 
@@ -43,6 +50,12 @@ class CachedRetrieval(StateLayer):
     counts them. What the layer does not do: a candidate that came several times may stand in
     several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
 
+    With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from the
+    first step on, the positive's own row is always left out, and the positives, which are encoded
+    anyway, are written to their rows. What is stale then are the rows that neither draws nor
+    positives come to: `refresh_fraction` encodes them in turn, the callback `CacheRefresh` all at
+    once, and a `corrector` estimates where they are without encoding them.
+
     TensorFlow checkpoints, `.weights.h5` and `.keras` files hold the cache and the state of the
     sampling, so that a training that goes on from one draws what it would have drawn.
 
@@ -50,9 +63,10 @@ class CachedRetrieval(StateLayer):
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
         batch dimension -> [n, d] embeddings.
       feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
-        what the tower needs, or one such spec where the tower takes a single tensor.
+        what the tower needs, or one such spec where the tower takes a single tensor. Not needed
+        with a `cache`.
       cache_size: C, the number of cached candidates. 0 trains without a cache, the baseline to
-        compare with.
+        compare with. Not needed with a `cache`.
       temperature: scores are inner products divided by it.
       score_transform: elementwise function of the (divided) inner products.
       num_negatives: S, draws from the cache per query, encoded at every training step.
@@ -66,7 +80,24 @@ class CachedRetrieval(StateLayer):
       index: a `TreeIndex` with the cache's size as its capacity. Negatives are then drawn from it,
         in time that hardly grows with the cache; the rows that a step writes move in it in the same
         step. `score_transform` must be nondecreasing with it, and there are no corrections for
-        frequency: neither `frequency_correction` nor `candidate_sampling_probability`.
+        frequency: neither `frequency_correction` nor `candidate_sampling_probability`. A `cache`
+        that is given has its index already.
+      corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
+        now. Draws, the log partition and its gradient are those of corrected embeddings.
+      cache: a cache that covers a corpus, as `Cache.from_dataset` makes it. It decides on
+        `feature_specs`, `cache_size`, `candidate_id_key`, `index` and `embedding_dtype`. Every
+        candidate is in it once, so there is no `frequency_correction`.
+      refresh_fraction: ρ in [0, 1], the share of the rows that are encoded anew at each step, those
+        touched longest ago, in inference mode and without gradient. ρ C is rounded to whole rows;
+        below a half, one row is encoded every 1 / (ρ C) steps. Needs `use_lru=True`.
+      write_back: whether draws, and with a `cache` the positives, are written back. False leaves
+        rows as they are but for `refresh_fraction` and `CacheRefresh`: a cache that is stale on
+        purpose, as baselines have it. Only with a `cache`.
+      probe_size: rows, other ones each time, that are encoded every `probe_every` steps only to see
+        how stale the cache is: `probe_staleness` in the logs, and with a corrector
+        `probe_corrected_staleness`, each the last mean of ‖ĝ - g‖² / ‖g‖², with h(ĝ) for ĝ. Unlike
+        those of `staleness` they are not drawn for their scores. 0 for none.
+      probe_every: as said.
       use_lru: as in `Cache`.
       false_negative_margin: leave out in-batch and cached negatives that score above the positive
         minus this margin; they are likely unlabelled positives.
@@ -114,8 +145,8 @@ class CachedRetrieval(StateLayer):
     def __init__(
         self,
         candidate_network: Callable[..., tf.Tensor],
-        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature,
-        cache_size: int,
+        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None = None,
+        cache_size: int | None = None,
         *,
         temperature: float | None = None,
         score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
@@ -125,6 +156,12 @@ class CachedRetrieval(StateLayer):
         candidate_id_key: str | None = None,
         remove_accidental_hits: bool = False,
         index: TreeIndex | None = None,
+        corrector: DriftCorrector | None = None,
+        cache: Cache | None = None,
+        refresh_fraction: float = 0.0,
+        write_back: bool = True,
+        probe_size: int = 0,
+        probe_every: int = 100,
         use_lru: bool = True,
         false_negative_margin: float | None = None,
         exact_query_gradient: bool = True,
@@ -143,9 +180,22 @@ class CachedRetrieval(StateLayer):
         # Embeddings are scored in float32 and features keep their dtypes, whatever the precision
         # policy is.
         super().__init__(autocast=False, **kwargs)
+        if cache is not None:
+            given = _retrieval_checks.Given(
+                feature_specs, cache_size, candidate_id_key, index, embedding_dim
+            )
+            given = _retrieval_checks.check_corpus(cache, given)
+            feature_specs, cache_size, candidate_id_key, index, embedding_dim = given
+            embedding_dtype, use_lru = cache.embeddings.dtype, cache.use_lru
+            save_cache, remove_accidental_hits = cache.saved, True
+        elif feature_specs is None or cache_size is None:
+            raise ValueError(
+                "A task needs `feature_specs` and `cache_size`, or a `cache`. Received:"
+                f" feature_specs={feature_specs!r}, cache_size={cache_size}."
+            )
         self._takes_one_tensor = not isinstance(feature_specs, Mapping)
         self.feature_specs = (
-            {_ONE_FEATURE: feature_specs} if self._takes_one_tensor else dict(feature_specs)
+            {ONE_FEATURE: feature_specs} if self._takes_one_tensor else dict(feature_specs)
         )
         self.candidate_network = candidate_network
         self.cache_size = cache_size
@@ -162,6 +212,12 @@ class CachedRetrieval(StateLayer):
         self.frequency_correction = frequency_correction
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
+        self.corrector = corrector
+        self.refresh_fraction = refresh_fraction
+        self.write_back = write_back
+        self.probe_size = probe_size
+        self.probe_every = probe_every
+        _retrieval_checks.check_schedule(self, cache)
         _retrieval_checks.check_settings(self, index, _cached_negatives.INTERNAL_KEYS)
         self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
@@ -171,6 +227,7 @@ class CachedRetrieval(StateLayer):
             # A cache holds fingerprints of this feature.
             description={"candidate_id_key": candidate_id_key},
             sampling=make_state_variable(lambda: seed_and_step, "sampling"),
+            total_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "total_encoded"),
         )
         self._scores = Scores(temperature, score_transform)
         self._task_metrics = _as_list(metrics)
@@ -181,13 +238,17 @@ class CachedRetrieval(StateLayer):
             self._log_partition = RunningMean(name="log_partition")
             self._fill = Latest(name="fill")
             self._skipped_rows = Latest(name="skipped_rows")
+            self._encoded = Latest(name="candidates_encoded")
+            names = ["probe_staleness"] if probe_size else []
+            names += ["probe_corrected_staleness"] if names and corrector is not None else []
+            self._probe_metrics = [Latest(name=name) for name in names]
         self._frequency = (
             # Odd, because ids are often multiples of a power of two, which would share few buckets.
             FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16) | 1)
             if frequency_correction
             else None
         )
-        self._cache = None
+        self._cache = cache
         # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
         self.supports_jit = index is None and not any(
             tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
@@ -195,6 +256,8 @@ class CachedRetrieval(StateLayer):
         self.built = True
         # The cache's, once there is one: Keras is to find it there only.
         self._untracked.index = index
+        # Kept, so that a refresh every few steps does not trace every time.
+        self._untracked.reencode = tf.function(self._reencode, reduce_retracing=True)
         embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
         if index is not None:
             embedding_dim = index.embedding_dim
@@ -216,7 +279,8 @@ class CachedRetrieval(StateLayer):
         """The metrics that only a training call updates."""
         if not self.cache_size:
             return []
-        return [self._staleness, self._log_partition, self._fill, self._skipped_rows]
+        metrics = [self._staleness, self._log_partition, self._fill, self._skipped_rows]
+        return [*metrics, self._encoded, *self._probe_metrics]
 
     def call(
         self,
@@ -304,9 +368,9 @@ class CachedRetrieval(StateLayer):
             _retrieval_checks.check_negatives(explicit, queries)
             explicit = tf.cast(explicit, tf.float32)
             negative_logits.append(self._scores.of_own(scaled_queries, explicit))
-        updates = None
+        step = None
         if self.cache_size:
-            cache_logit, updates = self._cache_logit(
+            cache_logit, step = self._cache_logit(
                 scaled_queries, items, threshold, has_probabilities, training
             )
             negative_logits.append(cache_logit[:, tf.newaxis])
@@ -318,8 +382,13 @@ class CachedRetrieval(StateLayer):
 
         loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
         loss = contrastive.reduce_losses(loss, self.reduction, **weight)
-        if updates is not None:
-            self._update_cache(items, updates)
+        if step is not None:
+            if step.drift_loss is not None:
+                # For the gradient of the corrector, which is none of the task's loss.
+                loss = contrastive.value_with_gradient(loss, loss + step.drift_loss)
+            self._probe()
+            self._update_cache(items, step.refreshed)
+            self._count_encoded(tf.shape(candidates)[0])
         for metric in self._loss_metrics:
             metric.update_state(loss)
         if compute_metrics:
@@ -388,6 +457,30 @@ class CachedRetrieval(StateLayer):
                 index=self._untracked.index,
             )
         _retrieval_checks.check_dimension(embedding_dim, self._cache.embeddings)
+        if self.corrector is not None:
+            key = self.corrector.content_key
+            content_dim = 0 if key is None else self.feature_specs[key].shape[0]
+            build_corrector(self.corrector, embedding_dim, content_dim)
+
+    def refresh_cache(self, batch_size: int = 1024, verbose: int = 1) -> None:
+        """Encodes all filled rows anew, in inference mode; their ages begin again.
+
+        Args:
+          batch_size: rows encoded at a time.
+          verbose: 1 for a progress bar, 0 for none.
+
+        Raises:
+          ValueError: where there is no cache, or `batch_size` is not positive.
+        """
+        _validation.check_count(batch_size, "batch_size")
+        if not self.cache_size or self._cache is None:
+            raise ValueError("There is no cache to refresh, or none yet.")
+        filled = np.flatnonzero(tf.convert_to_tensor(self._cache.filled).numpy())
+        bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
+        for start in range(0, len(filled), batch_size):
+            rows = filled[start : start + batch_size]
+            self._untracked.reencode(tf.constant(rows, tf.int64))
+            bar.add(len(rows))
 
     def save_own_variables(self, store):
         """Writes the state into a Keras file; called by Keras."""
@@ -402,7 +495,7 @@ class CachedRetrieval(StateLayer):
             self.build_cache(int(np.asarray(store[_DIMENSION])[0]))
 
     def get_config(self):
-        specs = self.feature_specs[_ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
+        specs = self.feature_specs[ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
         metrics = {
             "metrics": self._task_metrics,
             "batch_metrics": self._batch_metrics,
@@ -420,31 +513,69 @@ class CachedRetrieval(StateLayer):
             self._cache,
             encode=self._encode,
             scores=self._scores,
-            metrics=_cached_negatives.CacheMetrics(*self.training_metrics),
+            metrics=_cached_negatives.CacheMetrics(*self.training_metrics[:4]),
             num_draws=self.num_negatives,
             exact_query_gradient=self.exact_query_gradient,
+            schedule=_cached_negatives.Schedule(self.write_back, self.refresh_fraction),
+            corrector=self.corrector,
         )
 
     def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
-        """[B] log partition of the cache, and the refreshed rows of a training step."""
-        log_expected = self._log_expected_occurrences(items, has_probabilities, of_rows=True)
+        """[B] log partition of the cache, and what else a training step is."""
+        log_expected = None
+        if self._cache.row_key is None:
+            # A corpus has every candidate once.
+            log_expected = self._log_expected_occurrences(items, has_probabilities, of_rows=True)
         conditions = _cached_negatives.Conditions(
             positive_ids=(
                 items[CANDIDATE_ID][: tf.shape(scaled_queries)[0]]
-                if self.remove_accidental_hits
+                if self.remove_accidental_hits and self._cache.row_key is None
                 else None
             ),
             max_scores=threshold,
             log_weights=None if log_expected is None else -log_expected,
         )
         if not training:
-            return self._negatives().log_partition(scaled_queries, conditions), None
-        return self._negatives().sampled_log_partition(
+            return self._negatives().log_partition(scaled_queries, items, conditions), None
+        step = self._negatives().sampled_log_partition(
             scaled_queries, items, conditions, self._next_seed()
         )
+        return step.log_partition, step
 
     def _update_cache(self, items, updates):
         self._negatives().update(items, updates)
+
+    def _reencode(self, rows):
+        on_every_replica(self._negatives().reencode, rows)
+
+    def _probe(self):
+        """Measures the staleness of some rows, where it is time to."""
+        if not self.probe_size:
+            return
+        seed = self._next_seed()
+        is_filled = self._cache.num_filled >= self.probe_size
+
+        def measure():
+            rows = uniform_rows(self._cache.filled, self.probe_size, seed)
+            # Rows written by the step before say nothing of those that wait.
+            weight = tf.cast(tf.gather(self._cache.age, rows) > 0, tf.float32)
+            staleness = self._negatives().staleness(rows)
+            return tuple(
+                tf.math.divide_no_nan(tf.reduce_sum(weight * part), tf.reduce_sum(weight))
+                for part in staleness
+            )
+
+        is_due = is_filled & tf.equal(self._cache.step % self.probe_every, 0)
+        before = tuple(metric.result() for metric in self._probe_metrics)
+        before += (0.0,) * (2 - len(before))
+        values = tf.cond(is_due, measure, lambda: before)
+        for metric, value in zip(self._probe_metrics, values):
+            metric.update_state(value)
+
+    def _count_encoded(self, count):
+        self._state.total_encoded.assign_add(tf.cast(count, tf.int64))
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self._encoded.update_state(self._state.total_encoded * num_replicas)
 
     def _not_a_negative(self, items, scores, threshold):
         """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
@@ -487,9 +618,12 @@ class CachedRetrieval(StateLayer):
         )
 
     def _encode(self, features, training):
-        inputs = features[_ONE_FEATURE] if self._takes_one_tensor else features
+        inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
         embeddings = _networks.embed(self.candidate_network, inputs, training)
         self.build_cache(embeddings.shape[1])
+        if self.cache_size:
+            size = tf.shape(embeddings)[0]
+            on_every_replica(self._state.total_encoded.assign_add, tf.cast(size, tf.int64))
         return tf.cast(embeddings, tf.float32)
 
     def _next_seed(self):
@@ -498,7 +632,7 @@ class CachedRetrieval(StateLayer):
 
     def _check_features(self, features):
         if self._takes_one_tensor and not isinstance(features, Mapping):
-            features = {_ONE_FEATURE: features}
+            features = {ONE_FEATURE: features}
         return _validation.check_items(
             features, self.feature_specs, what="candidate_features", exact=True
         )

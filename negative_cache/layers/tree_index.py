@@ -345,7 +345,9 @@ class TreeIndex(StateLayer):
             `positive_ids` [B], and `max_scores` [B], which leave out candidates as there. In nodes
             that were not opened, candidates with a positive's id are left out when they are drawn
             but count for the log partition; of those above `max_scores` the expected part of the
-            mass is taken away, as if a node's scores were normal.
+            mass is taken away, as if a node's scores were normal. `row_transform`, a function of
+            embeddings [n, d] and candidates [n], is applied to candidates before they are scored,
+            and with None for candidates to means of nodes, whose spreads stay what they are.
 
         Returns:
           The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each
@@ -462,6 +464,7 @@ class TreeIndex(StateLayer):
         candidate_ids=None,
         positive_ids=None,
         max_scores=None,
+        row_transform=None,
         seed=None,
         compute_gradient=False,
     ):
@@ -476,13 +479,24 @@ class TreeIndex(StateLayer):
             max_scores=max_scores,
         )
         return sample_tree(
-            self.tree,
+            self._transformed(row_transform),
             scoring,
             num_samples=_validation.check_count(num_samples, "num_samples"),
             beam=self._checked_beam(beam),
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
             seed=seed,
             compute_gradient=compute_gradient,
+        )
+
+    def _transformed(self, row_transform) -> Tree:
+        """The tree as draws see it whose candidates, and means of them, are corrected."""
+        if row_transform is None:
+            return self.tree
+        if not self.store_embeddings:
+            raise ValueError("`row_transform` needs an index with store_embeddings=True.")
+        return self.tree._replace(
+            mean_transform=lambda means: row_transform(means, None),
+            candidates=self._candidates.transformed(row_transform),
         )
 
     def _update(self, indices, embeddings, mask):

@@ -32,6 +32,7 @@ class BlockScorer:
         *,
         score_transform=None,
         embedding_transform=None,
+        row_transform=None,
         candidate_mask=None,
         candidate_ids=None,
         positive_ids=None,
@@ -51,7 +52,10 @@ class BlockScorer:
         self._queries = tf.stop_gradient(tf.cast(queries, tf.float32))
         self._candidates = candidate_embeddings
         self._score_transform = score_transform
+        if embedding_transform is not None and row_transform is not None:
+            raise ValueError("`embedding_transform` and `row_transform` exclude each other.")
         self._embedding_transform = embedding_transform
+        self._row_transform = row_transform
         num_queries, num_candidates = queries.shape[0], candidate_embeddings.shape[0]
         self._mask = _vector(candidate_mask, "candidate_mask", num_candidates, tf.bool)
         self._ids = _vector(candidate_ids, "candidate_ids", num_candidates)
@@ -71,13 +75,14 @@ class BlockScorer:
 
     def read_block(self, start, size) -> tf.Tensor:
         """[size, d] float32, the (transformed) embeddings of `size` candidates from `start` on."""
+        rows = start + tf.range(size)
         if self._is_variable:
             # A slice of a variable that scatters have touched copies all of it, at every read; a
             # gather copies these rows only.
-            block = tf.gather(self._candidates, start + tf.range(size))
+            block = tf.gather(self._candidates, rows)
         else:
             block = tf.slice(self._candidates, [start, 0], [size, self.dim])
-        return self._embed(block)
+        return self._embed(block, rows)
 
     def score_block(self, block, start, size, *, with_slopes=False):
         """Scores of all queries with a block that `read_block(start, size)` has read.
@@ -107,7 +112,8 @@ class BlockScorer:
         """
         exists = rows < self.num_candidates
         rows = tf.minimum(rows, self.num_candidates - 1)
-        candidates = self._embed(tf.gather(self._candidates, tf.reshape(rows, [-1])))
+        flat_rows = tf.reshape(rows, [-1])
+        candidates = self._embed(tf.gather(self._candidates, flat_rows), flat_rows)
         candidates = tf.reshape(candidates, [self.num_queries, -1, self.dim])
         products = tf.matmul(candidates, self._queries[..., tf.newaxis])[..., 0]
         max_scores = self._max_scores
@@ -116,9 +122,11 @@ class BlockScorer:
         scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
         return tf.where(exists, scores, INADMISSIBLE)
 
-    def _embed(self, block):
+    def _embed(self, block, rows):
         if self._embedding_transform is not None:
             block = self._embedding_transform(block)
+        if self._row_transform is not None:
+            block = self._row_transform(block, rows)
         return tf.stop_gradient(tf.cast(block, tf.float32))
 
     def _admit(self, products, take, max_scores):

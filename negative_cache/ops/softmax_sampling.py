@@ -54,6 +54,7 @@ def sample_softmax(
     num_samples: int = 1,
     score_transform: TensorFn | None = None,
     embedding_transform: TensorFn | None = None,
+    row_transform: Callable[[tf.Tensor, tf.Tensor], tf.Tensor] | None = None,
     candidate_mask: tf.Tensor | None = None,
     candidate_ids: tf.Tensor | None = None,
     positive_ids: tf.Tensor | None = None,
@@ -76,6 +77,8 @@ def sample_softmax(
       score_transform: elementwise function of the inner products, of any shape, for instance a
         division by a temperature. Scores are inner products where None.
       embedding_transform: function [n, d] -> [n, d] applied to candidates before they are scored.
+      row_transform: the same for what depends on which candidates they are: a function of their
+        embeddings [n, d] and of their rows [n] int32. One of the two at the most.
       candidate_mask: [C] bool; candidates with False are left out.
       candidate_ids: [C] ids of any comparable dtype, used with `positive_ids`.
       positive_ids: [B] ids; candidates with a query's own positive id are left out for that query.
@@ -101,6 +104,7 @@ def sample_softmax(
         compute_gradient=False,
         score_transform=score_transform,
         embedding_transform=embedding_transform,
+        row_transform=row_transform,
         candidate_mask=candidate_mask,
         candidate_ids=candidate_ids,
         positive_ids=positive_ids,

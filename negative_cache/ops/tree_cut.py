@@ -76,12 +76,29 @@ class Tree(NamedTuple):
       levels: the node levels.
       members: [num_leaves, leaf_size] int32, the ids in each leaf; -1 in empty slots.
       candidates: what scores them.
+      mean_transform: function [n, d] -> [n, d] applied to means before they are scored.
     """
 
     shape: TreeShape
     levels: tuple[TreeLevel, ...]
     members: tf.Tensor
     candidates: Candidates
+    mean_transform: Callable[[tf.Tensor], tf.Tensor] | None = None
+
+    def means_of_blocks(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
+        """[..., width, d] float32, the (transformed) means of the nodes of blocks [...]."""
+        return self._transformed(tf.gather(self.levels[depth].mean, blocks))
+
+    def means_of_nodes(self, depth: int, addresses: tf.Tensor) -> tf.Tensor:
+        """[..., d] float32, the (transformed) means of the nodes at `addresses` [...]."""
+        return self._transformed(take_nodes(self.levels[depth].mean, addresses))
+
+    def _transformed(self, means):
+        means = tf.cast(means, tf.float32)
+        if self.mean_transform is None:
+            return means
+        flat = tf.reshape(means, [-1, means.shape[-1]])
+        return tf.reshape(self.mean_transform(flat), tf.shape(means))
 
 
 class Scoring:
@@ -244,7 +261,7 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
     """
     level = tree.levels[0]
     # The means of the root block as the dense matrix that they are.
-    products = tf.matmul(scoring.queries, tf.cast(level.mean[0], tf.float32), transpose_b=True)
+    products = tf.matmul(scoring.queries, tree.means_of_blocks(0, 0), transpose_b=True)
     stats = tf.convert_to_tensor(level.stats)
     first = tf.zeros([1, 1], tf.int32)
     all_nodes = []
@@ -269,7 +286,7 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
             products = tree.candidates.products(scoring.queries, members, node_products)
             ids, products = _flat(members), _flat(products)
             return Cut(tuple(all_nodes), ids, products, scoring.of_candidates(products, ids))
-        products, stats = _score_blocks(tree.levels[depth + 1], scoring.queries, block)
+        products, stats = _score_blocks(tree, depth + 1, scoring.queries, block)
         first = tf.maximum(block, 0) * tree.shape.widths[depth + 1]
     raise AssertionError("a tree has at least one level")
 
@@ -319,11 +336,11 @@ def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:
     return tf.gather_nd(values, tf.stack([addresses // width, addresses % width], axis=-1))
 
 
-def _score_blocks(level: TreeLevel, queries: tf.Tensor, block: tf.Tensor):
+def _score_blocks(tree: Tree, depth: int, queries: tf.Tensor, block: tf.Tensor):
     """Products [B, n * width] with the nodes of blocks [B, n], and their stats; -1 is empty."""
-    dim = queries.shape[1]
+    level, dim = tree.levels[depth], queries.shape[1]
     held = tf.maximum(block, 0)
-    means = tf.cast(tf.gather(level.mean, held), tf.float32)
+    means = tree.means_of_blocks(depth, held)
     num_queries = tf.shape(queries)[0]
     size = block.shape[1] * level.mean.shape[1]
     means = tf.reshape(means, [num_queries, size, dim])

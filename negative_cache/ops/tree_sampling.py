@@ -174,14 +174,14 @@ def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> Tree
         block = tf.maximum(block, 0)
         if depth < num_levels - 1:
             below = tree.levels[depth + 1]
-            means = tf.cast(tf.gather(below.mean, block), tf.float32)
+            means = tree.means_of_blocks(depth + 1, block)
             products = tf.einsum("btwd,bd->btw", means, queries)
             masses = scoring.log_masses(products, tf.gather(below.stats, block))
             child, its_log_probability = _pick(masses, random[depth])
             address = tf.where(is_here, block * tree.shape.widths[depth + 1] + child, address)
         else:
             members = tf.gather(tree.members, block)
-            means = tf.cast(take_nodes(level.mean, tf.where(is_here, address, 0)), tf.float32)
+            means = tree.means_of_nodes(depth, tf.where(is_here, address, 0))
             node_products = tf.einsum("btd,bd->bt", means, queries)
             products = tree.candidates.products(queries, members, node_products)
             scores = scoring.of_candidates(products, members)

@@ -1,0 +1,178 @@
+"""A corpus of candidates: read from a dataset, encoded, and found again by id."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache.layers import _networks
+from negative_cache.layers._state import make_state_variable
+
+# The name of the only feature of a tower that takes a single tensor.
+ONE_FEATURE = "candidate"
+# The name of the embedding in a cache of candidates.
+EMBEDDING = "embedding"
+
+
+class RowsById:
+    """Which row of a cache a candidate has: its id's fingerprint among the sorted ones of all.
+
+    The functions take the variables that `make_variables` makes, which live in the cache.
+    """
+
+    @staticmethod
+    def make_variables(num_rows: int) -> dict[str, tf.Variable]:
+        """Variables without any id in them."""
+        return {
+            "fingerprints": make_state_variable(
+                lambda: tf.fill([num_rows], tf.int64.max), "fingerprints"
+            ),
+            "rows": make_state_variable(lambda: tf.fill([num_rows], -1), "rows"),
+        }
+
+    @staticmethod
+    def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
+        """Remembers that row i has the id `ids[i]`, i < n.
+
+        Raises:
+          ValueError: where two ids are the same.
+        """
+        fingerprints = fingerprint(tf.constant(ids)).numpy()
+        order = np.argsort(fingerprints, kind="stable")
+        fingerprints = fingerprints[order]
+        same = np.flatnonzero(fingerprints[1:] == fingerprints[:-1])
+        if len(same):
+            first, second = sorted(order[same[0] : same[0] + 2])
+            raise ValueError(
+                "Every candidate of a corpus must have an id of its own. Received the id"
+                f" {ids[first]!r} for rows {first} and {second}."
+            )
+        missing = variables["rows"].shape[0] - len(ids)
+        variables["fingerprints"].assign(
+            np.pad(fingerprints, [0, missing], constant_values=tf.int64.max)
+        )
+        variables["rows"].assign(np.pad(order.astype(np.int32), [0, missing], constant_values=-1))
+
+    @staticmethod
+    def find(variables: Mapping[str, tf.Variable], ids: tf.Tensor) -> tf.Tensor:
+        """[n] int64, the rows of `ids` [n]; -1 for those that there are not."""
+        wanted = fingerprint(tf.convert_to_tensor(ids))
+        place = tf.searchsorted(tf.convert_to_tensor(variables["fingerprints"]), wanted)
+        place = tf.minimum(place, variables["rows"].shape[0] - 1)
+        is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
+        rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
+        return tf.where(is_there, rows, -1)
+
+
+class Corpus:
+    """Candidates of a dataset, with the tower that encodes them.
+
+    The arguments are those of `Cache.from_dataset`, which this checks.
+
+    Attributes:
+      specs: feature name -> spec.
+      id_key: the feature that identifies a candidate.
+    """
+
+    def __init__(
+        self,
+        dataset: Iterable,
+        network: Callable[..., tf.Tensor],
+        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None,
+        id_key: str | None,
+    ):
+        if not callable(network):
+            raise ValueError(
+                f"`candidate_network` must be a layer or a function. Received: {network!r}."
+            )
+        if feature_specs is None:
+            feature_specs = _specs_of(dataset)
+        self._takes_one_tensor = not isinstance(feature_specs, Mapping)
+        if self._takes_one_tensor:
+            feature_specs = {ONE_FEATURE: feature_specs}
+            id_key = ONE_FEATURE if id_key is None else id_key
+        self.specs = _validation.check_specs(feature_specs)
+        if EMBEDDING in self.specs:
+            raise ValueError(
+                f"{EMBEDDING!r} is the name of the cached embedding, and no candidate's feature can"
+                f" have it. Received features {sorted(self.specs)}."
+            )
+        if id_key is None:
+            raise ValueError(
+                "A cache of a corpus needs a `candidate_id_key`, to know the rows of candidates"
+                f" again. Received: None, and features {sorted(self.specs)}."
+            )
+        _validation.check_id(id_key, self.specs, "candidate_id_key", "feature_specs")
+        self.id_key = id_key
+        self._dataset = dataset
+
+        def encode(features):
+            inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
+            return tf.cast(_networks.embed(network, inputs, training=False), tf.float32)
+
+        self._encode = tf.function(encode, reduce_retracing=True)
+
+    def count(self) -> int:
+        """The number of candidates."""
+        if isinstance(self._dataset, Iterator):
+            raise ValueError(
+                "A dataset that can be read only once needs its number of candidates as"
+                f" `cache_size`. Received: {self._dataset!r}."
+            )
+        total = sum(len(features[self.id_key]) for features in self._batches())
+        if not total:
+            raise ValueError("There are no candidates in the dataset. Received an empty one.")
+        return total
+
+    def embedding_dim(self) -> int:
+        """d, as the tower says, or else what it does with an example."""
+        example = {
+            key: tf.zeros([1, *spec.shape], spec.dtype)
+            if tf.as_dtype(spec.dtype) != tf.string
+            else tf.fill([1, *spec.shape], "")
+            for key, spec in self.specs.items()
+        }
+        return int(self._encode.get_concrete_function(example).output_shapes[1])
+
+    def items(self) -> Iterator[dict[str, tf.Tensor]]:
+        """Batches of features, with the embeddings [n, d] float32 among them."""
+        for features in self._batches():
+            yield {**features, EMBEDDING: self._encode(features)}
+
+    def _batches(self):
+        for features in self._dataset:
+            if self._takes_one_tensor and not isinstance(features, Mapping):
+                features = {ONE_FEATURE: features}
+            yield _validation.check_items(features, self.specs, what="dataset", exact=True)
+
+
+def fingerprint(ids: tf.Tensor) -> tf.Tensor:
+    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
+    return (
+        tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
+        if ids.dtype == tf.string
+        else tf.cast(ids, tf.int64)
+    )
+
+
+def _specs_of(dataset):
+    """The specs of a dataset of batches: a mapping, or that of a single tensor."""
+    element = getattr(dataset, "element_spec", None)
+    if element is None:
+        raise ValueError(
+            "`feature_specs` can only be taken from a `tf.data.Dataset`. Received: None, and"
+            f" {type(dataset).__name__}."
+        )
+    parts = element if isinstance(element, Mapping) else {ONE_FEATURE: element}
+    for key, part in parts.items():
+        is_tensor = isinstance(part, tf.TensorSpec) and part.shape.rank is not None
+        if not is_tensor or part.shape.rank < 1 or not part.shape[1:].is_fully_defined():
+            raise ValueError(
+                "Features must be tensors [n, ...] whose shape is known but for the batch. Received"
+                f" for {key!r}: {part!r}."
+            )
+    specs = {
+        key: tf.io.FixedLenFeature(list(part.shape[1:]), part.dtype) for key, part in parts.items()
+    }
+    return specs if isinstance(element, Mapping) else specs[ONE_FEATURE]

@@ -1,0 +1,150 @@
+"""`Corrector`: a small network that learns where stale embeddings have gone."""
+
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache._compat import keras
+from negative_cache.layers.drift_corrector import (
+    DriftCorrector,
+    cross_entropy,
+    mean_squared_error,
+)
+
+_DRIFT_LOSSES = ("mse", "cross_entropy", "both")
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class Corrector(DriftCorrector):
+    """A two-layer residual network from stale embeddings to where they would be now.
+
+    Monath et al., ICML 2024 (arXiv 2409.01890). Candidates are drawn by their corrected embeddings
+    P_h(y|x) ∝ exp score(x, h(ĝ(y))), the draws are encoded, and what they turn out to be trains the
+    network for the next step. With r(ĝ) = ‖ĝ‖ W₂ gelu(W₁ ĝ √d / ‖ĝ‖ + b₁) + ‖ĝ‖ b₂ and W₂ = b₂ = 0
+    at the start, h begins as the identity; see `DriftCorrector` for h, which leaves rows that have
+    just been written as they are and is used as far as it proves right. It is applied to one block
+    of the cache at a time, inside of the sampler: a corrected cache is never stored.
+
+    Give it to `CachedRetrieval(corrector=Corrector())`. The optimizer of the model trains it in the
+    same `fit`, on all rows that a training step encodes anyway: draws, refreshed rows and, where
+    the cache covers a corpus, the positives. No gradient of the drift loss reaches the towers, and
+    none of the task's loss reaches the corrector. (An optimizer that clips by the *global* norm
+    sees the gradients of both.)
+
+    With a `TreeIndex`, corrected means of nodes steer the draw, and candidates are scored by their
+    corrected embeddings, exactly, so that Metropolis-Hastings steps lead to P_h as they lead to P
+    without. Spreads and radii stay those of the stale embeddings: the log partition is an
+    estimate with centres of now and spreads of then, and `TreeIndex.log_partition_bounds` goes on
+    to bound the partition of the *stale* embeddings, not that of the corrected ones, of which
+    nothing is proven.
+
+    Args:
+      hidden_units: width of the hidden layer. Per row of the cache, a step costs about
+        2 * hidden_units multiplications for each of the batch's: wider is better and slower.
+      drift_loss: "mse", Σ ‖h(ĝ) - g‖² / Σ ‖g‖² over the encoded rows; "cross_entropy", between the
+        softmaxes over those rows under fresh and under corrected embeddings; or "both", the sum.
+      learning_rate_multiplier: steps of the corrector's weights are so many times those of the
+        model's optimizer, whichever that is. An effective rate of about 1e-3 with Adam is a good
+        start: towers that are fine-tuned at 2e-5 want a multiplier of 50.
+      warmup_steps: as in `DriftCorrector`.
+      content_key: as in `DriftCorrector`; the content is a further input of the first layer. Not
+        with an index, whose nodes have none.
+
+    Raises:
+      ValueError: where an argument is out of range.
+
+    Example:
+      >>> corrector = Corrector(hidden_units=512)
+      >>> task = CachedRetrieval(tower, cache=cache, corrector=corrector)
+      >>> fresher = corrector(stale_embeddings)
+    """
+
+    def __init__(
+        self,
+        hidden_units: int = 256,
+        *,
+        drift_loss: str = "mse",
+        learning_rate_multiplier: float = 1.0,
+        warmup_steps: int = 0,
+        content_key: str | None = None,
+        **kwargs,
+    ):
+        super().__init__(warmup_steps=warmup_steps, content_key=content_key, **kwargs)
+        self.hidden_units = _validation.check_count(hidden_units, "hidden_units")
+        if drift_loss not in _DRIFT_LOSSES:
+            raise ValueError(
+                f"`drift_loss` must be one of {_DRIFT_LOSSES}. Received: {drift_loss!r}."
+            )
+        if not learning_rate_multiplier > 0:
+            raise ValueError(
+                "`learning_rate_multiplier` must be positive. Received:"
+                f" {learning_rate_multiplier}."
+            )
+        self.drift_loss = drift_loss
+        self.learning_rate_multiplier = learning_rate_multiplier
+        self._network = None
+
+    def build(self, input_shape, content_dim: int = 0):
+        dim = int(input_shape[-1])
+        self._network = _ResidualNetwork(
+            dim + content_dim, self.hidden_units, dim, self.learning_rate_multiplier, name="network"
+        )
+        super().build(input_shape, content_dim)
+
+    def displacement_fn(self):
+        network = self._network
+
+        def displacement(stale, content):
+            lengths = tf.maximum(tf.norm(stale, axis=1, keepdims=True), 1e-6)
+            inputs = [stale * (stale.shape[1] ** 0.5 / lengths)]
+            if self.content_key is not None:
+                inputs.append(tf.cast(content, tf.float32))
+            return lengths * network(tf.concat(inputs, axis=1))
+
+        return displacement
+
+    def _drift_loss(self, corrected, encoded, score_fn):
+        loss = tf.constant(0.0)
+        if self.drift_loss != "cross_entropy":
+            loss += mean_squared_error(corrected, encoded)
+        if self.drift_loss != "mse":
+            loss += cross_entropy(corrected, encoded, score_fn)
+        return loss
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "hidden_units": self.hidden_units,
+            "drift_loss": self.drift_loss,
+            "learning_rate_multiplier": self.learning_rate_multiplier,
+        }
+
+
+class _ResidualNetwork(keras.layers.Layer):
+    """W₂ gelu(W₁ x + b₁) + b₂ with a learning rate of its own, zero at the start.
+
+    A weight w stands in a variable v = w / m. Its gradient is handed to v unchanged, so that a step
+    of any optimizer moves w by m times what it would move it by otherwise.
+    """
+
+    def __init__(self, num_inputs: int, hidden_units: int, dim: int, multiplier: float, **kwargs):
+        super().__init__(autocast=False, dtype="float32", **kwargs)
+        self.multiplier = multiplier
+        normal = keras.initializers.RandomNormal(stddev=num_inputs**-0.5 / multiplier)
+        self.inner = self._make("inner", [num_inputs, hidden_units], normal)
+        self.inner_bias = self._make("inner_bias", [hidden_units])
+        self.outer = self._make("outer", [hidden_units, dim])
+        self.outer_bias = self._make("outer_bias", [dim])
+        self.built = True
+
+    def call(self, inputs):
+        names = ("inner", "inner_bias", "outer", "outer_bias")
+        inner, inner_bias, outer, outer_bias = (self._weight(name) for name in names)
+        hidden = tf.nn.gelu(tf.matmul(inputs, inner) + inner_bias, approximate=True)
+        return tf.matmul(hidden, outer) + outer_bias
+
+    def _make(self, name, shape, initializer="zeros"):
+        return self.add_weight(name=name, shape=shape, initializer=initializer, dtype="float32")
+
+    def _weight(self, name):
+        variable = tf.convert_to_tensor(getattr(self, name))
+        return variable + tf.stop_gradient((self.multiplier - 1.0) * variable)

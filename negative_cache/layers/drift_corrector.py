@@ -1,0 +1,253 @@
+"""`DriftCorrector`: what all correctors of stale embeddings share."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache.layers._state import StateLayer, make_state_variable
+from negative_cache.ops import contrastive
+
+# Steps that the estimates of a typical age, and of how far to trust the correction, look back.
+_AGE_RATE, _TRUST_RATE = 0.05, 0.1
+# Embeddings whose lengths differ from one by less are of unit length: bfloat16 rounds by 0.004.
+_UNIT_TOLERANCE = 0.01
+# A correction is stretched to at most so many times that of a row of typical age.
+_MAX_SHARE = 2.0
+
+Displacement = Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]
+
+
+class Encoded(NamedTuple):
+    """Cached candidates that a training step has encoded, in the form of a corrector's examples.
+
+    Attributes:
+      stale: [n, d] float32, ĝ, as cached.
+      fresh: [n, d] float32, g, of now.
+      age: [n] int32, the number of updates since the row was written.
+      mask: [n] bool; where False, the entry is none.
+      content: [n, c] float32, or None.
+    """
+
+    stale: tf.Tensor
+    fresh: tf.Tensor
+    age: tf.Tensor
+    mask: tf.Tensor
+    content: tf.Tensor | None = None
+
+
+class DriftCorrector(StateLayer):
+    """Moves stale embeddings to where they would be if they were encoded now.
+
+    A subclass says where to: `displacement_fn` returns a function r of embeddings, which is zero at
+    the start. An embedding ĝ that was written `age` updates ago becomes
+
+      h(ĝ) = norm(ĝ + α φ r(ĝ)),    φ = min(√(age / τ), 2),
+
+    where τ is the mean age of the rows that the training steps encode, as it was lately: a row that
+    has just been written is left as it is. The factor α in [0, 1] is the trust in r: the one that
+    would have made Σ ‖ĝ + α φ r(ĝ) - g‖² smallest over the rows encoded in the last ten steps or
+    so, each before r has learned from it. So a corrector that has learned nothing yet, or has not
+    followed a sudden change, does no harm. Where ĝ is of unit length, so is h(ĝ).
+
+    Both factors, and r where it has a state, are in files. Correctors are trained by
+    `CachedRetrieval(corrector=…)`; their own `call` applies them to embeddings.
+
+    Args:
+      warmup_steps: training steps before the correction is used at all; α is 0 until then.
+      content_key: name of a feature [c] of the candidates that r may see beside the embedding, such
+        as a fixed projection of the bag of words. It must cost nothing to look at.
+    """
+
+    def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.warmup_steps = _validation.check_count(warmup_steps, "warmup_steps", at_least=0)
+        self.content_key = content_key
+        self.embedding_dim = None
+
+    def build(self, input_shape, content_dim: int = 0):
+        """Makes the state for embeddings [n, d], `input_shape` being its shape."""
+        self.embedding_dim = int(input_shape[-1])
+        self.content_dim = content_dim
+        if (self.content_key is None) != (content_dim == 0):
+            raise ValueError(
+                "A corrector with a `content_key` is made by the `CachedRetrieval` that has it."
+                f" Received: content_key={self.content_key!r}."
+            )
+        self._hold_state(
+            description={"embedding_dim": self.embedding_dim, "content_dim": content_dim},
+            num_updates=make_state_variable(lambda: tf.zeros([], tf.int64), "num_updates"),
+            typical_age=make_state_variable(lambda: tf.zeros([]), "typical_age"),
+            # Of the last steps: Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
+            agreement=make_state_variable(lambda: tf.zeros([2]), "agreement"),
+            **self._make_fields(self.embedding_dim),
+        )
+        self.built = True
+
+    def call(
+        self,
+        embeddings: tf.Tensor,
+        age: tf.Tensor | None = None,
+        content: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Corrects embeddings; without gradient.
+
+        Args:
+          embeddings: [n, d] float, stale.
+          age: [n] int, the number of updates since each was written; the typical age where None.
+          content: [n, c] float, the feature `content_key`, where the corrector has one.
+
+        Returns:
+          [n, d] float32.
+        """
+        return self.corrector_fn(self.displacement_fn())(embeddings, age, content)
+
+    def corrector_fn(self, displacement: Displacement) -> Callable[..., tf.Tensor]:
+        """`call` as a function, for many parts of a step with the same `displacement_fn()`."""
+        trust = self._trust()
+
+        def correct(embeddings, age=None, content=None):
+            stale = tf.cast(embeddings, tf.float32)
+            share = trust * self._share(age, stale)
+            return tf.stop_gradient(_moved(stale, share * displacement(stale, content)))
+
+        return correct
+
+    def learn(
+        self,
+        encoded: Encoded,
+        displacement: Displacement,
+        score_fn: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    ) -> tf.Tensor | None:
+        """Learns from what a training step has encoded, and from nothing else.
+
+        Args:
+          encoded: candidates; no gradient flows back to them.
+          displacement: what `displacement_fn()` has returned in this step.
+          score_fn: candidates [n, d] -> [B, n] scores with the queries of the step.
+
+        Returns:
+          A scalar loss whose gradient trains the weights; None where there are none to train.
+        """
+        encoded = Encoded(*(None if part is None else tf.stop_gradient(part) for part in encoded))
+        weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
+        share = self._share(encoded.age, encoded.stale)
+        step = share * displacement(encoded.stale, encoded.content)
+        corrected = _moved(encoded.stale, step)
+        loss = self._drift_loss(corrected, encoded, score_fn)
+        moved = tf.stop_gradient(corrected) - encoded.stale
+        drift = encoded.fresh - encoded.stale
+        agreement = tf.stack([tf.reduce_sum(weight * moved * other) for other in (drift, moved)])
+        self._state.agreement.assign(
+            (1.0 - _TRUST_RATE) * self._state.agreement + _TRUST_RATE * agreement
+        )
+        self._observe(encoded)
+        self._follow_age(encoded)
+        self._state.num_updates.assign_add(1)
+        return loss
+
+    def displacement_fn(self) -> Displacement:
+        """r, a function (embeddings [n, d] float32, content [n, c] or None) -> [n, d]."""
+        raise NotImplementedError
+
+    def rows_to_encode(
+        self, embeddings: tf.Variable, filled: tf.Variable, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor] | None:
+        """Rows of the cache to encode for `learn_landmarks` in this step, and a mask of them."""
+        del embeddings, filled, seed
+
+    def _make_fields(self, dim: int) -> dict:
+        """Further state variables."""
+        del dim
+        return {}
+
+    def _drift_loss(self, corrected, encoded, score_fn):
+        """A loss of `corrected` [n, d] against `encoded.fresh`; None where nothing is trained."""
+        del corrected, encoded, score_fn
+
+    def _observe(self, encoded: Encoded) -> None:
+        """Takes note of what was encoded."""
+        del encoded
+
+    def _follow_age(self, encoded: Encoded) -> None:
+        weight = tf.cast(encoded.mask, tf.float32)
+        total = tf.reduce_sum(weight)
+        mean = tf.reduce_sum(weight * tf.cast(encoded.age, tf.float32)) / tf.maximum(total, 1.0)
+        rate = tf.maximum(1.0 / (1.0 + tf.cast(self._state.num_updates, tf.float32)), _AGE_RATE)
+        rate = tf.where(total > 0.0, rate, 0.0)
+        self._state.typical_age.assign_add(rate * (mean - self._state.typical_age))
+
+    def _trust(self) -> tf.Tensor:
+        """Scalar α."""
+        both = tf.convert_to_tensor(self._state.agreement)
+        trust = tf.clip_by_value(tf.math.divide_no_nan(both[0], both[1]), 0.0, 1.0)
+        return tf.where(self._state.num_updates < self.warmup_steps, 0.0, trust)
+
+    def _share(self, age, like) -> tf.Tensor:
+        """[n, 1] φ; 1 where the age is not known."""
+        if age is None:
+            return tf.ones_like(like[:, :1])
+        relative = tf.math.divide_no_nan(tf.cast(age, tf.float32), self._state.typical_age)
+        return tf.minimum(tf.sqrt(relative), _MAX_SHARE)[:, tf.newaxis]
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "warmup_steps": self.warmup_steps,
+            "content_key": self.content_key,
+        }
+
+
+def mean_squared_error(corrected: tf.Tensor, encoded: Encoded) -> tf.Tensor:
+    """Scalar Σ ‖h - g‖² / Σ ‖g‖² over the entries that are there."""
+    weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
+    error = tf.reduce_sum(weight * tf.math.squared_difference(corrected, encoded.fresh))
+    return tf.math.divide_no_nan(error, tf.reduce_sum(weight * tf.square(encoded.fresh)))
+
+
+def cross_entropy(
+    corrected: tf.Tensor, encoded: Encoded, score_fn: Callable[[tf.Tensor], tf.Tensor]
+) -> tf.Tensor:
+    """Scalar mean over queries of KL(P ‖ P_h), both softmaxes over the entries that are there.
+
+    P has the scores of the fresh embeddings and P_h those of the corrected ones. It is the
+    cross-entropy less the entropy of P, which is constant: zero is the best there is.
+    """
+    logits = [
+        contrastive.leave_out(score_fn(embeddings), ~encoded.mask[tf.newaxis])
+        for embeddings in (encoded.fresh, corrected)
+    ]
+    target = tf.stop_gradient(tf.nn.softmax(logits[0]))
+    difference = tf.nn.log_softmax(logits[0]) - tf.nn.log_softmax(logits[1])
+    divergence = tf.where(target > 0.0, target * tf.where(target > 0.0, difference, 0.0), 0.0)
+    # Without a single entry the softmax of nothing is NaN.
+    is_some = tf.reduce_any(encoded.mask)
+    return tf.where(is_some, tf.reduce_mean(tf.reduce_sum(divergence, axis=1)), 0.0)
+
+
+def build_corrector(corrector: DriftCorrector, embedding_dim: int, content_dim: int) -> None:
+    """Makes a corrector for embeddings of `embedding_dim`, or checks that it is for those.
+
+    Raises:
+      ValueError: where it has been made for another width.
+    """
+    if not corrector.built:
+        corrector.build((None, embedding_dim), content_dim)
+    wanted = (embedding_dim, content_dim)
+    if (corrector.embedding_dim, corrector.content_dim) != wanted:
+        raise ValueError(
+            "`corrector` must be for the embeddings of the cache. Received a corrector of"
+            f" dimension {corrector.embedding_dim} with contents of {corrector.content_dim}."
+            f" Wanted: {wanted[0]} and {wanted[1]}."
+        )
+
+
+def _moved(stale: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+    """`stale` [n, d] moved by `step`, of unit length again where it was before."""
+    moved = stale + step
+    lengths = tf.norm(stale, axis=1, keepdims=True)
+    # The derivative of a square root has to be kept from zero.
+    squares = tf.reduce_sum(tf.square(moved), axis=1, keepdims=True)
+    unit = moved * tf.math.rsqrt(tf.maximum(squares, 1e-12))
+    return tf.where(tf.abs(lengths - 1.0) < _UNIT_TOLERANCE, unit, moved)

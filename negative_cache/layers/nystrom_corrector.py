@@ -1,0 +1,188 @@
+"""`NystromCorrector`: carries the movement of a few landmarks to all stale embeddings."""
+
+import tensorflow as tf
+
+from negative_cache import _validation
+from negative_cache._compat import keras
+from negative_cache.layers._state import make_state_variable, scatter_rows
+from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
+from negative_cache.ops import landmarks as _landmarks
+from negative_cache.ops.cache_rows import insertion_rows
+
+_LANDMARKS = ("encoded", "uniform", "k-means++")
+_KERNELS = ("rbf", "linear")
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class NystromCorrector(DriftCorrector):
+    """Kernel regression of the drift on landmarks; it needs no training.
+
+    Monath et al. (arXiv 2303.15311): with landmarks Z, of which both the stale and the fresh
+    embeddings are known, the drift of any other candidate is estimated as
+
+      r(ĝ) = k(ĝ, ĝ(Z)) (K_ZZ + λ I)⁻¹ (g(Z) - ĝ(Z)),
+
+    one solve of m equations a step, and a product with m landmarks for each row of the cache. See
+    `DriftCorrector` for h, and `ops.landmarks.nystrom_coefficients` for what landmarks of different
+    age mean. The landmarks' stale and fresh embeddings and their age are its state.
+
+    Landmarks are, by default, the rows that training steps have encoded last, which cost nothing:
+    draws, refreshed rows and, where the cache covers a corpus, positives. "uniform" and "k-means++"
+    choose rows of the cache once, as soon as it holds enough; at every step `num_encoded` of them
+    in turn are encoded, beside what the step encodes anyway. They are not written back: a landmark
+    whose stale embedding is fresh would say nothing of the others.
+
+    What a `TreeIndex` makes of the correction is said in `Corrector`.
+
+    Args:
+      num_landmarks: m.
+      landmarks: "encoded", "uniform" or "k-means++".
+      num_encoded: of "uniform" and "k-means++", how many are encoded at each step; all, as in the
+        paper, where None.
+      kernel: "rbf" or "linear".
+      bandwidth: scale of the kernel, relative to the root of the mean squared length of the
+        landmarks' stale embeddings.
+      ridge: λ > 0, relative to the kernel of such a landmark with itself.
+      warmup_steps: as in `DriftCorrector`.
+
+    Raises:
+      ValueError: where an argument is out of range.
+
+    Example:
+      >>> task = CachedRetrieval(tower, cache=cache, corrector=NystromCorrector(1024))
+    """
+
+    def __init__(
+        self,
+        num_landmarks: int = 1024,
+        *,
+        landmarks: str = "encoded",
+        num_encoded: int | None = None,
+        kernel: str = "rbf",
+        bandwidth: float = 1.0,
+        ridge: float = 0.1,
+        warmup_steps: int = 0,
+        **kwargs,
+    ):
+        super().__init__(warmup_steps=warmup_steps, **kwargs)
+        self.num_landmarks = _validation.check_count(num_landmarks, "num_landmarks")
+        for name, value, choices in (
+            ("landmarks", landmarks, _LANDMARKS),
+            ("kernel", kernel, _KERNELS),
+        ):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {choices}. Received: {value!r}.")
+        for name, value in (("bandwidth", bandwidth), ("ridge", ridge)):
+            if not value > 0:
+                raise ValueError(f"`{name}` must be positive. Received: {value}.")
+        if num_encoded is not None:
+            _validation.check_count(num_encoded, "num_encoded")
+            if landmarks == "encoded" or num_encoded > num_landmarks:
+                raise ValueError(
+                    "`num_encoded` must be at most `num_landmarks`, and is for landmarks that are"
+                    f" chosen. Received: num_encoded={num_encoded}, num_landmarks={num_landmarks},"
+                    f" landmarks={landmarks!r}."
+                )
+        self.landmarks, self.num_encoded = landmarks, num_encoded
+        self.kernel, self.bandwidth, self.ridge = kernel, bandwidth, ridge
+
+    def displacement_fn(self):
+        state = self._state
+        stale = tf.convert_to_tensor(state.landmarks["stale"])
+        drift = state.landmarks["fresh"] - stale
+        age = tf.convert_to_tensor(state.landmarks["age"])
+        is_there = age >= 0
+        share = tf.where(is_there, self._share(tf.maximum(age, 0), stale)[:, 0], 0.0)
+        squares = tf.where(is_there, tf.reduce_sum(tf.square(stale), axis=1), 0.0)
+        count = tf.math.count_nonzero(is_there, dtype=tf.float32)
+        length = tf.sqrt(tf.math.divide_no_nan(tf.reduce_sum(squares), count))
+        scale = self.bandwidth * tf.where(length > 0.0, length, 1.0)
+        coefficients = _landmarks.nystrom_coefficients(
+            stale, drift, share, kernel=self.kernel, scale=scale, ridge=self.ridge
+        )
+
+        def displacement(embeddings, content):
+            del content
+            values = _landmarks.kernel_matrix(embeddings, stale, self.kernel, scale)
+            return tf.matmul(values, coefficients)
+
+        return displacement
+
+    def rows_to_encode(self, embeddings, filled, seed):
+        """[k] int64 rows of landmarks to encode now, and [k] bool; None where draws will do."""
+        if self.landmarks == "encoded":
+            return None
+        chosen = self._state.landmarks["rows"]
+        num_filled = tf.math.count_nonzero(filled, dtype=tf.int32)
+
+        def choose():
+            if self.landmarks == "uniform":
+                rows = _landmarks.uniform_rows(filled, self.num_landmarks, seed)
+            else:
+                rows = _landmarks.kmeans_plus_plus_rows(
+                    embeddings, tf.convert_to_tensor(filled), self.num_landmarks, seed
+                )
+            chosen.assign(rows)
+            return tf.constant(True)
+
+        are_chosen = chosen[0] >= 0
+        are_chosen = tf.cond(
+            ~are_chosen & (num_filled >= self.num_landmarks), choose, lambda: are_chosen
+        )
+        with tf.control_dependencies([are_chosen]):
+            rows = tf.gather(chosen, self._next_slots(self.num_encoded or self.num_landmarks))
+        return tf.maximum(rows, 0), tf.fill(tf.shape(rows), are_chosen)
+
+    def learn_landmarks(self, encoded: Encoded) -> None:
+        """Takes the embeddings of the rows that `rows_to_encode` has asked for."""
+        self._remember(encoded, self.num_encoded or self.num_landmarks)
+
+    def _observe(self, encoded):
+        if self.landmarks == "encoded":
+            first = Encoded(
+                *(None if part is None else part[: self.num_landmarks] for part in encoded)
+            )
+            size = first.mask.shape[0] or tf.size(first.mask)
+            self._remember(first, size, tf.math.count_nonzero(first.mask))
+
+    def _remember(self, encoded, size, num_used=None):
+        """Writes what was encoded into the next `size` slots, and moves on by `num_used`."""
+        slots = insertion_rows(self._next_slots(size), encoded.mask)
+        fields = {"stale": encoded.stale, "fresh": encoded.fresh, "age": encoded.age}
+        for name, values in fields.items():
+            variable = self._state.landmarks[name]
+            values = tf.cast(values, variable.dtype)
+            scatter_rows(variable, slots.rows, slots.values(values, variable))
+        num_used = size if num_used is None else num_used
+        self._state.next_slot.assign_add(tf.cast(num_used, tf.int64))
+
+    def _next_slots(self, count):
+        return (self._state.next_slot + tf.range(count, dtype=tf.int64)) % self.num_landmarks
+
+    def _make_fields(self, dim):
+        size = self.num_landmarks
+        return {
+            "next_slot": make_state_variable(lambda: tf.zeros([], tf.int64), "next_slot"),
+            "landmarks": {
+                "stale": make_state_variable(lambda: tf.zeros([size, dim]), "stale"),
+                "fresh": make_state_variable(lambda: tf.zeros([size, dim]), "fresh"),
+                # -1 where there is no landmark yet.
+                "age": make_state_variable(lambda: tf.fill([size], -1), "age"),
+                "rows": make_state_variable(
+                    lambda: tf.fill([size], tf.constant(-1, tf.int64)), "rows"
+                ),
+            },
+        }
+
+    def get_config(self):
+        config = super().get_config()
+        del config["content_key"]
+        return {
+            **config,
+            "num_landmarks": self.num_landmarks,
+            "landmarks": self.landmarks,
+            "num_encoded": self.num_encoded,
+            "kernel": self.kernel,
+            "bandwidth": self.bandwidth,
+            "ridge": self.ridge,
+        }
