@@ -58,8 +58,8 @@ class Cache(StateLayer):
         counts in `num_skipped`.
 
     Raises:
-      ValueError: where the specs do not describe an embedding under `embedding_key`, and an id under
-        a given `row_key`; where `cache_size` is not positive, or `index` is for other embeddings.
+      ValueError: where the specs do not describe an embedding under `embedding_key`, and an id
+        under a given `row_key`; where `cache_size` is not positive, or `index` is for others.
 
     Example:
       >>> cache = Cache(

@@ -4,34 +4,24 @@ import operator
 import random
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import RunningMean, become_task, keras
-from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks, _retrieval_config
+from negative_cache._compat import become_task, keras
+from negative_cache.layers import _cached_negatives, _retrieval_checks, _retrieval_config
 from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
+from negative_cache.layers._caching_layer import CachingLayer
 from negative_cache.layers._corpus import ONE_FEATURE
 from negative_cache.layers._scores import Scores
-from negative_cache.layers._state import (
-    StateLayer,
-    make_state_variable,
-    next_seed,
-    on_every_replica,
-)
 from negative_cache.layers.cache import Cache
-from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
+from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.metrics import Latest
 from negative_cache.ops import contrastive
-from negative_cache.ops.landmarks import uniform_rows
-
-_DIMENSION = "embedding_dim"
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class CachedRetrieval(StateLayer):
+class CachedRetrieval(CachingLayer):
     """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
@@ -50,8 +40,8 @@ class CachedRetrieval(StateLayer):
     counts them. What the layer does not do: a candidate that came several times may stand in
     several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
 
-    With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from the
-    first step on, the positive's own row is always left out, and the positives, which are encoded
+    With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from
+    the first step on, the positive's own row is always left out, and positives, which are encoded
     anyway, are written to their rows. What is stale then are the rows that neither draws nor
     positives come to: `refresh_fraction` encodes them in turn, the callback `CacheRefresh` all at
     once, and a `corrector` estimates where they are without encoding them.
@@ -221,66 +211,17 @@ class CachedRetrieval(StateLayer):
         _retrieval_checks.check_settings(self, index, _cached_negatives.INTERNAL_KEYS)
         self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
-        # Whatever seed a training began with, it goes on with it from a file.
-        seed_and_step = tf.constant([self.seed, 0], tf.int64)
-        self._hold_state(
-            # A cache holds fingerprints of this feature.
-            description={"candidate_id_key": candidate_id_key},
-            sampling=make_state_variable(lambda: seed_and_step, "sampling"),
-            total_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "total_encoded"),
-        )
         self._scores = Scores(temperature, score_transform)
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
-        if cache_size:
-            self._staleness = RunningMean(name="staleness")
-            self._log_partition = RunningMean(name="log_partition")
-            self._fill = Latest(name="fill")
-            self._skipped_rows = Latest(name="skipped_rows")
-            self._encoded = Latest(name="candidates_encoded")
-            names = ["probe_staleness"] if probe_size else []
-            names += ["probe_corrected_staleness"] if names and corrector is not None else []
-            self._probe_metrics = [Latest(name=name) for name in names]
         self._frequency = (
             # Odd, because ids are often multiples of a power of two, which would share few buckets.
             FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16) | 1)
             if frequency_correction
             else None
         )
-        self._cache = cache
-        # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
-        self.supports_jit = index is None and not any(
-            tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
-        )
-        self.built = True
-        # The cache's, once there is one: Keras is to find it there only.
-        self._untracked.index = index
-        # Kept, so that a refresh every few steps does not trace every time.
-        self._untracked.reencode = tf.function(self._reencode, reduce_retracing=True)
-        embedding_dim = embedding_dim or _networks.known_output_dim(candidate_network)
-        if index is not None:
-            embedding_dim = index.embedding_dim
-        if embedding_dim is not None:
-            self.build_cache(embedding_dim)
-
-    @property
-    def cache(self) -> Cache | None:
-        """The `Cache`, or None while the embedding dimension is unknown: until the first call."""
-        return self._cache
-
-    @property
-    def index(self) -> TreeIndex | None:
-        """The `TreeIndex` that negatives are drawn from, if one is."""
-        return self._untracked.index
-
-    @property
-    def training_metrics(self) -> list[keras.metrics.Metric]:
-        """The metrics that only a training call updates."""
-        if not self.cache_size:
-            return []
-        metrics = [self._staleness, self._log_partition, self._fill, self._skipped_rows]
-        return [*metrics, self._encoded, *self._probe_metrics]
+        self._make_cache_state(cache, index, embedding_dim)
 
     def call(
         self,
@@ -388,7 +329,7 @@ class CachedRetrieval(StateLayer):
                 loss = contrastive.value_with_gradient(loss, loss + step.drift_loss)
             self._probe()
             self._update_cache(items, step.refreshed)
-            self._count_encoded(tf.shape(candidates)[0])
+            self._end_step(tf.shape(candidates)[0])
         for metric in self._loss_metrics:
             metric.update_state(loss)
         if compute_metrics:
@@ -400,99 +341,6 @@ class CachedRetrieval(StateLayer):
             for metric in self._batch_metrics:
                 metric.update_state(tf.cast(is_positive, tf.float32), batch_logits, **weight)
         return loss
-
-    def add_to_cache(
-        self,
-        candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
-        candidate_sampling_probability: tf.Tensor | None = None,
-    ) -> None:
-        """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
-
-        Args:
-          candidate_features: the features [n, ...] of n <= `cache_size` candidates.
-          candidate_sampling_probability: [n] float, as in `call`.
-
-        Raises:
-          ValueError: where features do not match `feature_specs` or n exceeds `cache_size`.
-        """
-        if not self.cache_size:
-            raise ValueError("There is no cache to add candidates to. Received: cache_size=0.")
-        embeddings = self.embed_candidates(candidate_features)
-        items = self._cache_items(candidate_features, embeddings, candidate_sampling_probability)
-        self._negatives().add(items)
-
-    def embed_candidates(
-        self, candidate_features: Mapping[str, tf.Tensor] | tf.Tensor
-    ) -> tf.Tensor:
-        """Encodes candidates in inference mode and without gradient; makes the cache if need be.
-
-        Args:
-          candidate_features: the features [n, ...] of n candidates.
-
-        Returns:
-          [n, d] float32.
-
-        Raises:
-          ValueError: where features do not match `feature_specs`.
-        """
-        features = self._check_features(candidate_features)
-        return tf.stop_gradient(self._encode(features, training=False))
-
-    def build_cache(self, embedding_dim: int) -> None:
-        """Makes the cache, once the embedding dimension is known; checks it against a made one.
-
-        Raises:
-          ValueError: where the cache holds embeddings of another dimension.
-        """
-        if not self.cache_size:
-            return
-        if self._cache is None:
-            self._cache = _cached_negatives.make_cache(
-                self.feature_specs,
-                tf.io.FixedLenFeature([embedding_dim], self.embedding_dtype),
-                has_ids=self.candidate_id_key is not None,
-                cache_size=self.cache_size,
-                use_lru=self.use_lru,
-                saved=self.save_cache,
-                index=self._untracked.index,
-            )
-        _retrieval_checks.check_dimension(embedding_dim, self._cache.embeddings)
-        if self.corrector is not None:
-            key = self.corrector.content_key
-            content_dim = 0 if key is None else self.feature_specs[key].shape[0]
-            build_corrector(self.corrector, embedding_dim, content_dim)
-
-    def refresh_cache(self, batch_size: int = 1024, verbose: int = 1) -> None:
-        """Encodes all filled rows anew, in inference mode; their ages begin again.
-
-        Args:
-          batch_size: rows encoded at a time.
-          verbose: 1 for a progress bar, 0 for none.
-
-        Raises:
-          ValueError: where there is no cache, or `batch_size` is not positive.
-        """
-        _validation.check_count(batch_size, "batch_size")
-        if not self.cache_size or self._cache is None:
-            raise ValueError("There is no cache to refresh, or none yet.")
-        filled = np.flatnonzero(tf.convert_to_tensor(self._cache.filled).numpy())
-        bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
-        for start in range(0, len(filled), batch_size):
-            rows = filled[start : start + batch_size]
-            self._untracked.reencode(tf.constant(rows, tf.int64))
-            bar.add(len(rows))
-
-    def save_own_variables(self, store):
-        """Writes the state into a Keras file; called by Keras."""
-        super().save_own_variables(store)
-        if self._cache is not None:
-            store[_DIMENSION] = np.array([self._cache.embeddings.shape[1]])
-
-    def load_own_variables(self, store):
-        """Reads the state from a Keras file; called by Keras before it reads that of the cache."""
-        super().load_own_variables(store)
-        if _DIMENSION in store:
-            self.build_cache(int(np.asarray(store[_DIMENSION])[0]))
 
     def get_config(self):
         specs = self.feature_specs[ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
@@ -506,19 +354,6 @@ class CachedRetrieval(StateLayer):
     @classmethod
     def from_config(cls, config):
         return cls(**_retrieval_config.from_config(config))
-
-    def _negatives(self):
-        """The cache as negatives; not kept, so that Keras finds its parts as attributes only."""
-        return _cached_negatives.CachedNegatives(
-            self._cache,
-            encode=self._encode,
-            scores=self._scores,
-            metrics=_cached_negatives.CacheMetrics(*self.training_metrics[:4]),
-            num_draws=self.num_negatives,
-            exact_query_gradient=self.exact_query_gradient,
-            schedule=_cached_negatives.Schedule(self.write_back, self.refresh_fraction),
-            corrector=self.corrector,
-        )
 
     def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
         """[B] log partition of the cache, and what else a training step is."""
@@ -541,41 +376,6 @@ class CachedRetrieval(StateLayer):
             scaled_queries, items, conditions, self._next_seed()
         )
         return step.log_partition, step
-
-    def _update_cache(self, items, updates):
-        self._negatives().update(items, updates)
-
-    def _reencode(self, rows):
-        on_every_replica(self._negatives().reencode, rows)
-
-    def _probe(self):
-        """Measures the staleness of some rows, where it is time to."""
-        if not self.probe_size:
-            return
-        seed = self._next_seed()
-        is_filled = self._cache.num_filled >= self.probe_size
-
-        def measure():
-            rows = uniform_rows(self._cache.filled, self.probe_size, seed)
-            # Rows written by the step before say nothing of those that wait.
-            weight = tf.cast(tf.gather(self._cache.age, rows) > 0, tf.float32)
-            staleness = self._negatives().staleness(rows)
-            return tuple(
-                tf.math.divide_no_nan(tf.reduce_sum(weight * part), tf.reduce_sum(weight))
-                for part in staleness
-            )
-
-        is_due = is_filled & tf.equal(self._cache.step % self.probe_every, 0)
-        before = tuple(metric.result() for metric in self._probe_metrics)
-        before += (0.0,) * (2 - len(before))
-        values = tf.cond(is_due, measure, lambda: before)
-        for metric, value in zip(self._probe_metrics, values):
-            metric.update_state(value)
-
-    def _count_encoded(self, count):
-        self._state.total_encoded.assign_add(tf.cast(count, tf.int64))
-        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
-        self._encoded.update_state(self._state.total_encoded * num_replicas)
 
     def _not_a_negative(self, items, scores, threshold):
         """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
@@ -603,38 +403,6 @@ class CachedRetrieval(StateLayer):
             num_negatives,
             frequency=None if has_probabilities else self._frequency,
             are_cached=of_rows,
-        )
-
-    def _cache_items(self, candidate_features, embeddings, probabilities):
-        """A batch's candidates as cache rows: features, embeddings, ids and probabilities."""
-        features = self._check_features(candidate_features)
-        self.build_cache(embeddings.shape[1])
-        return _cached_negatives.make_rows(
-            features,
-            embeddings,
-            probabilities,
-            id_key=self.candidate_id_key,
-            has_cache=bool(self.cache_size),
-        )
-
-    def _encode(self, features, training):
-        inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
-        embeddings = _networks.embed(self.candidate_network, inputs, training)
-        self.build_cache(embeddings.shape[1])
-        if self.cache_size:
-            size = tf.shape(embeddings)[0]
-            on_every_replica(self._state.total_encoded.assign_add, tf.cast(size, tf.int64))
-        return tf.cast(embeddings, tf.float32)
-
-    def _next_seed(self):
-        """[2] int64, another one at every step and on every replica."""
-        return next_seed(self._state.sampling)
-
-    def _check_features(self, features):
-        if self._takes_one_tensor and not isinstance(features, Mapping):
-            features = {ONE_FEATURE: features}
-        return _validation.check_items(
-            features, self.feature_specs, what="candidate_features", exact=True
         )
 
 
