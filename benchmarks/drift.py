@@ -1,6 +1,6 @@
 """How near correctors of stale embeddings come to the best possible, where the drift is known.
 
-    python benchmarks/drift.py                       # about ten minutes on two cores
+    python benchmarks/drift.py                       # half an hour on two busy cores
 
 N unit embeddings drift by a known map, which grows linearly over the steps, plus noise of each
 row's own, which nothing can foresee. At each step 128 rows are revealed to the corrector as
@@ -576,7 +576,10 @@ def main():
         record |= {"table": rows, "extra candidates": extra, "drifts": summaries, "by age": by_age}
         record["seconds of the table"] = round(time.perf_counter() - start)
     if "sweep" in options.parts:
-        subjects = [Subject(name, *pair) for name, pair in variants().items()]
+        subjects = [
+            Subject(name, corrector, options.size, rate)
+            for name, (corrector, rate) in variants().items()
+        ]
         begin = time.perf_counter()
         summaries = measure(options.drifts, subjects, options.size, 1, last_only=True)
         rows = rows_of(summaries, STEPS)
