@@ -99,8 +99,8 @@ def nystrom_coefficients(
       scale: likewise.
       ridge: λ.
     """
+    # Where it is not there, its row is that of the ridge, whatever its embeddings are.
+    stale, drift = (tf.where(share[:, tf.newaxis] > 0.0, part, 0.0) for part in (stale, drift))
     matrix = kernel_matrix(stale, stale, kernel, scale) * share[:, tf.newaxis] * share
     matrix += ridge * tf.eye(stale.shape[0])
-    # Where it is not there, its row is that of the ridge, whatever its embeddings are.
-    drift = tf.where(share[:, tf.newaxis] > 0.0, drift, 0.0)
     return share[:, tf.newaxis] * tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), drift)
