@@ -36,6 +36,15 @@ class Encoded(NamedTuple):
     mask: tf.Tensor
     content: tf.Tensor | None = None
 
+    def as_constants(self) -> "Encoded":
+        """Without gradient, and with zeros in what is none, which may be anything."""
+
+        def constant(part):
+            is_there = tf.reshape(self.mask, [-1] + [1] * (part.shape.rank - 1))
+            return tf.stop_gradient(tf.where(is_there, part, tf.zeros_like(part)))
+
+        return Encoded(*(None if part is None else constant(part) for part in self))
+
 
 class DriftCorrector(StateLayer):
     """Moves stale embeddings to where they would be if they were encoded now.
@@ -130,7 +139,7 @@ class DriftCorrector(StateLayer):
         Returns:
           A scalar loss whose gradient trains the weights; None where there are none to train.
         """
-        encoded = Encoded(*(None if part is None else tf.stop_gradient(part) for part in encoded))
+        encoded = encoded.as_constants()
         weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
         share = self._share(encoded.age, encoded.stale)
         step = share * displacement(encoded.stale, encoded.content)
