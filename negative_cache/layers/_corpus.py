@@ -46,7 +46,7 @@ class RowsById:
             first, second = sorted(order[same[0] : same[0] + 2])
             raise ValueError(
                 "Every candidate of a corpus must have an id of its own. Received the id"
-                f" {ids[first]!r} for rows {first} and {second}."
+                f" {ids[[first]].tolist()[0]!r} for rows {first} and {second}."
             )
         missing = variables["rows"].shape[0] - len(ids)
         variables["fingerprints"].assign(
