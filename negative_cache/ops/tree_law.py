@@ -24,7 +24,9 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
         num_blocks, width = level.children.shape
         law = np.full([len(log_partition), num_blocks * width], -np.inf)
         if from_above is not None:
-            law = (from_above[:, :, np.newaxis] + _within_blocks(level, scoring)).reshape(law.shape)
+            means = tree.means_of_blocks(depth, tf.range(num_blocks))
+            within = _within_blocks(level, means, scoring)
+            law = (from_above[:, :, np.newaxis] + within).reshape(law.shape)
         addresses = (nodes.first.numpy()[..., np.newaxis] + np.arange(width)).reshape(
             [nodes.first.shape[0], -1]
         )
@@ -92,10 +94,10 @@ def total_variation(law: np.ndarray, target: np.ndarray) -> np.ndarray:
     return 0.5 * np.abs(law - target).sum(axis=-1)
 
 
-def _within_blocks(level: TreeLevel, scoring: Scoring) -> np.ndarray:
+def _within_blocks(level: TreeLevel, means: tf.Tensor, scoring: Scoring) -> np.ndarray:
     """[B, blocks, width], log probability of each node among those of its block."""
     num_blocks, width = level.children.shape
-    means = tf.reshape(tf.cast(level.mean, tf.float32), [num_blocks * width, -1])
+    means = tf.reshape(means, [num_blocks * width, -1])
     stats = tf.reshape(level.stats, [1, num_blocks * width, -1])
     products = tf.matmul(scoring.queries, means, transpose_b=True)
     masses = _log(scoring.log_masses(products, stats)).reshape([-1, num_blocks, width])
