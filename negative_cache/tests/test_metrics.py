@@ -7,14 +7,14 @@ from negative_cache.metrics import Latest
 from negative_cache.tests.replicas import two_replicas
 
 
-def test_is_the_last_value_and_forgets_it_when_reset():
+def test_is_the_last_value_and_keeps_it_when_reset():
     metric = Latest(name="fill")
     assert metric.name == "fill"
     for value in (3.0, 1.0, 2):
         metric.update_state(value, sample_weight=5.0)
         assert float(metric.result()) == pytest.approx(value)
-    metric.reset_state()
-    assert float(metric.result()) == 0.0
+        metric.reset_state()
+        assert float(metric.result()) == pytest.approx(value)
 
 
 def test_is_the_mean_of_the_replicas_last_values():

@@ -90,6 +90,52 @@ def test_masks_weights_and_transforms_shape_the_law():
     )
 
 
+# Of 40 rows: one block, blocks that do not divide it, and single rows.
+@pytest.mark.parametrize("block_size", [None, 7, 1])
+@pytest.mark.parametrize("as_variable", [False, True])
+def test_rows_are_transformed_each_in_its_own_way(block_size, as_variable):
+    queries, candidates = random_problem(candidates=40)
+    scale, shift = np.random.default_rng(2).normal(size=[2, 40, 1]).astype("f")
+
+    def transform(block, rows):
+        assert block.shape[0] == rows.shape[0] and rows.dtype == tf.int32
+        return block * tf.gather(scale, rows) + tf.gather(shift, rows)
+
+    moved = candidates * scale + shift
+    assert_law(
+        queries[0],
+        tf.Variable(candidates) if as_variable else candidates,
+        moved @ queries[0],
+        block_size=block_size,
+        row_transform=transform,
+    )
+
+
+def test_the_gradient_is_that_of_transformed_rows():
+    queries, candidates = random_problem(candidates=40)
+    scale = np.random.default_rng(2).normal(size=[40, 1]).astype("f")
+    _, gradient = sample_softmax_with_gradient(
+        queries,
+        candidates,
+        row_transform=lambda block, rows: block * tf.gather(scale, rows),
+        block_size=16,
+    )
+    moved = candidates * scale
+    expected = [softmax(moved @ query) @ moved for query in queries]
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_embeddings_are_transformed_in_one_way_only():
+    queries, candidates = random_problem()
+    with pytest.raises(ValueError, match="`embedding_transform` and `row_transform` exclude each"):
+        sample_softmax(
+            queries,
+            candidates,
+            embedding_transform=lambda block: block,
+            row_transform=lambda block, rows: block,
+        )
+
+
 @pytest.mark.parametrize("ids", [[b"a", b"b", b"a"], np.array([5, 6, 5], np.int32)])
 def test_a_query_never_draws_its_own_positive(ids):
     queries, candidates = random_problem(queries=200, candidates=3)
