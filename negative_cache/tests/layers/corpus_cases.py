@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from negative_cache.layers import Cache, CachedRetrieval
 from negative_cache.layers.drift_corrector import Encoded
-from negative_cache.tests.layers.retrieval_cases import DIM, Table, make_table
+from negative_cache.tests.layers.retrieval_cases import DIM, Table
 
 
 def corpus_of(num_candidates, batch=5):
@@ -88,6 +88,3 @@ def losses_of(queries, rows, table, ids):
     """[B] float64, the cross-entropy of the positives `table[ids]` against the cached `rows`."""
     positive = np.sum(queries.astype(np.float64) * table[ids], axis=1)
     return np.logaddexp(positive, log_partitions(queries, rows, ids)) - positive
-
-
-__all__ = ["CountingTable", "corpus_of", "drifted", "make_corpus_task", "make_table"]
