@@ -373,6 +373,7 @@ class CachedNegatives:
             own = tf.zeros_like(landmarks)
             features = self._features_of(landmarks, are_there, items, own)
             fresh = tf.stop_gradient(self._encode(features, training=False))
+            are_there &= tf.reduce_all(tf.math.is_finite(fresh), axis=1)
             self._corrector.learn_landmarks(
                 correction.encoded(Refreshed(landmarks, fresh, are_there), self._stale(landmarks))
             )
