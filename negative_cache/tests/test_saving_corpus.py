@@ -63,6 +63,8 @@ def make_model(corrector, seed=0, saved=True):
 def trained(corrector, **kwargs):
     model = make_model(corrector, **kwargs)
     model.fit(batches(), epochs=2, shuffle=False, verbose=0)
+    # So few rows teach nothing that is right; trusted all the same, it shows.
+    corrector._state.agreement.assign([1.0, 1.0])
     return model
 
 

@@ -72,7 +72,8 @@ def test_the_loss_of_a_training_step_has_the_same_value(make):
 @both
 def test_draws_follow_the_corrected_law(make):
     table, query = make_table(SIZE), make_queries(1)
-    task = taught_task(table, make(), num_negatives=20000)
+    task = taught_task(table, make())
+    task.num_negatives = 20000
     rows = corrected_rows(task).astype(np.float64)
     draws = []
     encode = task._encode
@@ -157,7 +158,6 @@ def test_candidates_that_have_become_nan_teach_nothing(make):
             assert np.all(np.isfinite(gradient))
         for weight in weights:
             weight.assign_add(tf.ones_like(weight) * 0.01)
-        assert np.isfinite(loss)
         assert np.all(np.isfinite(corrected_rows(task)))
 
 
