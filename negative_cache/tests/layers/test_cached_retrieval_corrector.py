@@ -344,7 +344,7 @@ def test_the_content_of_rows_is_seen():
     ],
     ids=["network", "encoded landmarks", "chosen landmarks"],
 )
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_training_is_traced_once(make, jit_compile):
     table = make_table(SIZE)
     task = make_corpus_task(
