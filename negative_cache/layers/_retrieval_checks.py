@@ -23,6 +23,9 @@ class Given(NamedTuple):
     candidate_id_key: str | None
     index: TreeIndex | None
     embedding_dim: int | None
+    embedding_dtype: tf.DType
+    use_lru: bool
+    save_cache: bool
 
 
 def check_corpus(cache, given: Given) -> Given:
@@ -53,12 +56,18 @@ def check_corpus(cache, given: Given) -> Given:
         "candidate_id_key": cache.row_key,
         "index": cache.index,
         "embedding_dim": cache.embeddings.shape[1],
+        "embedding_dtype": cache.embeddings.dtype,
+        "use_lru": cache.use_lru,
+        "save_cache": cache.saved,
     }
+    # What is the default has not been asked for.
+    defaults = Given(None, None, None, None, None, tf.float32, True, True)._asdict()
     for name, value in decided.items():
-        if getattr(given, name) not in (None, value):
+        received = getattr(given, name)
+        if received not in (defaults[name], value):
             raise ValueError(
-                f"`{name}` is decided by the `cache`. Received: {getattr(given, name)!r}. Wanted:"
-                f" None, or {value!r}."
+                f"`{name}` is decided by the `cache`. Received: {received!r}. Wanted: nothing, or"
+                f" {value!r}."
             )
     return Given(feature_specs, **decided)
 

@@ -172,12 +172,19 @@ class CachedRetrieval(CachingLayer):
         super().__init__(autocast=False, **kwargs)
         if cache is not None:
             given = _retrieval_checks.Given(
-                feature_specs, cache_size, candidate_id_key, index, embedding_dim
+                feature_specs,
+                cache_size,
+                candidate_id_key,
+                index,
+                embedding_dim,
+                tf.as_dtype(embedding_dtype),
+                use_lru,
+                save_cache,
             )
             given = _retrieval_checks.check_corpus(cache, given)
-            feature_specs, cache_size, candidate_id_key, index, embedding_dim = given
-            embedding_dtype, use_lru = cache.embeddings.dtype, cache.use_lru
-            save_cache, remove_accidental_hits = cache.saved, True
+            feature_specs, cache_size, candidate_id_key, index, embedding_dim = given[:5]
+            embedding_dtype, use_lru, save_cache = given[5:]
+            remove_accidental_hits = True
         elif feature_specs is None or cache_size is None:
             raise ValueError(
                 "A task needs `feature_specs` and `cache_size`, or a `cache`. Received:"

@@ -11,6 +11,7 @@ from negative_cache.ops.cache_rows import insertion_rows
 
 _LANDMARKS = ("encoded", "uniform", "k-means++")
 _KERNELS = ("rbf", "linear")
+_SMALLEST_RIDGE = 1e-3
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -42,7 +43,7 @@ class NystromCorrector(DriftCorrector):
       kernel: "rbf" or "linear".
       bandwidth: scale of the kernel, relative to the root of the mean squared length of the
         landmarks' stale embeddings.
-      ridge: λ > 0, relative to the kernel of such a landmark with itself.
+      ridge: λ >= 0.001, relative to the kernel of such a landmark with itself.
       warmup_steps: as in `DriftCorrector`.
 
     Raises:
@@ -72,9 +73,13 @@ class NystromCorrector(DriftCorrector):
         ):
             if value not in choices:
                 raise ValueError(f"`{name}` must be one of {choices}. Received: {value!r}.")
-        for name, value in (("bandwidth", bandwidth), ("ridge", ridge)):
-            if not value > 0:
-                raise ValueError(f"`{name}` must be positive. Received: {value}.")
+        if not bandwidth > 0:
+            raise ValueError(f"`bandwidth` must be positive. Received: {bandwidth}.")
+        if not ridge >= _SMALLEST_RIDGE:
+            raise ValueError(
+                f"`ridge` must be at least {_SMALLEST_RIDGE}, or the equations cannot be solved in"
+                f" float32. Received: {ridge}."
+            )
         if num_encoded is not None:
             _validation.check_count(num_encoded, "num_encoded")
             if landmarks == "encoded" or num_encoded > num_landmarks:
