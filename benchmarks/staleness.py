@@ -15,7 +15,9 @@ positive.
 
 Printed are MRR and recall over the whole corpus against candidates encoded, which for a large tower
 is the bill, and how stale the cache is: the mean of ‖ĝ - g‖² / ‖g‖² over all rows but those written
-by the last step, as cached and as corrected. Time a step is of a machine that may do other things.
+by the last step, as cached and as corrected. The bias is ‖E ∇̂ - ∇L‖ / ‖∇L‖ for the gradients by
+256 training queries: the expected one of draws from the cache as it is, corrected if it is, against
+that of the softmax over fresh embeddings. Time a step is of a machine that may do other things.
 """
 
 import argparse
@@ -149,10 +151,10 @@ class Problem:
 class Observer(keras.callbacks.Callback):
     """Evaluates at some steps, and measures the time of the others."""
 
-    def __init__(self, problem: Problem, steps: set[int]):
+    def __init__(self, problem: Problem, steps: set[int], temperature: float):
         super().__init__()
-        self._problem, self._steps = problem, steps
-        self.history = {name: [] for name in ("step", *METRICS, "staleness", "corrected")}
+        self._problem, self._steps, self._temperature = problem, steps, temperature
+        self.history = {name: [] for name in ("step", *METRICS, "staleness", "corrected", "bias")}
         self.seconds = []
 
     def on_train_begin(self, logs=None):
@@ -185,7 +187,7 @@ class Observer(keras.callbacks.Callback):
             queries, tf.gather(candidates, rows), candidates, positive_rows=rows
         )
         metrics = nc.evaluation.retrieval_metrics(ranks)
-        staleness = corrected = float("nan")
+        staleness = corrected = bias = float("nan")
         task = self.model.task
         if task.cache is not None:
             stale, age = tf.convert_to_tensor(task.cache.embeddings), task.cache.age
@@ -199,7 +201,26 @@ class Observer(keras.callbacks.Callback):
                 _mean_where(contrastive.relative_staleness(values, candidates), waits)
                 for values in (stale, known)
             )
-        return {**metrics, "staleness": staleness, "corrected": corrected}
+            bias = self._gradient_bias(candidates, known)
+        return {**metrics, "staleness": staleness, "corrected": corrected, "bias": bias}
+
+    def _gradient_bias(self, candidates, known) -> float:
+        """The relative bias of the queries' gradients where draws follow `known` embeddings."""
+        rows = self._problem.pairs[:256]
+        queries = self.model.query_network(self._problem.query_ids[rows]) / self._temperature
+        positives = tf.gather(candidates, rows)
+        positive_scores = tf.reduce_sum(queries * positives, axis=1, keepdims=True)
+        own = tf.one_hot(rows, len(candidates), on_value=True, off_value=False, dtype=tf.bool)
+
+        def gradient(embeddings):
+            scores = tf.matmul(queries, embeddings, transpose_b=True)
+            scores = contrastive.leave_out(scores, own)
+            p = tf.nn.softmax(tf.concat([positive_scores, scores], axis=1))
+            # Σ_y P(y|x) (g(y) - g(y⁺)): draws are encoded, so that g is of now in any case.
+            return tf.matmul(p[:, 1:], candidates) - (1.0 - p[:, :1]) * positives
+
+        exact = gradient(candidates)
+        return float(tf.norm(gradient(known) - exact) / tf.norm(exact))
 
 
 def pretrain(problem: Problem, options) -> list[np.ndarray]:
@@ -207,7 +228,7 @@ def pretrain(problem: Problem, options) -> list[np.ndarray]:
     keras.utils.set_random_seed(1000)
     model = make_model(problem, options, Setting(has_cache=False), 2e-3, seed=1000)
     steps = len(problem.all_pairs) // options.batch_size
-    observer = Observer(problem, {steps * options.pretraining_epochs})
+    observer = Observer(problem, {steps * options.pretraining_epochs}, options.temperature)
     model.fit(
         problem.batches(problem.all_pairs, options.batch_size, 1000),
         epochs=options.pretraining_epochs,
@@ -266,7 +287,7 @@ def train(problem: Problem, name: str, options, seed: int, weights) -> dict:
     steps = len(problem.pairs) // options.batch_size
     total = steps * options.epochs
     marks = {total * (i + 1) // options.evaluations for i in range(options.evaluations)}
-    observer = Observer(problem, marks | {steps})
+    observer = Observer(problem, marks | {steps}, options.temperature)
     callbacks = [observer]
     every = setting.every_steps or (setting.refreshes and max(steps // setting.refreshes, 1))
     if name == ORACLE:
@@ -324,6 +345,7 @@ def summary(runs: list[dict]) -> list[dict]:
                 "ratio": _with_spread(before / np.maximum(after, 1e-12), 2),
                 "stale, end": f"{of('staleness').mean():.4f}",
                 "corrected, end": f"{of('corrected').mean():.4f}",
+                "bias, end": f"{of('bias').mean():.3f}",
                 "ms/step": round(float(np.median([run["ms/step"] for run in own]))),
             }
         )
