@@ -188,29 +188,36 @@ class CacheRefresh(keras.callbacks.Callback):
         self.verbose = verbose
         self.task = task
         self._is_first_epoch = True
-        self._steps = self._last_batch = 0
+        self._refreshed_at = 0
 
     def on_train_begin(self, logs=None):
-        cached_task(self.model, self.task)
-        self._is_first_epoch, self._steps = True, 0
+        task = cached_task(self.model, self.task)
+        self._is_first_epoch = True
+        self._refreshed_at = _num_updates(task)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self._last_batch = -1
         if self.every_steps is None and not self._is_first_epoch:
             self._refresh()
         self._is_first_epoch = False
 
     def on_train_batch_end(self, batch, logs=None):
-        # The last of the batches of an execution.
-        before, self._steps = self._steps, self._steps + batch - self._last_batch
-        self._last_batch = batch
-        if self.every_steps and before // self.every_steps != self._steps // self.every_steps:
+        if self.every_steps is None:
+            return
+        # Keras does not say how many steps an execution had.
+        task = cached_task(self.model, self.task)
+        num_steps = _num_updates(task) - self._refreshed_at
+        if num_steps >= self.every_steps:
             self._refresh()
+            self._refreshed_at += num_steps // self.every_steps * self.every_steps
 
     def _refresh(self):
         task = cached_task(self.model, self.task)
         with self.model.distribute_strategy.scope():
             task.refresh_cache(self.batch_size, self.verbose)
+
+
+def _num_updates(task) -> int:
+    return 0 if task.cache is None else int(tf.convert_to_tensor(task.cache.step))
 
 
 def cached_task(model, task=None):

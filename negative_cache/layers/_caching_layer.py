@@ -37,14 +37,11 @@ class CachingLayer(StateLayer):
     ) -> None:
         # Whatever seed a training began with, it goes on with it from a file.
         seed_and_step = tf.constant([self.seed, 0], tf.int64)
-        num_encoded = tf.constant(0, tf.int64)
-        if cache is not None:
-            num_encoded = tf.cast(tf.convert_to_tensor(cache.num_filled), tf.int64)
         self._hold_state(
             # A cache holds fingerprints of this feature.
             description={"candidate_id_key": self.candidate_id_key},
             sampling=make_state_variable(lambda: seed_and_step, "sampling"),
-            total_encoded=make_state_variable(lambda: num_encoded, "total_encoded"),
+            total_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "total_encoded"),
         )
         if self.cache_size:
             self._staleness = RunningMean(name="staleness")
@@ -56,6 +53,8 @@ class CachingLayer(StateLayer):
             num_probes = 0 if not self.probe_size else 1 if self.corrector is None else 2
             self._probe_metrics = [Latest(name=name) for name in names[:num_probes]]
         self._cache = cache
+        if cache is not None:
+            self._count_once(cache.num_filled)
         # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
         self.supports_jit = index is None and not any(
             tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
@@ -170,8 +169,7 @@ class CachingLayer(StateLayer):
         specs = self.feature_specs[ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
         corpus = Corpus(candidates, self.candidate_network, specs, self.candidate_id_key)
         self._cache.fill(corpus.items(), verbose=verbose)
-        num_encoded = tf.cast(tf.convert_to_tensor(self._cache.num_filled), tf.int64)
-        on_every_replica(self._state.total_encoded.assign_add, num_encoded)
+        self._count_once(self._cache.num_filled)
 
     def refresh_cache(self, batch_size: int = 1024, verbose: int = 1) -> None:
         """Encodes all filled rows anew, in inference mode; their ages begin again.
@@ -224,6 +222,17 @@ class CachingLayer(StateLayer):
     def _reencode(self, rows):
         on_every_replica(self._negatives().reencode, rows)
 
+    def _count_once(self, count):
+        """Counts candidates that were encoded for all replicas at once."""
+        count = tf.cast(tf.convert_to_tensor(count), tf.int64)
+
+        def add():
+            context = tf.distribute.get_replica_context()
+            is_first = context.replica_id_in_sync_group == 0
+            self._state.total_encoded.assign_add(tf.where(is_first, count, 0))
+
+        on_every_replica(add)
+
     def _probe(self):
         """Measures the staleness of some rows, where it is time to."""
         if not self.probe_size:
@@ -241,7 +250,7 @@ class CachingLayer(StateLayer):
                 for part in staleness
             )
 
-        is_due = is_filled & tf.equal(self._cache.step % self.probe_every, 0)
+        is_due = is_filled & tf.equal((self._cache.step + 1) % self.probe_every, 0)
         before = tuple(metric.result() for metric in self._probe_metrics)
         before += (0.0,) * (2 - len(before))
         values = tf.cond(is_due, measure, lambda: before)

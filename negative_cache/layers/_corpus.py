@@ -32,6 +32,12 @@ class RowsById:
         }
 
     @staticmethod
+    def clear(variables: Mapping[str, tf.Variable]) -> None:
+        """Forgets all ids."""
+        variables["fingerprints"].assign(tf.fill(variables["fingerprints"].shape, tf.int64.max))
+        variables["rows"].assign(tf.fill(variables["rows"].shape, -1))
+
+    @staticmethod
     def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
         """Remembers that row i has the id `ids[i]`, i < n.
 

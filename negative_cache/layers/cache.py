@@ -367,6 +367,7 @@ class Cache(StateLayer):
     def _forget(self):
         for variable in (self._state.filled, self._state.num_filled):
             variable.assign(tf.zeros(variable.shape, variable.dtype))
+        RowsById.clear(self._state.rows_by_id)
 
     def _fill_rows(self, start, items):
         mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))

@@ -318,6 +318,8 @@ class CachedRetrieval(CachingLayer):
             negative_logits.append(self._scores.of_own(scaled_queries, explicit))
         step = None
         if self.cache_size:
+            if training:
+                self._probe()
             cache_logit, step = self._cache_logit(
                 scaled_queries, items, threshold, has_probabilities, training
             )
@@ -334,7 +336,6 @@ class CachedRetrieval(CachingLayer):
             if step.drift_loss is not None:
                 # For the gradient of the corrector, which is none of the task's loss.
                 loss = contrastive.value_with_gradient(loss, loss + step.drift_loss)
-            self._probe()
             self._update_cache(items, step.refreshed)
             self._end_step(tf.shape(candidates)[0])
         for metric in self._loss_metrics:

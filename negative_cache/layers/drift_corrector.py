@@ -11,7 +11,7 @@ from negative_cache.ops import contrastive
 
 # Steps that the estimates of a typical age, and of how far to trust the correction, look back.
 _AGE_RATE, _TRUST_RATE = 0.05, 0.1
-# Embeddings whose lengths differ from one by less are of unit length: bfloat16 rounds by 0.004.
+# A tower whose embeddings' lengths differ from one by less normalises them: float16 rounds, too.
 _UNIT_TOLERANCE = 0.01
 # A correction is stretched to at most so many times that of a row of typical age.
 _MAX_SHARE = 2.0
@@ -58,7 +58,8 @@ class DriftCorrector(StateLayer):
     has just been written is left as it is. The factor α in [0, 1] is the trust in r: the one that
     would have made Σ ‖ĝ + α φ r(ĝ) - g‖² smallest over the rows encoded in the last ten steps or
     so, each before r has learned from it. So a corrector that has learned nothing yet, or has not
-    followed a sudden change, does no harm. Where ĝ is of unit length, so is h(ĝ).
+    followed a sudden change, does no harm. Where all fresh embeddings so far have been of unit
+    length, norm keeps the length that ĝ has; else it does nothing.
 
     Both factors, and r where it has a state, are in files. Correctors are trained by
     `CachedRetrieval(corrector=…)`; their own `call` applies them to embeddings.
@@ -90,6 +91,7 @@ class DriftCorrector(StateLayer):
             typical_age=make_state_variable(lambda: tf.zeros([]), "typical_age"),
             # Of the last steps: Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
             agreement=make_state_variable(lambda: tf.zeros([2]), "agreement"),
+            are_unit=make_state_variable(lambda: tf.constant(True), "are_unit"),
             **self._make_fields(self.embedding_dim),
         )
         self.built = True
@@ -119,7 +121,7 @@ class DriftCorrector(StateLayer):
         def correct(embeddings, age=None, content=None):
             stale = tf.cast(embeddings, tf.float32)
             share = trust * self._share(age, stale)
-            return tf.stop_gradient(_moved(stale, share * displacement(stale, content)))
+            return tf.stop_gradient(self._moved(stale, share * displacement(stale, content)))
 
         return correct
 
@@ -143,7 +145,10 @@ class DriftCorrector(StateLayer):
         weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
         share = self._share(encoded.age, encoded.stale)
         step = share * displacement(encoded.stale, encoded.content)
-        corrected = _moved(encoded.stale, step)
+        lengths = tf.norm(encoded.fresh, axis=1)
+        is_unit = (tf.abs(lengths - 1.0) < _UNIT_TOLERANCE) | ~encoded.mask
+        self._state.are_unit.assign(self._state.are_unit & tf.reduce_all(is_unit))
+        corrected = self._moved(encoded.stale, step)
         loss = self._drift_loss(corrected, encoded, score_fn)
         moved = tf.stop_gradient(corrected) - encoded.stale
         drift = encoded.fresh - encoded.stale
@@ -192,6 +197,16 @@ class DriftCorrector(StateLayer):
         both = tf.convert_to_tensor(self._state.agreement)
         trust = tf.clip_by_value(tf.math.divide_no_nan(both[0], both[1]), 0.0, 1.0)
         return tf.where(self._state.num_updates < self.warmup_steps, 0.0, trust)
+
+    def _moved(self, stale, step):
+        """`stale` [n, d] moved by `step`, to the length it had where embeddings are normalised."""
+        moved = stale + step
+        # The derivative of a square root has to be kept from zero.
+        squares, moved_squares = (
+            tf.maximum(tf.reduce_sum(tf.square(values), axis=1, keepdims=True), 1e-12)
+            for values in (stale, moved)
+        )
+        return tf.where(self._state.are_unit, moved * tf.sqrt(squares / moved_squares), moved)
 
     def _share(self, age, like) -> tf.Tensor:
         """[n, 1] φ; 1 where the age is not known."""
@@ -250,13 +265,3 @@ def build_corrector(corrector: DriftCorrector, embedding_dim: int, content_dim: 
             f" dimension {corrector.embedding_dim} with contents of {corrector.content_dim}."
             f" Wanted: {wanted[0]} and {wanted[1]}."
         )
-
-
-def _moved(stale: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-    """`stale` [n, d] moved by `step`, of unit length again where it was before."""
-    moved = stale + step
-    lengths = tf.norm(stale, axis=1, keepdims=True)
-    # The derivative of a square root has to be kept from zero.
-    squares = tf.reduce_sum(tf.square(moved), axis=1, keepdims=True)
-    unit = moved * tf.math.rsqrt(tf.maximum(squares, 1e-12))
-    return tf.where(tf.abs(lengths - 1.0) < _UNIT_TOLERANCE, unit, moved)
