@@ -52,7 +52,7 @@ class DriftCorrector(StateLayer):
     A subclass says where to: `displacement_fn` returns a function r of embeddings, which is zero at
     the start. An embedding ĝ that was written `age` updates ago becomes
 
-      h(ĝ) = norm(ĝ + α φ r(ĝ)),    φ = min(√(age / τ), 2),
+      h(ĝ) = norm(ĝ + α φ r(ĝ)),    φ = min(age / τ, 2),
 
     where τ is the mean age of the rows that the training steps encode, as it was lately: a row that
     has just been written is left as it is. The factor α in [0, 1] is the trust in r: the one that
@@ -213,7 +213,7 @@ class DriftCorrector(StateLayer):
         if age is None:
             return tf.ones_like(like[:, :1])
         relative = tf.math.divide_no_nan(tf.cast(age, tf.float32), self._state.typical_age)
-        return tf.minimum(tf.sqrt(relative), _MAX_SHARE)[:, tf.newaxis]
+        return tf.minimum(relative, _MAX_SHARE)[:, tf.newaxis]
 
     def get_config(self):
         return {

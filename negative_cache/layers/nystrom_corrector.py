@@ -40,10 +40,11 @@ class NystromCorrector(DriftCorrector):
       landmarks: "encoded", "uniform" or "k-means++".
       num_encoded: of "uniform" and "k-means++", how many are encoded at each step; all, as in the
         paper, where None.
-      kernel: "rbf" or "linear".
-      bandwidth: scale of the kernel, relative to the root of the mean squared length of the
-        landmarks' stale embeddings.
-      ridge: λ >= 0.001, relative to the kernel of such a landmark with itself.
+      kernel: "rbf", k(a, b) = exp(-‖a - b‖² / 2 s²), or "linear", k(a, b) = ⟨a, b⟩ / s² + 1, for
+        which d + 1 equations are solved, and a row costs no more than another layer of width d.
+      bandwidth: s, relative to the root of the mean squared length of the landmarks' stale
+        embeddings.
+      ridge: λ >= 0.001.
       warmup_steps: as in `DriftCorrector`.
 
     Raises:
@@ -60,7 +61,7 @@ class NystromCorrector(DriftCorrector):
         landmarks: str = "encoded",
         num_encoded: int | None = None,
         kernel: str = "rbf",
-        bandwidth: float = 1.0,
+        bandwidth: float = 2.0,
         ridge: float = 0.1,
         warmup_steps: int = 0,
         **kwargs,
@@ -92,26 +93,31 @@ class NystromCorrector(DriftCorrector):
         self.kernel, self.bandwidth, self.ridge = kernel, bandwidth, ridge
 
     def displacement_fn(self):
-        state = self._state
-        stale = tf.convert_to_tensor(state.landmarks["stale"])
-        drift = state.landmarks["fresh"] - stale
-        age = tf.convert_to_tensor(state.landmarks["age"])
-        is_there = age >= 0
-        share = tf.where(is_there, self._share(tf.maximum(age, 0), stale)[:, 0], 0.0)
-        squares = tf.where(is_there, tf.reduce_sum(tf.square(stale), axis=1), 0.0)
-        count = tf.math.count_nonzero(is_there, dtype=tf.float32)
-        length = tf.sqrt(tf.math.divide_no_nan(tf.reduce_sum(squares), count))
-        scale = self.bandwidth * tf.where(length > 0.0, length, 1.0)
-        coefficients = _landmarks.nystrom_coefficients(
-            stale, drift, share, kernel=self.kernel, scale=scale, ridge=self.ridge
+        landmarks = {key: tf.convert_to_tensor(v) for key, v in self._state.landmarks.items()}
+        is_there = landmarks["age"] >= 0
+        stale, fresh = (
+            tf.where(is_there[:, tf.newaxis], landmarks[key], 0.0) for key in ("stale", "fresh")
         )
+        share = self._share(tf.maximum(landmarks["age"], 0), stale)[:, 0]
+        share = tf.where(is_there, share, 0.0)
+        count = tf.math.count_nonzero(is_there, dtype=tf.float32)
+        length = tf.sqrt(tf.math.divide_no_nan(tf.reduce_sum(tf.square(stale)), count))
+        scale = self.bandwidth * tf.where(length > 0.0, length, 1.0)
 
-        def displacement(embeddings, content):
-            del content
-            values = _landmarks.kernel_matrix(embeddings, stale, self.kernel, scale)
-            return tf.matmul(values, coefficients)
+        def features(embeddings):
+            return tf.pad(embeddings / scale, [[0, 0], [0, 1]], constant_values=1.0)
 
-        return displacement
+        if self.kernel == "linear":
+            weights = _landmarks.linear_coefficients(
+                features(stale), fresh - stale, share, self.ridge
+            )
+            return lambda embeddings, content: tf.matmul(features(embeddings), weights)
+        coefficients = _landmarks.nystrom_coefficients(
+            _landmarks.rbf_kernel(stale, stale, scale), fresh - stale, share, self.ridge
+        )
+        return lambda embeddings, content: tf.matmul(
+            _landmarks.rbf_kernel(embeddings, stale, scale), coefficients
+        )
 
     def rows_to_encode(self, embeddings, filled, seed):
         """[k] int64 rows of landmarks to encode now, and [k] bool; None where draws will do."""

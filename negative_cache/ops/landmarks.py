@@ -58,32 +58,16 @@ def kmeans_plus_plus_rows(
     return tf.gather(pool, chosen)
 
 
-def kernel_matrix(a: tf.Tensor, b: tf.Tensor, kernel: str, scale: tf.Tensor) -> tf.Tensor:
-    """[n, m] values of a kernel between points [n, d] and [m, d].
-
-    Args:
-      a: [n, d] float32.
-      b: [m, d] float32.
-      kernel: "rbf", exp(-‖a - b‖² / 2 scale²), or "linear", ⟨a, b⟩ / scale².
-      scale: scalar.
-    """
-    products = tf.matmul(a, b, transpose_b=True)
-    if kernel == "rbf":
-        squares_a = tf.reduce_sum(tf.square(a), axis=1, keepdims=True)
-        squares_b = tf.reduce_sum(tf.square(b), axis=1)
-        distances = tf.maximum(squares_a + squares_b - 2.0 * products, 0.0)
-        return tf.exp(-0.5 * distances / tf.square(scale))
-    return products / tf.square(scale)
+def rbf_kernel(a: tf.Tensor, b: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
+    """[n, m] values exp(-‖a - b‖² / 2 scale²) between points [n, d] and [m, d]."""
+    squares_a = tf.reduce_sum(tf.square(a), axis=1, keepdims=True)
+    squares_b = tf.reduce_sum(tf.square(b), axis=1)
+    distances = squares_a + squares_b - 2.0 * tf.matmul(a, b, transpose_b=True)
+    return tf.exp(-0.5 * tf.maximum(distances, 0.0) / tf.square(scale))
 
 
 def nystrom_coefficients(
-    stale: tf.Tensor,
-    drift: tf.Tensor,
-    share: tf.Tensor,
-    *,
-    kernel: str,
-    scale: tf.Tensor,
-    ridge: float,
+    kernel_matrix: tf.Tensor, drift: tf.Tensor, share: tf.Tensor, ridge: float
 ) -> tf.Tensor:
     """[m, d] coefficients c, so that k(ĝ(y), ĝ(Z)) c is how far a candidate y has drifted.
 
@@ -92,15 +76,37 @@ def nystrom_coefficients(
     process r of covariance k, observed as Δ_z = φ_z r(ĝ(z)) with noise of variance λ.
 
     Args:
-      stale: [m, d] float32, ĝ(Z).
+      kernel_matrix: [m, m] float32, K_ZZ, the kernel between the landmarks' stale embeddings.
       drift: [m, d] float32, Δ = g(Z) - ĝ(Z).
-      share: [m] float32, φ; 0 for a landmark that is not there.
-      kernel: as in `kernel_matrix`.
-      scale: likewise.
+      share: [m] float32, φ; 0 for a landmark that is not there, whatever its values are.
       ridge: λ.
     """
-    # Where it is not there, its row is that of the ridge, whatever its embeddings are.
-    stale, drift = (tf.where(share[:, tf.newaxis] > 0.0, part, 0.0) for part in (stale, drift))
-    matrix = kernel_matrix(stale, stale, kernel, scale) * share[:, tf.newaxis] * share
-    matrix += ridge * tf.eye(stale.shape[0])
-    return share[:, tf.newaxis] * tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), drift)
+    column = share[:, tf.newaxis]
+    is_there = column > 0.0
+    both = is_there & (share > 0.0)
+    matrix = tf.where(both, kernel_matrix * column * share, 0.0)
+    matrix += ridge * tf.eye(kernel_matrix.shape[0])
+    drift = tf.where(is_there, drift, 0.0)
+    return column * tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), drift)
+
+
+def linear_coefficients(
+    features: tf.Tensor, drift: tf.Tensor, share: tf.Tensor, ridge: float
+) -> tf.Tensor:
+    """[c, d] coefficients w, so that ⟨features(y), w⟩ is how far a candidate y has drifted.
+
+    What `nystrom_coefficients` gives for the kernel k(a, b) = ⟨features(a), features(b)⟩, by way of
+    c equations and not m: w = (Zᵀ Φ² Z + λ I)⁻¹ Zᵀ Φ Δ.
+
+    Args:
+      features: [m, c] float32, Z, those of the landmarks' stale embeddings.
+      drift: [m, d] float32, Δ.
+      share: [m] float32, φ; 0 for a landmark that is not there, whatever its values are.
+      ridge: λ.
+    """
+    column = share[:, tf.newaxis]
+    weighted = tf.where(column > 0.0, column * features, 0.0)
+    drift = tf.where(column > 0.0, drift, 0.0)
+    matrix = tf.matmul(weighted, weighted, transpose_a=True) + ridge * tf.eye(features.shape[1])
+    right = tf.matmul(weighted, drift, transpose_a=True)
+    return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)

@@ -90,9 +90,7 @@ def test_kmeans_plus_plus_of_equal_points_takes_different_rows():
     assert sorted(rows) == list(range(9))
 
 
-def kernel_of(a, b, kernel, scale):
-    if kernel == "linear":
-        return a @ b.T / scale**2
+def rbf_of(a, b, scale):
     squares = np.square(a[:, np.newaxis] - b).sum(axis=-1)
     return np.exp(-squares / (2 * scale**2))
 
@@ -102,53 +100,64 @@ def random_problem(count, dim=3, seed=0):
     return rng.normal(size=[count, dim]), 0.3 * rng.normal(size=[count, dim])
 
 
-def coefficients_of(stale, drift, share, **kwargs):
-    arrays = [tf.constant(values, tf.float32) for values in (stale, drift, share)]
-    return landmarks.nystrom_coefficients(*arrays, **kwargs).numpy()
+def float32(*arrays):
+    return [tf.constant(values, tf.float32) for values in arrays]
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "linear"])
-def test_kernels(kernel):
+def test_rbf_kernel():
     a, b = (random_problem(count, seed=count)[0] for count in (4, 6))
-    values = landmarks.kernel_matrix(tf.cast(a, tf.float32), tf.cast(b, tf.float32), kernel, 0.7)
-    np.testing.assert_allclose(values, kernel_of(a, b, kernel, 0.7), rtol=1e-5, atol=1e-6)
+    values = landmarks.rbf_kernel(*float32(a, b), 0.7)
+    np.testing.assert_allclose(values, rbf_of(a, b, 0.7), rtol=1e-5, atol=1e-6)
 
 
 @hypothesis.given(
     count=st.integers(1, 8),
-    kernel=st.sampled_from(["rbf", "linear"]),
     scale=st.floats(0.5, 2.0),
     ridge=st.floats(0.05, 1.0),
     seed=st.integers(0, 99),
 )
-def test_coefficients_are_those_of_the_formula(count, kernel, scale, ridge, seed):
+def test_coefficients_are_those_of_the_formula(count, scale, ridge, seed):
     stale, drift = random_problem(count, seed=seed)
     share = np.random.default_rng(seed).uniform(0.0, 2.0, size=count)
-    phi, matrix = np.diag(share), kernel_of(stale, stale, kernel, scale)
+    phi, matrix = np.diag(share), rbf_of(stale, stale, scale)
     expected = phi @ np.linalg.inv(phi @ matrix @ phi + ridge * np.eye(count)) @ drift
-    found = coefficients_of(stale, drift, share, kernel=kernel, scale=scale, ridge=ridge)
+    found = landmarks.nystrom_coefficients(*float32(matrix, drift, share), ridge)
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["rbf", "linear"])
-def test_coefficients_of_landmarks_of_one_age_are_those_of_the_paper(kernel):
+def test_coefficients_of_landmarks_of_one_age_are_those_of_the_paper():
     stale, drift = random_problem(7)
-    matrix = kernel_of(stale, stale, kernel, 1.2)
+    matrix = rbf_of(stale, stale, 1.2)
     expected = np.linalg.solve(matrix + 0.1 * np.eye(7), drift)
-    found = coefficients_of(stale, drift, np.ones(7), kernel=kernel, scale=1.2, ridge=0.1)
+    found = landmarks.nystrom_coefficients(*float32(matrix, drift, np.ones(7)), 0.1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_features", [2, 5])
+def test_linear_coefficients_are_those_of_their_kernel(num_features):
+    features, _ = random_problem(9, dim=num_features, seed=3)
+    _, drift = random_problem(9, seed=4)
+    share = np.random.default_rng(5).uniform(0.0, 2.0, size=9)
+    kernel = features @ features.T
+    coefficients = landmarks.nystrom_coefficients(*float32(kernel, drift, share), 0.1)
+    found = landmarks.linear_coefficients(*float32(features, drift, share), 0.1)
+    np.testing.assert_allclose(found, features.T @ coefficients.numpy(), rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.parametrize("garbage", [5.0, np.nan, np.inf])
-@pytest.mark.parametrize("kernel", ["rbf", "linear"])
-def test_landmarks_that_are_not_there_contribute_nothing(garbage, kernel):
+def test_landmarks_that_are_not_there_contribute_nothing(garbage):
     stale, drift = random_problem(5)
-    kwargs = {"kernel": kernel, "scale": 1.0, "ridge": 0.1}
-    expected = coefficients_of(stale, drift, np.ones(5), **kwargs)
-    more_stale, more_drift = (
-        np.insert(values, [0, 3], garbage, axis=0) for values in (stale, drift)
+    places = [0, 3]
+    share = np.insert(np.ones(5), places, 0.0)
+    more_drift, more_stale = (
+        np.insert(values, places, garbage, axis=0) for values in (drift, stale)
     )
-    share = np.insert(np.ones(5), [0, 3], 0.0)
-    found = coefficients_of(more_stale, more_drift, share, **kwargs)
+    kernel = rbf_of(stale, stale, 1.0)
+    expected = landmarks.nystrom_coefficients(*float32(kernel, drift, np.ones(5)), 0.1)
+    more_kernel = np.insert(np.insert(kernel, places, garbage, axis=0), places, garbage, axis=1)
+    found = landmarks.nystrom_coefficients(*float32(more_kernel, more_drift, share), 0.1).numpy()
     np.testing.assert_allclose(found[share > 0], expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(found[share == 0], np.zeros([2, 3]))
+    expected = landmarks.linear_coefficients(*float32(stale, drift, np.ones(5)), 0.1)
+    found = landmarks.linear_coefficients(*float32(more_stale, more_drift, share), 0.1)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
