@@ -157,8 +157,8 @@ class CacheRefresh(keras.callbacks.Callback):
 
     It is the refresh of ANCE (Xiong et al., arXiv 2007.00808): between two of them rows are as
     stale as the towers have moved. What it costs, `candidates_encoded` in the logs says. The
-    features are those in the cache, so that no dataset is read. There is no refresh before the
-    first step of `fit`: a cache is fresh when it is filled.
+    features are those in the cache, so that no dataset is read. A cache that has just been filled
+    is not refreshed. Steps are counted by the cache, over all calls of `fit` and what files hold.
 
     Args:
       every_steps: training steps from one refresh to the next; None refreshes when an epoch begins.
@@ -187,37 +187,42 @@ class CacheRefresh(keras.callbacks.Callback):
         self.batch_size = _validation.check_count(batch_size, "batch_size")
         self.verbose = verbose
         self.task = task
-        self._is_first_epoch = True
-        self._refreshed_at = 0
+        self._num_due = None
 
     def on_train_begin(self, logs=None):
-        task = cached_task(self.model, self.task)
-        self._is_first_epoch = True
-        self._refreshed_at = _num_updates(task)
+        cached_task(self.model, self.task)
+        self._num_due = None
 
     def on_epoch_begin(self, epoch, logs=None):
-        if self.every_steps is None and not self._is_first_epoch:
-            self._refresh()
-        self._is_first_epoch = False
+        task = cached_task(self.model, self.task)
+        if self.every_steps is not None:
+            # By now other callbacks have restored what they restore.
+            if self._num_due is None:
+                self._num_due = self._due_until_now(task)
+        elif task.cache is not None and _has_aged(task.cache):
+            self._refresh(task)
 
     def on_train_batch_end(self, batch, logs=None):
         if self.every_steps is None:
             return
-        # Keras does not say how many steps an execution had.
+        # The cache's own count: Keras does not say how many steps an execution had.
         task = cached_task(self.model, self.task)
-        num_steps = _num_updates(task) - self._refreshed_at
-        if num_steps >= self.every_steps:
-            self._refresh()
-            self._refreshed_at += num_steps // self.every_steps * self.every_steps
+        num_due = self._due_until_now(task)
+        if num_due > self._num_due:
+            self._refresh(task)
+            self._num_due = num_due
 
-    def _refresh(self):
-        task = cached_task(self.model, self.task)
+    def _due_until_now(self, task) -> int:
+        return int(tf.convert_to_tensor(task.cache.step)) // self.every_steps if task.cache else 0
+
+    def _refresh(self, task):
         with self.model.distribute_strategy.scope():
             task.refresh_cache(self.batch_size, self.verbose)
 
 
-def _num_updates(task) -> int:
-    return 0 if task.cache is None else int(tf.convert_to_tensor(task.cache.step))
+def _has_aged(cache) -> bool:
+    waits = tf.convert_to_tensor(cache.filled) & (cache.age > 0)
+    return bool(tf.reduce_any(waits))
 
 
 def cached_task(model, task=None):

@@ -377,11 +377,10 @@ class CachedNegatives:
             self._corrector.learn_landmarks(
                 correction.encoded(Refreshed(landmarks, fresh, are_there), self._stale(landmarks))
             )
-        scaled = tf.stop_gradient(queries)
         return self._corrector.learn(
             correction.encoded(examples, self._stale(examples.rows)),
             correction.displacement,
-            score_fn=lambda embeddings: self._scores.of_all_pairs(scaled, embeddings),
+            score_fn=lambda embeddings: self._scores.of_all_pairs_as_given(queries, embeddings),
         )
 
     def _encode_oldest(self, items) -> Refreshed | None:
@@ -455,7 +454,6 @@ class _Correction:
 
     def __init__(self, corrector: DriftCorrector, cache: Cache):
         self._cache, self._content_key = cache, corrector.content_key
-        self._age = cache.age
         self.displacement = corrector.displacement_fn()
         self._correct = corrector.corrector_fn(self.displacement)
 
@@ -463,12 +461,12 @@ class _Correction:
         """Corrects embeddings [n, d] of `rows` [n]; of no row where None, but of means of many."""
         if rows is None:
             return self._correct(embeddings)
-        return self._correct(embeddings, tf.gather(self._age, rows), self._content(rows))
+        return self._correct(embeddings, self._cache.age_of(rows), self._content(rows))
 
     def encoded(self, refreshed: Refreshed, stale: tf.Tensor) -> Encoded:
         """`refreshed` rows as examples."""
         rows = refreshed.rows
-        age = tf.gather(self._age, rows)
+        age = self._cache.age_of(rows)
         return Encoded(stale, refreshed.embeddings, age, refreshed.mask, self._content(rows))
 
     def _content(self, rows):

@@ -54,7 +54,7 @@ class CachingLayer(StateLayer):
             self._probe_metrics = [Latest(name=name) for name in names[:num_probes]]
         self._cache = cache
         if cache is not None:
-            self._count_once(cache.num_filled)
+            self._count(cache.num_filled)
         # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
         self.supports_jit = index is None and not any(
             tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
@@ -64,11 +64,13 @@ class CachingLayer(StateLayer):
         self._untracked.index = index
         # Kept, so that a refresh every few steps does not trace every time.
         self._untracked.reencode = tf.function(self._reencode, reduce_retracing=True)
-        embedding_dim = embedding_dim or _networks.known_output_dim(self.candidate_network)
         if index is not None:
             embedding_dim = index.embedding_dim
-        if embedding_dim is not None:
-            self.build_cache(embedding_dim)
+        known_dim = _networks.known_output_dim(self.candidate_network)
+        if cache is not None and known_dim is not None:
+            self.build_cache(known_dim)
+        if embedding_dim or known_dim:
+            self.build_cache(embedding_dim or known_dim)
 
     @property
     def cache(self) -> Cache | None:
@@ -169,7 +171,7 @@ class CachingLayer(StateLayer):
         specs = self.feature_specs[ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
         corpus = Corpus(candidates, self.candidate_network, specs, self.candidate_id_key)
         self._cache.fill(corpus.items(), verbose=verbose)
-        self._count_once(self._cache.num_filled)
+        self._count(self._cache.num_filled)
 
     def refresh_cache(self, batch_size: int = 1024, verbose: int = 1) -> None:
         """Encodes all filled rows anew, in inference mode; their ages begin again.
@@ -179,11 +181,16 @@ class CachingLayer(StateLayer):
           verbose: 1 for a progress bar, 0 for none.
 
         Raises:
-          ValueError: where there is no cache, or `batch_size` is not positive.
+          ValueError: where there is no cache, `batch_size` is not positive, or `use_lru` is False.
         """
         _validation.check_count(batch_size, "batch_size")
         if not self.cache_size or self._cache is None:
             raise ValueError("There is no cache to refresh, or none yet.")
+        if not self.use_lru:
+            raise ValueError(
+                "A refresh makes rows young, and would change which are replaced first. Received:"
+                " use_lru=False."
+            )
         filled = np.flatnonzero(tf.convert_to_tensor(self._cache.filled).numpy())
         bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
         for start in range(0, len(filled), batch_size):
@@ -222,16 +229,19 @@ class CachingLayer(StateLayer):
     def _reencode(self, rows):
         on_every_replica(self._negatives().reencode, rows)
 
-    def _count_once(self, count):
-        """Counts candidates that were encoded for all replicas at once."""
+    def _count(self, count):
+        """Counts candidates that a replica has encoded or, outside of them, all have at once."""
         count = tf.cast(tf.convert_to_tensor(count), tf.int64)
 
-        def add():
+        def add_to_first():
             context = tf.distribute.get_replica_context()
-            is_first = context.replica_id_in_sync_group == 0
+            is_first = tf.equal(context.replica_id_in_sync_group, 0)
             self._state.total_encoded.assign_add(tf.where(is_first, count, 0))
 
-        on_every_replica(add)
+        if tf.distribute.in_cross_replica_context():
+            on_every_replica(add_to_first)
+        else:
+            self._state.total_encoded.assign_add(count)
 
     def _probe(self):
         """Measures the staleness of some rows, where it is time to."""
@@ -240,26 +250,29 @@ class CachingLayer(StateLayer):
         seed = self._next_seed()
         is_filled = self._cache.num_filled >= self.probe_size
 
+        before = tuple(metric.result() for metric in self._probe_metrics)
+        before += (0.0,) * (2 - len(before))
+
         def measure():
             rows = uniform_rows(self._cache.filled, self.probe_size, seed)
             # Rows written by the step before say nothing of those that wait.
             weight = tf.cast(tf.gather(self._cache.age, rows) > 0, tf.float32)
-            staleness = self._negatives().staleness(rows)
+            total = tf.reduce_sum(weight)
             return tuple(
-                tf.math.divide_no_nan(tf.reduce_sum(weight * part), tf.reduce_sum(weight))
-                for part in staleness
+                tf.where(
+                    total > 0.0, tf.math.divide_no_nan(tf.reduce_sum(weight * part), total), old
+                )
+                for part, old in zip(self._negatives().staleness(rows), before)
             )
 
         is_due = is_filled & tf.equal((self._cache.step + 1) % self.probe_every, 0)
-        before = tuple(metric.result() for metric in self._probe_metrics)
-        before += (0.0,) * (2 - len(before))
         values = tf.cond(is_due, measure, lambda: before)
         for metric, value in zip(self._probe_metrics, values):
             metric.update_state(value)
 
     def _end_step(self, count):
         """Counts the `count` candidates of a batch, which the layer has not encoded itself."""
-        self._state.total_encoded.assign_add(tf.cast(count, tf.int64))
+        self._count(count)
         num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
         self._encoded.update_state(self._state.total_encoded * num_replicas)
 
@@ -280,8 +293,7 @@ class CachingLayer(StateLayer):
         embeddings = _networks.embed(self.candidate_network, inputs, training)
         self.build_cache(embeddings.shape[1])
         if self.cache_size:
-            size = tf.shape(embeddings)[0]
-            on_every_replica(self._state.total_encoded.assign_add, tf.cast(size, tf.int64))
+            self._count(tf.shape(embeddings)[0])
         return tf.cast(embeddings, tf.float32)
 
     def _next_seed(self):

@@ -80,12 +80,16 @@ def check_schedule(task, cache) -> None:
         )
     _validation.check_count(task.probe_size, "probe_size", at_least=0)
     _validation.check_count(task.probe_every, "probe_every")
+    if cache is None and not task.write_back:
+        raise ValueError(
+            "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
+        )
+    asked = {
+        "corrector": task.corrector is not None,
+        "refresh_fraction": task.refresh_fraction > 0.0,
+        "probe_size": task.probe_size > 0,
+    }
     if not task.cache_size:
-        asked = {
-            "corrector": task.corrector is not None,
-            "refresh_fraction": task.refresh_fraction > 0.0,
-            "probe_size": task.probe_size > 0,
-        }
         for name in (name for name, is_asked in asked.items() if is_asked):
             raise ValueError(f"`{name}` needs a cache. Received: cache_size=0.")
         return
@@ -94,14 +98,10 @@ def check_schedule(task, cache) -> None:
             "`probe_size` must be at most the number of rows of the cache. Received:"
             f" {task.probe_size} for {task.cache_size} rows."
         )
-    if task.refresh_fraction and not task.use_lru:
+    for name in (name for name, is_asked in asked.items() if is_asked and not task.use_lru):
         raise ValueError(
-            "`refresh_fraction` needs `use_lru=True`: without, the oldest rows stay the oldest"
-            " when they are refreshed. Received: use_lru=False."
-        )
-    if cache is None and not task.write_back:
-        raise ValueError(
-            "`write_back=False` is for a `cache` that covers a corpus. Received: None."
+            f"`{name}` needs `use_lru=True`: without, a row's age is not that of its embedding."
+            " Received: use_lru=False."
         )
     if cache is not None and task.frequency_correction:
         raise ValueError(
@@ -109,6 +109,15 @@ def check_schedule(task, cache) -> None:
         )
     if task.corrector is not None:
         check_corrector(task.corrector, task)
+
+
+def check_probabilities(are_given: bool, cache: Cache | None) -> None:
+    """Checks that no candidate of a corpus, which has each once, is weighted."""
+    if are_given and cache is not None and cache.row_key is not None:
+        raise ValueError(
+            "There is no `candidate_sampling_probability` with a `cache` that covers a corpus: it"
+            " holds every candidate once."
+        )
 
 
 def check_corrector(corrector, task) -> None:

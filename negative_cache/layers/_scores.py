@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from negative_cache.ops import contrastive
+
 
 class Scores:
     """score(x, y) = transform(⟨x, y⟩ / temperature); None for either leaves it out."""
@@ -23,6 +25,21 @@ class Scores:
     def of_all_pairs(self, scaled_queries: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
         """[B, N] scores of every query with every candidate [N, d]."""
         return self._apply(tf.matmul(scaled_queries, candidates, transpose_b=True))
+
+    def of_all_pairs_as_given(self, scaled_queries: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
+        """`of_all_pairs`, whose gradient reaches the candidates and nothing else.
+
+        Neither the queries nor, say, a temperature that the transform learns.
+        """
+        products = tf.matmul(tf.stop_gradient(scaled_queries), candidates, transpose_b=True)
+        if self.transform is None:
+            return products
+        with tf.GradientTape() as tape:
+            fixed = tf.stop_gradient(products)
+            tape.watch(fixed)
+            scores = self.transform(fixed)
+        slopes = tf.stop_gradient(tape.gradient(scores, fixed, unconnected_gradients="zero"))
+        return contrastive.value_with_gradient(scores, slopes * products)
 
     def of_own(self, scaled_queries: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
         """[B, n] scores of every query with candidates [B, n, d] of its own."""

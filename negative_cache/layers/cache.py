@@ -20,6 +20,7 @@ from negative_cache.layers._state import (
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_rows
+from negative_cache.ops.tree_statistics import Groups
 
 # A larger cache keeps a queue of its oldest rows. Making the queue anew takes a pass over all rows,
 # once in about (queue size / batch size) updates; using it takes a pass over the queue.
@@ -133,6 +134,10 @@ class Cache(StateLayer):
         """[C] int32, the number of updates since each row was touched."""
         return self._state.step - self._state.last_touched
 
+    def age_of(self, rows: tf.Tensor) -> tf.Tensor:
+        """[n] int32, `age` of `rows` [n]."""
+        return self._state.step - tf.gather(self._state.last_touched, rows)
+
     @property
     def saved(self) -> bool:
         """Whether files hold the rows."""
@@ -155,7 +160,7 @@ class Cache(StateLayer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the number of rows refused so far for an embedding that is not finite."""
+        """Scalar int64, the rows refused so far: not finite, or not of the corpus."""
         return self._state.num_skipped
 
     @classmethod
@@ -225,6 +230,20 @@ class Cache(StateLayer):
             raise ValueError("`fill` is for a cache with a `row_key`. Received: row_key=None.")
         bar = keras.utils.Progbar(self.cache_size, unit_name="candidate", verbose=verbose)
         on_every_replica(self._forget)
+        try:
+            self._fill(batches, bar)
+        except Exception:
+            # Rows without their ids would be negatives of their own queries.
+            on_every_replica(self._forget)
+            raise
+        if self.index is not None:
+            is_filled = tf.convert_to_tensor(self.filled).numpy()
+            embeddings = tf.cast(tf.convert_to_tensor(self.embeddings), tf.float32).numpy()
+            # What is not filled is left out by the index as it is here.
+            embeddings[~is_filled] = np.nan
+            self.index.index(embeddings, verbose=verbose)
+
+    def _fill(self, batches, bar):
         write = tf.function(self._fill_rows, reduce_retracing=True)
         ids, start = [], 0
         for items in batches:
@@ -240,15 +259,9 @@ class Cache(StateLayer):
             bar.update(start)
         if not start:
             raise ValueError("There are no candidates to fill the cache with.")
-        if verbose and start < self.cache_size:
+        if start < self.cache_size:
             bar.update(start, finalize=True)
         on_every_replica(RowsById.assign, self._state.rows_by_id, np.concatenate(ids))
-        if self.index is not None:
-            is_filled = tf.convert_to_tensor(self.filled).numpy()
-            embeddings = tf.cast(tf.convert_to_tensor(self.embeddings), tf.float32).numpy()
-            # What is not filled is left out by the index as it is here.
-            embeddings[~is_filled] = np.nan
-            self.index.index(embeddings, verbose=verbose)
 
     def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of the candidates with `ids` [n]; -1 for an id that is not there.
@@ -293,7 +306,7 @@ class Cache(StateLayer):
         """Updates existing rows, then lets each new item replace the oldest row left.
 
         Every age grows by one; touched rows get age 0. Among equal ages the smallest row is
-        replaced first.
+        replaced first. With a `row_key`, new items go to the rows of their ids instead.
 
         Args:
           new_items: feature name -> [n, ...] new candidates, n <= C, with exactly the cache's
@@ -361,12 +374,18 @@ class Cache(StateLayer):
     def _mark_filled(self, rows, mask):
         filled = self._state.filled
         is_more = mask & ~tf.gather(filled, rows.rows)
+        if self.row_key is not None:
+            # A batch may bring a candidate twice.
+            is_more &= Groups.of(tf.cast(rows.rows, tf.int32), mask).rank == 0
         self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
         scatter_rows(filled, rows.rows, rows.values(tf.ones_like(mask), filled))
 
     def _forget(self):
         for variable in (self._state.filled, self._state.num_filled):
             variable.assign(tf.zeros(variable.shape, variable.dtype))
+        # What is not there is not to be encoded again, however long it waits.
+        last_touched = self._state.last_touched
+        last_touched.assign(tf.fill(last_touched.shape, last_touched.dtype.max))
         RowsById.clear(self._state.rows_by_id)
 
     def _fill_rows(self, start, items):

@@ -76,10 +76,12 @@ class CachedRetrieval(CachingLayer):
         now. Draws, the log partition and its gradient are those of corrected embeddings.
       cache: a cache that covers a corpus, as `Cache.from_dataset` makes it. It decides on
         `feature_specs`, `cache_size`, `candidate_id_key`, `index` and `embedding_dtype`. Every
-        candidate is in it once, so there is no `frequency_correction`.
+        candidate is in it once, so that there are no corrections for frequency;
+        `in_batch_negatives` count twice with it, as themselves and as their rows.
       refresh_fraction: ρ in [0, 1], the share of the rows that are encoded anew at each step, those
         touched longest ago, in inference mode and without gradient. ρ C is rounded to whole rows;
-        below a half, one row is encoded every 1 / (ρ C) steps. Needs `use_lru=True`.
+        below a half, one row is encoded every 1 / (ρ C) steps. Like `corrector` and `probe_size`
+        it needs `use_lru=True`, with which the age of a row is that of its embedding.
       write_back: whether draws, and with a `cache` the positives, are written back. False leaves
         rows as they are but for `refresh_fraction` and `CacheRefresh`: a cache that is stale on
         purpose, as baselines have it. Only with a `cache`.
@@ -293,6 +295,7 @@ class CachedRetrieval(CachingLayer):
             self._frequency.update(items[CANDIDATE_ID])
         has_probabilities = candidate_sampling_probability is not None
         _retrieval_checks.check_weighting(has_probabilities, self.index)
+        _retrieval_checks.check_probabilities(has_probabilities, self._cache)
         log_expected = self._log_expected_occurrences(items, has_probabilities)
         positive_logits, in_batch_logits = positive_scores, raw_scores
         if log_expected is not None:
@@ -335,7 +338,10 @@ class CachedRetrieval(CachingLayer):
         if step is not None:
             if step.drift_loss is not None:
                 # For the gradient of the corrector, which is none of the task's loss.
-                loss = contrastive.value_with_gradient(loss, loss + step.drift_loss)
+                drift_loss = step.drift_loss
+                if self.reduction == "none":
+                    drift_loss /= tf.cast(num_queries, tf.float32)
+                loss = contrastive.value_with_gradient(loss, loss + drift_loss)
             self._update_cache(items, step.refreshed)
             self._end_step(tf.shape(candidates)[0])
         for metric in self._loss_metrics:

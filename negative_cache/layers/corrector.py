@@ -1,5 +1,7 @@
 """`Corrector`: a small network that learns where stale embeddings have gone."""
 
+import math
+
 import tensorflow as tf
 
 from negative_cache import _validation
@@ -74,21 +76,24 @@ class Corrector(DriftCorrector):
             raise ValueError(
                 f"`drift_loss` must be one of {_DRIFT_LOSSES}. Received: {drift_loss!r}."
             )
-        if not learning_rate_multiplier > 0:
+        if not 0 < learning_rate_multiplier < math.inf:
             raise ValueError(
-                "`learning_rate_multiplier` must be positive. Received:"
+                "`learning_rate_multiplier` must be positive and finite. Received:"
                 f" {learning_rate_multiplier}."
             )
         self.drift_loss = drift_loss
         self.learning_rate_multiplier = learning_rate_multiplier
         self._network = None
 
-    def build(self, input_shape, content_dim: int = 0):
-        dim = int(input_shape[-1])
+    def make(self, embedding_dim: int, content_dim: int = 0) -> None:
         self._network = _ResidualNetwork(
-            dim + content_dim, self.hidden_units, dim, self.learning_rate_multiplier, name="network"
+            embedding_dim + content_dim,
+            self.hidden_units,
+            embedding_dim,
+            self.learning_rate_multiplier,
+            name="network",
         )
-        super().build(input_shape, content_dim)
+        super().make(embedding_dim, content_dim)
 
     def displacement_fn(self):
         network = self._network

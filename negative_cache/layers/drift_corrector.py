@@ -76,23 +76,26 @@ class DriftCorrector(StateLayer):
         self.content_key = content_key
         self.embedding_dim = None
 
-    def build(self, input_shape, content_dim: int = 0):
-        """Makes the state for embeddings [n, d], `input_shape` being its shape."""
-        self.embedding_dim = int(input_shape[-1])
-        self.content_dim = content_dim
-        if (self.content_key is None) != (content_dim == 0):
+    def build(self, input_shape):
+        """Makes the state for embeddings of shape `input_shape`, [n, d]."""
+        if self.content_key is not None:
             raise ValueError(
                 "A corrector with a `content_key` is made by the `CachedRetrieval` that has it."
                 f" Received: content_key={self.content_key!r}."
             )
+        self.make(int(input_shape[-1]))
+
+    def make(self, embedding_dim: int, content_dim: int = 0) -> None:
+        """Makes the state for embeddings [n, embedding_dim] and contents [n, content_dim]."""
+        self.embedding_dim, self.content_dim = embedding_dim, content_dim
         self._hold_state(
-            description={"embedding_dim": self.embedding_dim, "content_dim": content_dim},
+            description={"embedding_dim": embedding_dim, "content_dim": content_dim},
             num_updates=make_state_variable(lambda: tf.zeros([], tf.int64), "num_updates"),
             typical_age=make_state_variable(lambda: tf.zeros([]), "typical_age"),
             # Of the last steps: Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
             agreement=make_state_variable(lambda: tf.zeros([2]), "agreement"),
             are_unit=make_state_variable(lambda: tf.constant(True), "are_unit"),
-            **self._make_fields(self.embedding_dim),
+            **self._make_fields(embedding_dim),
         )
         self.built = True
 
@@ -153,9 +156,10 @@ class DriftCorrector(StateLayer):
         moved = tf.stop_gradient(corrected) - encoded.stale
         drift = encoded.fresh - encoded.stale
         agreement = tf.stack([tf.reduce_sum(weight * moved * other) for other in (drift, moved)])
-        self._state.agreement.assign(
-            (1.0 - _TRUST_RATE) * self._state.agreement + _TRUST_RATE * agreement
-        )
+        is_finite = tf.reduce_all(tf.math.is_finite(agreement))
+        rate = tf.where(is_finite, _TRUST_RATE, 0.0)
+        agreement = tf.where(is_finite, agreement, 0.0)
+        self._state.agreement.assign(self._state.agreement * (1.0 - rate) + rate * agreement)
         self._observe(encoded)
         self._follow_age(encoded)
         self._state.num_updates.assign_add(1)
@@ -200,7 +204,9 @@ class DriftCorrector(StateLayer):
 
     def _moved(self, stale, step):
         """`stale` [n, d] moved by `step`, to the length it had where embeddings are normalised."""
-        moved = stale + step
+        # A correction that has gone wrong is none.
+        is_finite = tf.reduce_all(tf.math.is_finite(step), axis=1, keepdims=True)
+        moved = stale + tf.where(is_finite, step, 0.0)
         # The derivative of a square root has to be kept from zero.
         squares, moved_squares = (
             tf.maximum(tf.reduce_sum(tf.square(values), axis=1, keepdims=True), 1e-12)
@@ -257,7 +263,9 @@ def build_corrector(corrector: DriftCorrector, embedding_dim: int, content_dim: 
       ValueError: where it has been made for another width.
     """
     if not corrector.built:
-        corrector.build((None, embedding_dim), content_dim)
+        # Also where that is found out in the middle of a branch of a graph.
+        with tf.init_scope():
+            corrector.make(embedding_dim, content_dim)
     wanted = (embedding_dim, content_dim)
     if (corrector.embedding_dim, corrector.content_dim) != wanted:
         raise ValueError(

@@ -40,10 +40,10 @@ class NystromCorrector(DriftCorrector):
       landmarks: "encoded", "uniform" or "k-means++".
       num_encoded: of "uniform" and "k-means++", how many are encoded at each step; all, as in the
         paper, where None.
-      kernel: "rbf", k(a, b) = exp(-‖a - b‖² / 2 s²), or "linear", k(a, b) = ⟨a, b⟩ / s² + 1, for
-        which d + 1 equations are solved, and a row costs no more than another layer of width d.
-      bandwidth: s, relative to the root of the mean squared length of the landmarks' stale
-        embeddings.
+      kernel: "rbf", k(a, b) = exp(-‖a - b‖² / 2 b² l²), or "linear", k(a, b) = ⟨a, b⟩ / l² + 1, for
+        which d + 1 equations are solved, and a row costs no more than another layer of width d. l
+        is the root of the mean squared length of the landmarks' stale embeddings.
+      bandwidth: b, of the rbf kernel.
       ridge: λ >= 0.001.
       warmup_steps: as in `DriftCorrector`.
 
@@ -102,10 +102,11 @@ class NystromCorrector(DriftCorrector):
         share = tf.where(is_there, share, 0.0)
         count = tf.math.count_nonzero(is_there, dtype=tf.float32)
         length = tf.sqrt(tf.math.divide_no_nan(tf.reduce_sum(tf.square(stale)), count))
-        scale = self.bandwidth * tf.where(length > 0.0, length, 1.0)
+        length = tf.where(length > 0.0, length, 1.0)
+        scale = self.bandwidth * length
 
         def features(embeddings):
-            return tf.pad(embeddings / scale, [[0, 0], [0, 1]], constant_values=1.0)
+            return tf.pad(embeddings / length, [[0, 0], [0, 1]], constant_values=1.0)
 
         if self.kernel == "linear":
             weights = _landmarks.linear_coefficients(
@@ -150,8 +151,14 @@ class NystromCorrector(DriftCorrector):
 
     def _observe(self, encoded):
         if self.landmarks == "encoded":
+            # Where there are more than landmarks, some of every kind.
+            size = encoded.mask.shape[0] or self.num_landmarks
+            stride = -(-size // self.num_landmarks)
             first = Encoded(
-                *(None if part is None else part[: self.num_landmarks] for part in encoded)
+                *(
+                    None if part is None else part[::stride][: self.num_landmarks]
+                    for part in encoded
+                )
             )
             size = first.mask.shape[0] or tf.size(first.mask)
             self._remember(first, size, tf.math.count_nonzero(first.mask))

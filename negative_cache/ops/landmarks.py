@@ -87,7 +87,7 @@ def nystrom_coefficients(
     matrix = tf.where(both, kernel_matrix * column * share, 0.0)
     matrix += ridge * tf.eye(kernel_matrix.shape[0])
     drift = tf.where(is_there, drift, 0.0)
-    return column * tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), drift)
+    return column * _solve(matrix, drift)
 
 
 def linear_coefficients(
@@ -109,4 +109,10 @@ def linear_coefficients(
     drift = tf.where(column > 0.0, drift, 0.0)
     matrix = tf.matmul(weighted, weighted, transpose_a=True) + ridge * tf.eye(features.shape[1])
     right = tf.matmul(weighted, drift, transpose_a=True)
-    return tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
+    return _solve(matrix, right)
+
+
+def _solve(matrix: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
+    """The solution for a positive definite matrix; zero where rounding has made it none."""
+    solution = tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
+    return tf.where(tf.reduce_all(tf.math.is_finite(solution)), solution, 0.0)
