@@ -262,3 +262,13 @@ def test_configuration_round_trip():
     assert copy.row_key == "id" and copy.specs == cache.specs and copy.cache_size == 16
     assert int(copy.num_filled) == 0
     assert copy.rows_of(tf.constant([0, 1], tf.int64)).numpy().tolist() == [-1, -1]
+
+
+def test_a_fill_that_fails_leaves_an_empty_cache():
+    table = Table(make_table(8))
+    cache = Cache.from_dataset(corpus_of(8), table, candidate_id_key="id", verbose=0)
+    twice = [{"id": tf.constant([5, 5], tf.int64), "embedding": tf.ones([2, DIM])}]
+    with pytest.raises(ValueError, match="an id of its own"):
+        cache.fill(twice, verbose=0)
+    assert cache.num_filled.numpy() == np.count_nonzero(cache.filled) == 0
+    np.testing.assert_array_equal(cache.rows_of(tf.constant([0, 5], tf.int64)), [-1, -1])

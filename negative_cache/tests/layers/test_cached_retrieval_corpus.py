@@ -365,3 +365,53 @@ def test_a_cache_is_filled_by_what_is_for_it():
         make_task(make_table(), 0).refresh_cache()
     with pytest.raises(ValueError, match="`batch_size` must be an integer >= 1"):
         make_corpus_task(make_table(12)).refresh_cache(batch_size=0)
+
+
+def test_rows_that_are_not_filled_take_no_turn_at_refreshing():
+    table = make_table(9)
+    table[4] = np.nan
+    task = make_corpus_task(table, cache={"cache_size": 12}, refresh_fraction=1 / 12)
+    for _ in range(30):
+        step(task, make_queries(1), [0])
+    ages = task.cache.age.numpy()[task.cache.filled.numpy()]
+    assert len(ages) == 8
+    assert np.max(ages) <= 8
+
+
+def test_a_candidate_that_comes_twice_fills_its_row_once():
+    table = make_table(6)
+    holed = table.copy()
+    holed[3] = np.nan
+    task = make_corpus_task(holed)
+    set_tower(task, table)
+    step(task, make_queries(2), [3, 3])
+    assert task.cache.num_filled.numpy() == np.count_nonzero(task.cache.filled) == 6
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{"corrector": Corrector(4)}, {"probe_size": 2}, {"refresh_fraction": 0.5}]
+)
+def test_ages_of_embeddings_need_lru(kwargs):
+    with pytest.raises(ValueError, match="needs `use_lru=True`"):
+        make_task(make_table(), 8, use_lru=False, **kwargs)
+
+
+def test_no_probabilities_with_a_corpus():
+    task = make_corpus_task(make_table(6))
+    probabilities = {"candidate_sampling_probability": [0.5, 0.1]}
+    with pytest.raises(ValueError, match="holds every candidate once"):
+        step(task, make_queries(2), [0, 1], **probabilities)
+
+
+def test_no_tower_of_another_width_than_that_of_the_cache():
+    tower = keras.Sequential([keras.layers.Input([3]), keras.layers.Dense(DIM + 1)])
+    cache = Cache(
+        {
+            "candidate": tf.io.FixedLenFeature([], tf.int64),
+            "embedding": tf.io.FixedLenFeature([DIM], tf.float32),
+        },
+        4,
+        row_key="candidate",
+    )
+    with pytest.raises(ValueError, match=f"dimension {DIM}. Received embeddings of {DIM + 1}"):
+        CachedRetrieval(tower, cache=cache)

@@ -393,3 +393,28 @@ def test_replicas_learn_each_from_what_it_has_encoded(make):
         assert rows.numpy().tolist() == positives
         assert np.all(age.numpy()[positives] == 0) and np.max(age) == 2
         assert int(num_updates) == 2
+
+
+class LearnedScale(keras.layers.Layer):
+    """Scores by a temperature that is learned."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.add_weight(name="scale", shape=(), initializer="ones")
+
+    def call(self, products):
+        return products * tf.convert_to_tensor(self.scale)
+
+
+def test_the_drift_loss_does_not_reach_a_learned_temperature():
+    gradients = []
+    for drift_loss in ("mse", "cross_entropy"):
+        table, scale = make_table(9, seed=3), LearnedScale()
+        corrector = Corrector(8, drift_loss=drift_loss)
+        task = make_corpus_task(table, corrector=corrector, score_transform=scale)
+        set_tower(task, drifted(table))
+        with tf.GradientTape() as tape:
+            loss = step(task, make_queries(3, seed=5), [0, 1, 2])
+        gradients.append(float(tape.gradient(loss, scale.scale)))
+    assert gradients[0] != 0.0
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-6)

@@ -15,6 +15,7 @@ from negative_cache.tests.layers.drift_cases import (
     error_of,
     learn,
     points,
+    product,
     rotation,
     trained,
 )
@@ -201,3 +202,36 @@ def test_a_corrector_is_for_embeddings_of_one_width(make):
 def test_warmup_steps_must_not_be_negative(make):
     with pytest.raises(ValueError, match="`warmup_steps` must be an integer >= 0. Received: -1"):
         make(warmup_steps=-1)
+
+
+@both
+def test_a_call_makes_an_unbuilt_corrector(make):
+    stale = points(4)
+    np.testing.assert_allclose(make()(stale), stale, atol=1e-6)
+
+
+@both
+def test_one_bad_moment_is_forgotten(make):
+    corrector, stale = trained(make(), steps=60), points(20, seed=1)
+    before = corrector(stale).numpy()
+    nowhere = np.full_like(stale, np.nan)
+    nothing = corrector.corrector_fn(lambda embeddings, content: tf.constant(nowhere))
+    np.testing.assert_array_equal(nothing(stale), stale)
+    corrector.learn(
+        encoded_of(stale, stale, mask=np.zeros(20, bool)),
+        lambda embeddings, content: tf.constant(nowhere),
+        product(points(3)),
+    )
+    after = corrector(stale).numpy()
+    np.testing.assert_allclose(after, before, atol=0.1)
+    assert np.any(np.abs(after - stale) > 0.01)
+
+
+@both
+def test_lengths_are_free_where_towers_do_not_normalise(make):
+    corrector = built(make())
+    stale = np.float32([[0.98, 0, 0, 0], [0.995, 0, 0, 0], [1.005, 0, 0, 0], [1.02, 0, 0, 0]])
+    learn(corrector, encoded_of(stale, 1.5 * stale))
+    corrector._state.agreement.assign([1.0, 1.0])
+    longer = corrector.corrector_fn(lambda embeddings, content: 0.5 * embeddings)(stale)
+    np.testing.assert_allclose(longer, 1.5 * stale, rtol=1e-6)
