@@ -151,17 +151,16 @@ class NystromCorrector(DriftCorrector):
 
     def _observe(self, encoded):
         if self.landmarks == "encoded":
+            size = encoded.mask.shape[0]
+            size = tf.size(encoded.mask) if size is None else size
             # Where there are more than landmarks, some of every kind.
-            size = encoded.mask.shape[0] or self.num_landmarks
-            stride = -(-size // self.num_landmarks)
+            is_known = isinstance(size, int)
+            count = (min if is_known else tf.minimum)(size, self.num_landmarks)
+            chosen = tf.range(count) * size // count
             first = Encoded(
-                *(
-                    None if part is None else part[::stride][: self.num_landmarks]
-                    for part in encoded
-                )
+                *(None if part is None else tf.gather(part, chosen) for part in encoded)
             )
-            size = first.mask.shape[0] or tf.size(first.mask)
-            self._remember(first, size, tf.math.count_nonzero(first.mask))
+            self._remember(first, count, tf.math.count_nonzero(first.mask))
 
     def _remember(self, encoded, size, num_used=None):
         """Writes what was encoded into the next `size` slots, and moves on by `num_used`."""

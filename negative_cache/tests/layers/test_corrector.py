@@ -168,7 +168,7 @@ def test_content_comes_from_a_task():
         ({"hidden_units": 0}, "`hidden_units` must be an integer >= 1. Received: 0"),
         ({"drift_loss": "l1"}, "`drift_loss` must be one of .*'mse'.* Received: 'l1'"),
         ({"learning_rate_multiplier": 0.0}, "`learning_rate_multiplier` must be positive"),
-        ({"learning_rate_multiplier": float("nan")}, "must be positive. Received: nan"),
+        ({"learning_rate_multiplier": float("nan")}, "must be positive and finite. Received: nan"),
     ],
 )
 def test_refuses(arguments, message):
