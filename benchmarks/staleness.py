@@ -17,12 +17,12 @@ Printed are MRR and recall over the whole corpus against candidates encoded, whi
 is the bill, and how stale the cache is: the mean of ‖ĝ - g‖² / ‖g‖² over all rows but those written
 by the last step, as cached and as corrected. The bias is ‖E ∇̂ - ∇L‖ / ‖∇L‖ for the gradients by
 256 training queries: the expected one of draws from the cache as it is, corrected if it is, against
-that of the softmax over fresh embeddings. Time a step leaves refreshes of the whole cache aside, and
-is of a machine that may do other things.
+that of the softmax over fresh embeddings. Time a step leaves refreshes of the whole cache aside,
+and is of a machine that may do other things.
 
 In fine-tuning all seeds begin with the same towers: the spread is that of the order of the data and
-of the draws. "Every epoch" means at the end of each; the oracle of the transformer refreshes at every
-eighth step only, as its name in the table says.
+of the draws. "Every epoch" means at the end of each; the oracle of the transformer refreshes at
+every eighth step only, as its name in the table says.
 """
 
 import argparse

@@ -62,12 +62,12 @@ def test_refreshes_when_an_epoch_begins_but_for_the_first():
     assert seen.steps == [STEPS, 2 * STEPS]
 
 
-def test_the_first_epoch_of_another_fit_is_a_first_one():
+def test_epochs_of_another_fit_go_on_where_the_last_one_ended():
     model, callback = make_model(write_back=False), CacheRefresh(verbose=0)
     seen = Refreshes(model)
     for _ in range(2):
         model.fit(pairs(), epochs=2, verbose=0, callbacks=[callback])
-    assert seen.steps == [STEPS, 3 * STEPS]
+    assert seen.steps == [STEPS, 2 * STEPS, 3 * STEPS]
 
 
 @pytest.mark.parametrize("every", [1, 4, 5])
@@ -121,8 +121,8 @@ def test_logs_outlast_the_end_of_an_epoch():
     history = model.fit(pairs(), epochs=4, verbose=0).history
     for name in ("probe_staleness", "probe_corrected_staleness"):
         values = history[name]
-        # Probed in the first and in the third epoch.
-        assert values[2] == values[3] > 0.0 and values[0] == values[1]
+        # Probed at the end of the second epoch and of the fourth.
+        assert values[0] == 0.0 and values[1] == values[2] > 0.0 and values[3] != values[2]
 
 
 def test_two_replicas_train_and_refresh_with_a_corrector():

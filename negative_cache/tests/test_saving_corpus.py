@@ -52,7 +52,7 @@ def make_model(corrector, seed=0, saved=True):
         num_negatives=2,
         refresh_fraction=0.1,
         probe_size=3,
-        probe_every=2,
+        probe_every=1,
         seed=seed,
     )
     model = DualEncoder(query_tower, candidate_tower, task)

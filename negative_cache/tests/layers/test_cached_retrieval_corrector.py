@@ -384,7 +384,7 @@ def test_replicas_learn_each_from_what_it_has_encoded(make):
         ids = tf.cast(tf.range(2) + 2 * replica, tf.int64)
         candidates = tf.gather(table, ids) + 1.0
         task(tf.ones([2, DIM]), candidates, {"id": ids}, training=True)
-        return task.cache.age, task.cache.rows_of(ids), task.corrector._state.num_updates
+        return task.cache.age, task.cache.rows_of(ids), task.corrector._state.num_updates + 0
 
     for _ in range(2):
         results = run_on_two_replicas(replica_step)
