@@ -16,6 +16,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 MOVIELENS_TFRS = ROOT / "examples" / "movielens_tfrs.py"
 SERVING = ROOT / "examples" / "serving.py"
 TREE_INDEX = ROOT / "examples" / "tree_index.py"
+STALE_EMBEDDINGS = ROOT / "examples" / "stale_embeddings.py"
 
 if not MOVIELENS_TFRS.exists():
     pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
@@ -107,3 +108,17 @@ def test_tree_index_trains_and_searches():
     first, last = map(float, re.search(r"loss (\S+) in .* steps, (\S+) in", done.stdout).groups())
     assert last < 0.5 * first
     assert float(re.search(r"by the index: (\S+)%", done.stdout).group(1)) > 80.0
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_stale_embeddings_are_corrected():
+    legacy = "1" if IS_KERAS_2 else "0"
+    arguments = ("--candidates", 4000, "--epochs", 4, "--corrector", "nystrom")
+    done = run(*arguments, script=STALE_EMBEDDINGS, TF_USE_LEGACY_KERAS=legacy)
+    assert done.returncode == 0, done.stderr
+    stale, corrected = (
+        float(re.findall(rf"{name}: (\S+)", done.stdout)[-1])
+        for name in ("probe_staleness", "probe_corrected_staleness")
+    )
+    assert corrected < 0.8 * stale

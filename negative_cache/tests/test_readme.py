@@ -76,6 +76,24 @@ def test_tree_index():
     assert names["scores"].shape == (2, 100)
 
 
+def test_corpus_with_a_corrector():
+    import negative_cache as nc
+
+    titles = sorted(set(TITLES.tolist()))
+    names = {
+        "nc": nc,
+        "candidate_tower": TitleTower(),
+        "candidates": tf.data.Dataset.from_tensor_slices({"title": titles}),
+    }
+    exec(block("nc.Cache.from_dataset(").replace("256", "16"), names)
+    model = nc.DualEncoder(TitleTower(), names["candidate_tower"], names["task"])
+    model.compile(optimizer="adam")
+    pairs = {"query": titles, "candidate": {"title": titles}}
+    batches = tf.data.Dataset.from_tensor_slices(pairs).batch(16, drop_remainder=True)
+    history = model.fit(batches.repeat(), steps_per_epoch=101, verbose=0).history
+    assert history["probe_staleness"][0] > history["probe_corrected_staleness"][0] > 0.0
+
+
 @pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
 def test_tfrs_model():
     import tensorflow_recommenders as tfrs
