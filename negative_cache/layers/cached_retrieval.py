@@ -216,8 +216,8 @@ class CachedRetrieval(CachingLayer):
         self.write_back = write_back
         self.probe_size = probe_size
         self.probe_every = probe_every
-        _retrieval_checks.check_schedule(self, cache)
         _retrieval_checks.check_settings(self, index, _cached_negatives.INTERNAL_KEYS)
+        _retrieval_checks.check_schedule(self, cache)
         self.save_cache = save_cache
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
         self._scores = Scores(temperature, score_transform)

@@ -40,7 +40,15 @@ def test_what_is_written_every_so_many_batches(tmp_path):
     )
     found = read(tmp_path)
     assert set(found) == {
-        f"cache/{name}" for name in ("age", "fill", "log_partition", "skipped_rows", "staleness")
+        f"cache/{name}"
+        for name in (
+            "age",
+            "candidates_encoded",
+            "fill",
+            "log_partition",
+            "skipped_rows",
+            "staleness",
+        )
     }
     for name in ("fill", "log_partition", "staleness"):
         np.testing.assert_allclose(

@@ -340,7 +340,7 @@ def test_the_content_of_rows_is_seen():
     [
         lambda: Corrector(8),
         lambda: NystromCorrector(6),
-        lambda: NystromCorrector(6, landmarks="k-means++", num_encoded=2),
+        lambda: NystromCorrector(6, landmarks="uniform", num_encoded=2),
     ],
     ids=["network", "encoded landmarks", "chosen landmarks"],
 )
