@@ -103,6 +103,7 @@ SETTINGS = {
     f"{WIDE}, rate 0.003": Setting(
         corrector=lambda rate: _corrector(rate, hidden_units=1024, content_key="content", rate=3e-3)
     ),
+    "corrector, written back": Setting(write_back=True, corrector=_corrector),
     "corrector, rho = 0.001": Setting(
         write_back=True, refresh_fraction=0.001, corrector=_corrector
     ),
