@@ -58,7 +58,7 @@ class DriftCorrector(StateLayer):
     has just been written is left as it is. The factor α in [0, 1] is the trust in r: the one that
     would have made Σ ‖ĝ + α φ r(ĝ) - g‖² smallest over the rows encoded in the last ten steps or
     so, each before r has learned from it. So a corrector that has learned nothing yet, or has not
-    followed a sudden change, does no harm. Where all fresh embeddings so far have been of unit
+    followed a sudden change, does little harm. Where all fresh embeddings so far have been of unit
     length, norm keeps the length that ĝ has; else it does nothing.
 
     Both factors, and r where it has a state, are in files. Correctors are trained by
@@ -219,7 +219,7 @@ class DriftCorrector(StateLayer):
         if age is None:
             return tf.ones_like(like[:, :1])
         relative = tf.math.divide_no_nan(tf.cast(age, tf.float32), self._state.typical_age)
-        return tf.minimum(relative, _MAX_SHARE)[:, tf.newaxis]
+        return tf.clip_by_value(relative, 0.0, _MAX_SHARE)[:, tf.newaxis]
 
     def get_config(self):
         return {
