@@ -273,9 +273,35 @@ class Cache(StateLayer):
             raise ValueError("`rows_of` needs a cache with a `row_key`. Received: row_key=None.")
         return RowsById.find(self._state.rows_by_id, ids)
 
-    def oldest(self, count: int) -> tf.Tensor:
+    def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
-        return self._oldest_rows(count)
+        last_touched = self._state.last_touched
+        if not self._has_queue:
+            return oldest_rows(self.age, count)
+        rows, touched = self._state.queue["rows"], self._state.queue["last_touched"]
+        queue = OldestRows(tf.convert_to_tensor(rows), touched)
+        usable = queue.untouched(last_touched)
+
+        def from_queue():
+            return queue.first(usable, count)
+
+        def from_new_queue():
+            size = (
+                tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
+            )
+            new = OldestRows.of(tf.convert_to_tensor(last_touched), size)
+            # Rows touched in this very update may be needed now, but tie with rows that it is yet
+            # to touch: they are not kept.
+            is_old = new.last_touched < self._state.step
+            rows.assign(new.rows[:_QUEUE_SIZE])
+            touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
+            return new.rows[:count]
+
+        if not tf.is_tensor(count) and count > _QUEUE_SIZE:
+            # A branch that could not run could not be traced either.
+            return from_new_queue()
+        num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
+        return tf.cond(num_usable >= count, from_queue, from_new_queue)
 
     def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
         """Writes embeddings that were computed anew, outside of the sequence of updates.
@@ -365,7 +391,7 @@ class Cache(StateLayer):
         """The rows that new items go to, and which of the items there is a row for."""
         if self.row_key is None:
             size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
-            return insertion_rows(self._oldest_rows(size), mask), mask
+            return insertion_rows(self.oldest(size), mask), mask
         rows = self.rows_of(items[self.row_key])
         is_known = mask & (rows >= 0)
         self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
@@ -403,36 +429,6 @@ class Cache(StateLayer):
         if self.index is not None:
             changed = [(rows, mask)]
             _cache_index.follow(self.index, self.embeddings, self._state.filled, changed)
-
-    def _oldest_rows(self, count):
-        """[count] int64, the rows touched longest ago, the smallest first among equals."""
-        last_touched = self._state.last_touched
-        if not self._has_queue:
-            return oldest_rows(self.age, count)
-        rows, touched = self._state.queue["rows"], self._state.queue["last_touched"]
-        queue = OldestRows(tf.convert_to_tensor(rows), touched)
-        usable = queue.untouched(last_touched)
-
-        def from_queue():
-            return queue.first(usable, count)
-
-        def from_new_queue():
-            size = (
-                tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
-            )
-            new = OldestRows.of(tf.convert_to_tensor(last_touched), size)
-            # Rows touched in this very update may be needed now, but tie with rows that it is yet
-            # to touch: they are not kept.
-            is_old = new.last_touched < self._state.step
-            rows.assign(new.rows[:_QUEUE_SIZE])
-            touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
-            return new.rows[:count]
-
-        if not tf.is_tensor(count) and count > _QUEUE_SIZE:
-            # A branch that could not run could not be traced either.
-            return from_new_queue()
-        num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
-        return tf.cond(num_usable >= count, from_queue, from_new_queue)
 
     def get_config(self):
         return {
