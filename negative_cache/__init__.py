@@ -6,8 +6,9 @@ What most users need is here, flat.
 """
 
 # `_compat` is first, because it refuses what the others would fail on.
-from negative_cache import _compat, datasets, evaluation, layers, ops  # noqa: F401
+from negative_cache import _compat, batching, datasets, evaluation, layers, ops  # noqa: F401
 from negative_cache.backup import BackupAndRestore
+from negative_cache.batching import GlobalContrastiveBatches, contrastive_order
 from negative_cache.callbacks import CacheRefresh, CacheWarmStart, CorpusMetrics
 from negative_cache.layers import Cache, CachedRetrieval, Corrector, NystromCorrector, TreeIndex
 from negative_cache.models import DualEncoder
@@ -24,9 +25,12 @@ __all__ = [
     "CorpusMetrics",
     "Corrector",
     "DualEncoder",
+    "GlobalContrastiveBatches",
     "NystromCorrector",
     "TreeIndex",
     "__version__",
+    "batching",
+    "contrastive_order",
     "datasets",
     "evaluation",
     "layers",

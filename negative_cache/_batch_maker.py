@@ -1,0 +1,157 @@
+"""What batches in memory and batches of shards have in common, and the shards."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache import _held_out, _pair_batches, _validation
+from negative_cache._contrastive_order import checked_codes, contrastive_order
+from negative_cache._towers import Towers
+
+
+class BatchMaker:
+    """Orders pairs by the embeddings of two towers and cuts them into the batches of an epoch.
+
+    The arguments are those of `GlobalContrastiveBatches`, which this checks. All that is random is
+    drawn from `seed` and a `stream` of integers, such as the epoch and the number of the shard.
+    """
+
+    def __init__(
+        self,
+        model,
+        batch_size: int,
+        *,
+        num_neighbors: int,
+        quantile: float | None,
+        start_epoch: int,
+        random_fraction: float | Callable[[int], float],
+        drop_remainder: bool,
+        index,
+        embedding_batch_size: int,
+        seed: int,
+        verbose: int,
+    ):
+        _validation.check_count(embedding_batch_size, "embedding_batch_size")
+        self.towers = Towers(model, embedding_batch_size)
+        self.batch_size = _validation.check_count(batch_size, "batch_size")
+        self._num_neighbors = _validation.check_count(num_neighbors, "num_neighbors")
+        if quantile is not None and not 0.0 <= quantile < 1.0:
+            raise ValueError(f"`quantile` must lie in [0, 1). Received: {quantile!r}.")
+        self._quantile = quantile
+        self._start_epoch = _validation.check_count(start_epoch, "start_epoch", at_least=0)
+        if not callable(random_fraction):
+            _pair_batches.check_fraction(random_fraction, "random_fraction")
+        self._random_fraction = random_fraction
+        self.drop_remainder = bool(drop_remainder)
+        self._index = index
+        self._seed = _validation.check_count(seed, "seed", at_least=0)
+        self._verbose = verbose
+
+    def num_batches(self, num_pairs: int) -> int:
+        """How many batches N pairs make."""
+        if self.drop_remainder:
+            return num_pairs // self.batch_size
+        return math.ceil(num_pairs / self.batch_size)
+
+    def random_fraction(self, epoch: int) -> float:
+        """The share of random batches in an epoch; 1 before the first ordered one."""
+        if epoch < self._start_epoch:
+            return 1.0
+        fraction = self._random_fraction
+        if not callable(fraction):
+            return fraction
+        return _pair_batches.check_fraction(fraction(epoch), "random_fraction(epoch)")
+
+    def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> np.ndarray:
+        """[N] int64, the order of pairs by the embeddings of now."""
+        num_pairs = _pair_batches.num_rows(pairs)
+        queries, candidates = self.towers.embed(pairs, num_pairs, self._verbose)
+        if self._index is not None:
+            self._index.index(candidates, verbose=self._verbose)
+        return contrastive_order(
+            queries,
+            candidates,
+            num_neighbors=self._num_neighbors,
+            quantile=self._quantile,
+            candidate_ids=ids,
+            index=self._index,
+            seed=int(self._rng(stream).integers(2**31)),
+            verbose=self._verbose,
+        )
+
+    def batches(
+        self, order: np.ndarray, ids: np.ndarray | None, epoch: int, stream: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Rows of the batches that an order is cut into, the last of them perhaps smaller."""
+        rng = self._rng([*stream, 1])
+        fraction = self.random_fraction(epoch)
+        if fraction == 1.0:
+            order = rng.permutation(order)
+        return _pair_batches.cut_batches(
+            order, self.batch_size, random_fraction=fraction, ids=ids, rng=rng
+        )
+
+    def _rng(self, stream: Sequence[int]) -> np.random.Generator:
+        return np.random.default_rng([self._seed, *stream])
+
+
+class Shards:
+    """Calling it passes over a dataset of single pairs and yields batches of similar ones."""
+
+    def __init__(self, maker: BatchMaker, dataset, shard_size: int, candidate_id_key: str | None):
+        self._maker, self._shard_size = maker, shard_size
+        self._key = candidate_id_key
+        self._parts = dataset.batch(min(shard_size, 1024)).prefetch(tf.data.AUTOTUNE)
+        self._epoch, self._weights = -1, None
+
+    def __call__(self) -> Iterator:
+        self._begin_pass()
+        epoch, rest = self._epoch, None
+        for number, pairs in enumerate(self._shards()):
+            if rest is not None:
+                pairs = _pair_batches.concatenate([rest, pairs])
+            rest = None
+            for rows in self._batches(pairs, epoch, number):
+                batch = tf.nest.map_structure(lambda values: values[rows], pairs)  # noqa: B023
+                if len(rows) == self._maker.batch_size:
+                    yield batch
+                else:
+                    rest = batch
+        if rest is not None and not self._maker.drop_remainder:
+            yield rest
+
+    def _begin_pass(self):
+        """Counts the pass, unless nothing has been trained in the one before."""
+        towers = self._maker.towers
+        if self._weights is None or towers.have_changed(self._weights):
+            self._epoch += 1
+        self._weights = None
+
+    def _batches(self, pairs, epoch: int, shard: int) -> list[np.ndarray]:
+        maker, num_pairs = self._maker, _pair_batches.num_rows(pairs)
+        maker.towers.build(pairs)
+        if self._weights is None:
+            self._weights = maker.towers.weights()
+        ids = None
+        if self._key is not None:
+            ids = checked_codes(_held_out.ids_of(pairs["candidate"], self._key), num_pairs)
+        order = np.arange(num_pairs)
+        if maker.random_fraction(epoch) < 1.0:
+            order = maker.order(pairs, ids, [epoch, shard])
+        return maker.batches(order, ids, epoch, [epoch, shard])
+
+    def _shards(self) -> Iterator:
+        """Features of `shard_size` pairs at a time, as arrays."""
+        parts, size = [], 0
+        for part in self._parts.as_numpy_iterator():
+            parts.append(part)
+            size += _pair_batches.num_rows(part)
+            while size >= self._shard_size:
+                pairs = _pair_batches.concatenate(parts)
+                yield tf.nest.map_structure(lambda values: values[: self._shard_size], pairs)
+                parts = [tf.nest.map_structure(lambda values: values[self._shard_size :], pairs)]
+                size -= self._shard_size
+        if size:
+            yield _pair_batches.concatenate(parts)

@@ -1,0 +1,69 @@
+"""The two towers as what orders pairs needs them: embeddings now, and whether training goes on."""
+
+import contextlib
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache import _pair_batches, evaluation
+from negative_cache._compat import keras
+
+
+class Towers:
+    """Query and candidate network of a model, in inference mode, compiled once.
+
+    Args:
+      model: has `query_network` and `candidate_network`, or is the pair of both.
+      batch_size: features embedded at a time.
+    """
+
+    def __init__(self, model, batch_size: int):
+        self._model, self._batch_size = model, batch_size
+        self._encoders = dict(zip(("query", "candidate"), evaluation.encoders_of(model)))
+        self._networks = model
+        if not isinstance(model, (tuple, list)):
+            self._networks = (model.query_network, model.candidate_network)
+        self._is_built = False
+
+    def build(self, pairs) -> None:
+        """Makes the variables of towers that have seen no features yet."""
+        if not self._is_built:
+            with self._scope():
+                for name, encoder in self._encoders.items():
+                    encoder.embed(_pair_batches.take(pairs[name], np.zeros([1], np.int64)))
+            self._is_built = True
+
+    def embed(self, pairs, num_pairs: int, verbose: int) -> tuple[np.ndarray, np.ndarray]:
+        """[N, d] float32 embeddings of the queries and of the candidates."""
+        starts = range(0, num_pairs, self._batch_size)
+        bar = None
+        if verbose:
+            bar = keras.utils.Progbar(2 * len(starts), unit_name="batch")
+
+        def batches(name):
+            for start in starts:
+                rows = np.arange(start, min(start + self._batch_size, num_pairs))
+                yield _pair_batches.take(pairs[name], rows)
+
+        with self._scope():
+            return tuple(
+                encoder(batches(name), None if bar is None else lambda _: bar.add(1))
+                for name, encoder in self._encoders.items()
+            )
+
+    def weights(self) -> list[float]:
+        """Half the squared norm of each weight that is trained: training changes some of them."""
+        return [
+            float(tf.nn.l2_loss(tf.cast(tf.convert_to_tensor(weight), tf.float32)))
+            for network in self._networks
+            for weight in getattr(network, "trainable_variables", ())
+        ]
+
+    def have_changed(self, weights: list[float]) -> bool:
+        """Whether the towers have trained since `weights()`. They have if they have no weights."""
+        now = self.weights()
+        return not now or now != weights
+
+    def _scope(self):
+        strategy = getattr(self._model, "distribute_strategy", None)
+        return contextlib.nullcontext() if strategy is None else strategy.scope()

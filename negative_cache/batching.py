@@ -1,0 +1,272 @@
+"""Which pairs share a batch: batches of similar pairs have hard in-batch negatives.
+
+Global contrastive batch sampling (Sachidananda, Yang and Zhu, ICML 2023, arXiv 2210.12874) orders
+all pairs (x_i, y_i) so that those whose queries score high with each other's candidates are near
+one another, and cuts the order into batches. The model and the loss stay as they are.
+
+`contrastive_order` goes from embeddings to an order, `GlobalContrastiveBatches` from features to
+the batches of every epoch of `fit`.
+"""
+
+import threading
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache import _held_out, _pair_batches, _validation
+from negative_cache._batch_maker import BatchMaker, Shards
+from negative_cache._compat import keras
+from negative_cache._contrastive_order import checked_codes, contrastive_order, neighbor_graph
+from negative_cache.ops.neighbor_graph import bandwidth
+
+__all__ = ["GlobalContrastiveBatches", "bandwidth", "contrastive_order", "neighbor_graph"]
+
+
+class GlobalContrastiveBatches(keras.utils.Sequence):
+    """Batches of similar pairs for `fit`, embedded and ordered anew between epochs.
+
+    A Keras `PyDataset` (Keras 2: `Sequence`) over features in memory, of batches
+    `{"query": …, "candidate": …}` as `DualEncoder` takes them. When an epoch begins, all pairs are
+    embedded with the towers as they are now and ordered by `contrastive_order`; the order is cut
+    into batches from a random place on; and the batches come in random sequence. What shares a
+    batch is chosen, what is in an epoch is not: each pair once. `from_dataset` does the same with
+    shards of a dataset that memory does not hold.
+
+    The loss and the task stay as they are: a cache brings more negatives to such batches as to any
+    other. See docs/contrastive_batches.md for where they help and where they do not.
+
+    Batches are made in the thread that reads them, one at a time. An epoch ends when Keras says so
+    and the weights of the towers have changed: Keras 3 also announces an end before `fit` begins.
+    Leave `workers` at 1 (Keras 2: in `fit`): more threads read ahead into the next epoch, whose
+    order they would make with unfinished weights. Processes cannot share the towers.
+
+    Under a `tf.distribute` strategy each replica gets a run of neighboring pairs of each batch.
+
+    Args:
+      model: has `query_network` and `candidate_network`, as a `DualEncoder` has, or is the pair of
+        both.
+      pairs: `{"query": …, "candidate": …}`: arrays or tensors of N rows, strings too, or nests of
+        them. Other entries, such as "negative", come along.
+      batch_size: B.
+      num_neighbors: see `contrastive_order`; a quarter of B is a good start.
+      quantile: see `contrastive_order`.
+      start_epoch: the first epoch with ordered batches; those before are shuffled.
+      every: embed and order at every so many epochs; those between have the last order, cut at
+        another random place.
+      random_fraction: share of the batches whose pairs are shuffled among them, against
+        overfitting to batches that are hard for the sake of noise; or a function of the epoch, for
+        a schedule.
+      candidate_id_key: name of the candidate feature that identifies candidates. Pairs that share
+        one are kept apart, as by `contrastive_order` with `candidate_ids`.
+      candidate_ids: [N] ids of candidates that are not one of their features.
+      drop_remainder: whether to leave out the last, smaller batch, of other pairs in each epoch.
+      batches_per_epoch: how many batches to have in an epoch of Keras, where it is not all of them.
+        It replaces `steps_per_epoch` of `fit`; pairs are still used once before any is used twice,
+        and "epoch" in the arguments above means a pass over all pairs, that is embedded and ordered
+        when the epoch of Keras begins in which it does.
+      index: a `TreeIndex` to search with, of a capacity of at least N; it is filled at every
+        ordering. Worth it from some hundred thousand pairs on.
+      embedding_batch_size: features embedded at a time.
+      seed: of all that is random.
+      verbose: 1 shows progress bars of embedding and of ordering.
+
+    Raises:
+      ValueError: where features do not fit or an argument is out of range.
+
+    Example:
+      >>> pairs = {"query": queries, "candidate": {"title": titles}}
+      >>> batches = GlobalContrastiveBatches(model, pairs, 256, candidate_id_key="title")
+      >>> model.fit(batches, epochs=10)
+    """
+
+    def __init__(
+        self,
+        model,
+        pairs: Mapping,
+        batch_size: int,
+        *,
+        num_neighbors: int = 16,
+        quantile: float | None = None,
+        start_epoch: int = 0,
+        every: int = 1,
+        random_fraction: float | Callable[[int], float] = 0.0,
+        candidate_id_key: str | None = None,
+        candidate_ids: np.ndarray | tf.Tensor | None = None,
+        drop_remainder: bool = False,
+        batches_per_epoch: int | None = None,
+        index=None,
+        embedding_batch_size: int = 1024,
+        seed: int = 0,
+        verbose: int = 1,
+    ):
+        super().__init__()
+        self._pairs, num_pairs = _pair_batches.check_pairs(pairs)
+        self._maker = BatchMaker(
+            model,
+            _validation.check_count(batch_size, "batch_size"),
+            num_neighbors=num_neighbors,
+            quantile=quantile,
+            start_epoch=start_epoch,
+            random_fraction=random_fraction,
+            drop_remainder=drop_remainder,
+            index=index,
+            embedding_batch_size=embedding_batch_size,
+            seed=seed,
+            verbose=verbose,
+        )
+        self._every = _validation.check_count(every, "every")
+        self._ids = None
+        if candidate_id_key is not None:
+            candidate_ids = _held_out.ids_of(self._pairs["candidate"], candidate_id_key)
+        if candidate_ids is not None:
+            self._ids = checked_codes(candidate_ids, num_pairs, batch_size)
+        self._num_batches = self._maker.num_batches(num_pairs)
+        if not self._num_batches:
+            raise ValueError(
+                "`drop_remainder` leaves out everything where there are fewer pairs than in a"
+                f" batch. Received: {num_pairs} pairs and `batch_size={batch_size}`."
+            )
+        if batches_per_epoch is not None:
+            self._num_batches = _validation.check_count(batches_per_epoch, "batches_per_epoch")
+        self._lock = threading.Lock()
+        # Of the epoch of Keras, and those that are left for the next ones.
+        self._batches: list[np.ndarray] = []
+        self._left: list[np.ndarray] = []
+        self._epoch, self._order, self._ordered_at = 0, None, None
+        self._is_due, self._weights = True, None
+
+    @classmethod
+    def from_dataset(
+        cls,
+        model,
+        dataset: tf.data.Dataset,
+        batch_size: int,
+        *,
+        shard_size: int = 100_000,
+        num_neighbors: int = 16,
+        quantile: float | None = None,
+        start_epoch: int = 0,
+        random_fraction: float | Callable[[int], float] = 0.0,
+        candidate_id_key: str | None = None,
+        drop_remainder: bool = False,
+        embedding_batch_size: int = 1024,
+        seed: int = 0,
+        verbose: int = 1,
+    ) -> tf.data.Dataset:
+        """A dataset of batches of similar pairs, from single pairs too many to hold in memory.
+
+        At each pass, `shard_size` pairs at a time are read, embedded with the towers as they are
+        then, ordered, and yielded as batches in random sequence. The rest of a shard that fills no
+        batch goes to the next shard. Only one shard is in memory. Shards are consecutive pairs:
+        where neighbors in the file are alike, shuffle the dataset first, so that shards are samples
+        of all pairs; a `shuffle` that reshuffles makes other shards at each pass.
+
+        `fit` on a model that is not built reads the first batch of a pass in vain, under Keras 3:
+        call it on a batch first, to save the embedding of a shard. With `steps_per_epoch`, repeat
+        the dataset.
+
+        Args:
+          model: see the class.
+          dataset: single pairs `{"query": …, "candidate": …}` of dense features, re-iterable.
+          batch_size: B.
+          shard_size: pairs that are ordered together.
+          num_neighbors: see the class.
+          quantile: see the class.
+          start_epoch: the first pass with ordered batches; in those before, shards are shuffled.
+          random_fraction: see the class.
+          candidate_id_key: see the class.
+          drop_remainder: see the class.
+          embedding_batch_size: see the class.
+          seed: see the class.
+          verbose: see the class.
+
+        Returns:
+          A dataset of batches, re-iterable.
+
+        Raises:
+          ValueError: where an argument is out of range, or an element is not such a pair.
+        """
+        spec = getattr(dataset, "element_spec", None)
+        if not isinstance(spec, Mapping) or not {"query", "candidate"} <= set(spec):
+            raise ValueError(
+                '`dataset` must be a `tf.data.Dataset` of dictionaries with "query" and'
+                f' "candidate". Received elements: {spec!r}.'
+            )
+        _validation.check_count(shard_size, "shard_size")
+        if shard_size < batch_size:
+            raise ValueError(
+                f"`shard_size` must be at least `batch_size`. Received: {shard_size} and"
+                f" {batch_size}."
+            )
+        maker = BatchMaker(
+            model,
+            _validation.check_count(batch_size, "batch_size"),
+            num_neighbors=num_neighbors,
+            quantile=quantile,
+            start_epoch=start_epoch,
+            random_fraction=random_fraction,
+            drop_remainder=drop_remainder,
+            index=None,
+            embedding_batch_size=embedding_batch_size,
+            seed=seed,
+            verbose=verbose,
+        )
+        shards = Shards(maker, dataset, shard_size, candidate_id_key)
+        size = batch_size if drop_remainder else None
+        batches = tf.data.Dataset.from_generator(
+            shards,
+            output_signature=tf.nest.map_structure(
+                lambda part: tf.TensorSpec([size, *part.shape], part.dtype), dict(spec)
+            ),
+        )
+        num_pairs = int(dataset.cardinality())
+        if num_pairs >= 0:
+            batches = batches.apply(
+                tf.data.experimental.assert_cardinality(maker.num_batches(num_pairs))
+            )
+        return batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __getitem__(self, index: int):
+        """Batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
+        with self._lock:
+            if self._is_due:
+                self._begin_epoch()
+            rows = self._batches[index]
+        return _pair_batches.take(self._pairs, rows)
+
+    def on_epoch_end(self):
+        with self._lock:
+            # Otherwise nothing has been trained: the batches are still to be used.
+            if self._weights is not None and self._maker.towers.have_changed(self._weights):
+                self._is_due = True
+
+    @property
+    def order(self) -> np.ndarray | None:
+        """[N] int64, the last order of the pairs; None where there was none yet."""
+        return self._order
+
+    def _begin_epoch(self):
+        batches = self._left
+        while len(batches) < self._num_batches:
+            batches = [*batches, *self._pass()]
+        self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
+        self._weights = self._maker.towers.weights()
+        self._is_due = False
+
+    def _pass(self) -> list[np.ndarray]:
+        """Rows of the batches of the next pass over all pairs."""
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        maker = self._maker
+        maker.towers.build(self._pairs)
+        order = np.arange(_pair_batches.num_rows(self._pairs))
+        if maker.random_fraction(epoch) < 1.0:
+            if self._order is None or epoch - self._ordered_at >= self._every:
+                self._order = maker.order(self._pairs, self._ids, [epoch])
+                self._ordered_at = epoch
+            order = self._order
+        batches = maker.batches(order, self._ids, epoch, [epoch])
+        return batches[: maker.num_batches(len(order))]

@@ -1,0 +1,162 @@
+"""The graph that contrastive batches are ordered by: which pairs are each other's hard negatives.
+
+Pair i is a query with embedding f(x_i) and its positive candidate with embedding g(y_i). Their
+similarity matrix f(X) g(Y)ᵀ [N, N] never exists: it is computed in blocks, of which a few entries
+of each row are kept. Graphs are `scipy.sparse.csr_matrix` [N, N] of bool, symmetric, without a
+diagonal.
+"""
+
+import math
+
+import numpy as np
+import scipy.sparse
+import tensorflow as tf
+
+from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+
+# Candidates scored at a time; see `softmax_sampling` for why it is bounded from both sides.
+_BLOCK_SIZE = 2048
+# Candidates of which only the best is compared with others, at first.
+_GROUP_SIZE = 16
+# Rows and columns of the sample that quantiles are estimated from.
+_SAMPLE_SIZE = 1024
+
+
+def nearest_candidates(
+    query_embeddings: tf.Tensor,
+    candidate_embeddings: tf.Tensor,
+    k: tf.Tensor,
+    *,
+    candidate_ids: tf.Tensor | None = None,
+    positive_ids: tf.Tensor | None = None,
+    block_size: int | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Finds the k largest of each row of f(X) g(Y)ᵀ, exactly.
+
+    A candidate among the k best is in a group of candidates whose best is among the k best of
+    groups. So the groups' maxima are all that is kept of the scores, and the k best groups are
+    scored again: for many candidates this is a third of the time of `top_k_scores`.
+
+    Args:
+      query_embeddings: [B, d] float.
+      candidate_embeddings: [C, d] float.
+      k: scalar int32 or int, how many to find.
+      candidate_ids: [C], with `positive_ids`.
+      positive_ids: [B]; candidates with the query's own id are left out.
+      block_size: candidates scored at a time.
+
+    Returns:
+      scores: [B, K] float32 in descending order, K = min(k, C) or a little more where C is small.
+      indices: [B, K] int32; -1 where there are too few candidates, their scores being -inf.
+    """
+    scorer = BlockScorer(
+        query_embeddings,
+        candidate_embeddings,
+        candidate_ids=candidate_ids,
+        positive_ids=positive_ids,
+    )
+    width = math.ceil((block_size or _BLOCK_SIZE) / _GROUP_SIZE)
+    block_size = width * _GROUP_SIZE
+    num_blocks = -(-scorer.num_candidates // block_size)
+
+    def add_block(block, maxima):
+        start = block * block_size
+        size = tf.minimum(block_size, scorer.num_candidates - start)
+        scores, _ = scorer.score_block(scorer.read_block(start, size), start, size)
+        padding = [[0, 0], [0, block_size - size]]
+        scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
+        groups = tf.reshape(scores, [-1, _GROUP_SIZE, width])
+        return block + 1, maxima.write(block, tf.reduce_max(groups, axis=1))
+
+    _, maxima = tf.while_loop(
+        lambda block, _: block < num_blocks,
+        add_block,
+        (tf.constant(0), tf.TensorArray(tf.float32, num_blocks)),
+        parallel_iterations=1,
+    )
+    # [blocks, B, width] -> [B, groups]
+    maxima = tf.reshape(tf.transpose(maxima.stack(), [1, 0, 2]), [-1, num_blocks * width])
+    num_groups = tf.minimum(k, num_blocks * width)
+    groups = tf.math.top_k(maxima, k=num_groups, sorted=False).indices
+    first = groups // width * block_size + groups % width
+    rows = first[:, :, tf.newaxis] + tf.range(_GROUP_SIZE) * width
+    rows = tf.reshape(rows, [-1, num_groups * _GROUP_SIZE])
+    best = tf.math.top_k(scorer.score_rows(rows), k=tf.minimum(k, tf.shape(rows)[1]))
+    indices = tf.gather(rows, best.indices, batch_dims=1)
+    found = is_admissible(best.values)
+    return tf.where(found, best.values, -math.inf), tf.where(found, indices, -1)
+
+
+def queries_at_a_time(num_candidates: int, dim: int, k: int) -> int:
+    """How many queries `nearest_candidates` can take so that it needs few hundred megabytes."""
+    of_maxima = 2**24 * _GROUP_SIZE // max(num_candidates, 1)
+    of_scored_again = 2**25 // max(k * _GROUP_SIZE * dim, 1)
+    return max(min(1024, of_maxima, of_scored_again), 16)
+
+
+def similarity_quantile(
+    query_embeddings: tf.Tensor,
+    candidate_embeddings: tf.Tensor,
+    quantile: float,
+    rng: np.random.Generator,
+    ids: np.ndarray | None = None,
+) -> float:
+    """Estimates a quantile of the entries of f(X) g(Y)ᵀ from a sample of rows and columns.
+
+    Args:
+      query_embeddings: [N, d] float32.
+      candidate_embeddings: [N, d] float32.
+      quantile: in [0, 1).
+      rng: draws the sample.
+      ids: [N] int; entries whose row and column have the same do not count. The diagonal where
+        None.
+
+    Returns:
+      The quantile of up to a million entries; -inf where there are none.
+    """
+    num_pairs = len(query_embeddings)
+    ids = np.arange(num_pairs) if ids is None else ids
+    size = min(num_pairs, _SAMPLE_SIZE)
+    rows, columns = (rng.choice(num_pairs, size, replace=False) for _ in range(2))
+    scores = tf.matmul(
+        tf.gather(query_embeddings, rows),
+        tf.gather(candidate_embeddings, columns),
+        transpose_b=True,
+    ).numpy()
+    scores = scores[ids[rows][:, np.newaxis] != ids[columns]]
+    return float(np.quantile(scores, quantile)) if len(scores) else -math.inf
+
+
+def symmetric_graph(neighbors: np.ndarray) -> scipy.sparse.csr_matrix:
+    """Joins i and j where one is a neighbor of the other.
+
+    Args:
+      neighbors: [N, k] int, the neighbors of each of N; -1 for none, never itself.
+    """
+    num_rows = len(neighbors)
+    rows, places = np.nonzero(neighbors >= 0)
+    columns = neighbors[rows, places]
+    ones = np.ones(len(rows), bool)
+    graph = scipy.sparse.csr_matrix((ones, (rows, columns)), shape=(num_rows, num_rows))
+    return graph.maximum(graph.T).tocsr()
+
+
+def bandwidth(graph: scipy.sparse.spmatrix, order: np.ndarray | None = None) -> int:
+    """How far apart an order places neighbors, at the most.
+
+    It is max |π(i) - π(j)| over the edges (i, j), π(i) being the place of i in the order.
+
+    Args:
+      graph: [N, N] sparse.
+      order: [N] int, a permutation; 0, …, N - 1 where None.
+
+    Returns:
+      The bandwidth; 0 where there is no edge.
+    """
+    edges = graph.tocoo()
+    rows, columns = edges.row, edges.col
+    if order is not None:
+        places = np.empty(len(order), np.int64)
+        places[order] = np.arange(len(order))
+        rows, columns = places[rows], places[columns]
+    return int(np.max(np.abs(rows.astype(np.int64) - columns), initial=0))
