@@ -64,10 +64,13 @@ class BatchMaker:
             return fraction
         return _pair_batches.check_fraction(fraction(epoch), "random_fraction(epoch)")
 
+    def embed(self, pairs) -> tuple[np.ndarray, np.ndarray]:
+        """[N, d] embeddings of the queries and of the candidates."""
+        return self.towers.embed(pairs, _pair_batches.num_rows(pairs), self._verbose)
+
     def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> np.ndarray:
         """[N] int64, the order of pairs by the embeddings of now."""
-        num_pairs = _pair_batches.num_rows(pairs)
-        queries, candidates = self.towers.embed(pairs, num_pairs, self._verbose)
+        queries, candidates = self.embed(pairs)
         if self._index is not None:
             self._index.index(candidates, verbose=self._verbose)
         return contrastive_order(

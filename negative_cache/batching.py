@@ -244,6 +244,10 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             if self._weights is not None and self._maker.towers.have_changed(self._weights):
                 self._is_due = True
 
+    def embed(self) -> tuple[np.ndarray, np.ndarray]:
+        """[N, d] float32 embeddings of the queries and of the candidates, by the towers of now."""
+        return self._maker.embed(self._pairs)
+
     @property
     def order(self) -> np.ndarray | None:
         """[N] int64, the last order of the pairs; None where there was none yet."""
