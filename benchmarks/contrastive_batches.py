@@ -43,6 +43,11 @@ SETTINGS = {
     ORDERED: ({}, False),
     CACHE: ({"start_epoch": 10**6}, True),
     BOTH: ({}, True),
+    "grown": ({"grow": True}, False),
+    "grown + cache": ({"grow": True}, True),
+    "grown, a quarter random": ({"grow": True, "random_fraction": 0.25}, False),
+    "grown, half random": ({"grow": True, "random_fraction": 0.5}, False),
+    "grown from the second pass": ({"grow": True, "start_epoch": 1}, False),
     "ordered from the second pass": ({"start_epoch": 1}, False),
     "ordered every second pass": ({"every": 2}, False),
     "a quarter random": ({"random_fraction": 0.25}, False),
@@ -208,29 +213,37 @@ def measure_gap(options) -> dict:
             graph = neighbor_graph(
                 queries, candidates, num_neighbors=options.num_neighbors, quantile=quantile
             )
-            order = nc.contrastive_order(
-                queries, candidates, num_neighbors=options.num_neighbors, quantile=quantile
-            )
             for size in (size for size in BATCH_SIZES if size <= pairs.num_pairs):
-                losses = [
-                    loss_of_batches(queries, candidates, each, size, settings.temperature)
-                    for each in (shuffled, order)
-                ]
-                rows.append(
+                orders = {
+                    name: nc.contrastive_order(
+                        queries,
+                        candidates,
+                        num_neighbors=options.num_neighbors,
+                        quantile=quantile,
+                        batch_size=size,
+                        grow=name == "grown",
+                    )
+                    for name in ("ordered", "grown")
+                }
+                orders[SHUFFLED] = shuffled
+                losses = {
+                    name: loss_of_batches(queries, candidates, order, size, settings.temperature)
+                    for name, order in orders.items()
+                }
+                rows += [
                     {
                         "steps": steps,
                         "quantile": str(quantile),
                         "B": size,
-                        "loss, all": loss,
-                        "shuffled": losses[0],
-                        "ordered": losses[1],
-                        "gap closed by": (losses[1] - losses[0]) / (loss - losses[0]),
-                        "bandwidth, shuffled": bandwidth(graph, shuffled),
-                        "bandwidth, ordered": bandwidth(graph, order),
-                        "edges inside, shuffled": share_inside(graph, shuffled, size),
-                        "ordered ": share_inside(graph, order, size),
+                        "batches": name,
+                        "loss over all": loss,
+                        "over batches": losses[name],
+                        "gap closed by": 1 - (loss - losses[name]) / (loss - losses[SHUFFLED]),
+                        "bandwidth": bandwidth(graph, order),
+                        "edges inside": share_inside(graph, order, size),
                     }
-                )
+                    for name, order in orders.items()
+                ]
     print("\n" + _measure.table(rows))
     return {"rows": rows}
 

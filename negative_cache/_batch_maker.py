@@ -1,14 +1,28 @@
 """What batches in memory and batches of shards have in common, and the shards."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
+import scipy.sparse
 import tensorflow as tf
 
 from negative_cache import _held_out, _pair_batches, _validation
-from negative_cache._contrastive_order import checked_codes, contrastive_order
+from negative_cache._contrastive_order import checked_codes, neighbor_graph, order_of
+from negative_cache._grown_batches import grow_batches
 from negative_cache._towers import Towers
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The rows [N] int64 of pairs in order, with the graph of their neighbors to grow batches on.
+
+    There is no graph where batches are cut from the order.
+    """
+
+    rows: np.ndarray
+    graph: scipy.sparse.csr_matrix | None = None
 
 
 class BatchMaker:
@@ -27,6 +41,7 @@ class BatchMaker:
         quantile: float | None,
         start_epoch: int,
         random_fraction: float | Callable[[int], float],
+        grow: bool,
         drop_remainder: bool,
         index,
         embedding_batch_size: int,
@@ -44,6 +59,7 @@ class BatchMaker:
         if not callable(random_fraction):
             _pair_batches.check_fraction(random_fraction, "random_fraction")
         self._random_fraction = random_fraction
+        self._grow = bool(grow)
         self.drop_remainder = bool(drop_remainder)
         self._index = index
         self._seed = _validation.check_count(seed, "seed", at_least=0)
@@ -68,32 +84,38 @@ class BatchMaker:
         """[N, d] embeddings of the queries and of the candidates."""
         return self.towers.embed(pairs, _pair_batches.num_rows(pairs), self._verbose)
 
-    def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> np.ndarray:
-        """[N] int64, the order of pairs by the embeddings of now."""
+    def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> "Order":
+        """The order of pairs by the embeddings of now."""
         queries, candidates = self.embed(pairs)
         if self._index is not None:
             self._index.index(candidates, verbose=self._verbose)
-        return contrastive_order(
+        seed = int(self._rng(stream).integers(2**31))
+        graph = neighbor_graph(
             queries,
             candidates,
             num_neighbors=self._num_neighbors,
             quantile=self._quantile,
             candidate_ids=ids,
             index=self._index,
-            seed=int(self._rng(stream).integers(2**31)),
+            seed=seed,
             verbose=self._verbose,
         )
+        return Order(order_of(graph, seed), graph if self._grow else None)
 
     def batches(
-        self, order: np.ndarray, ids: np.ndarray | None, epoch: int, stream: Sequence[int]
+        self, order: "Order", ids: np.ndarray | None, epoch: int, stream: Sequence[int]
     ) -> list[np.ndarray]:
-        """Rows of the batches that an order is cut into, the last of them perhaps smaller."""
-        rng = self._rng([*stream, 1])
-        fraction = self.random_fraction(epoch)
+        """Rows of the batches that an order makes, the last of them perhaps smaller."""
+        rng, fraction = self._rng([*stream, 1]), self.random_fraction(epoch)
         if fraction == 1.0:
-            order = rng.permutation(order)
+            rows = rng.permutation(order.rows)
+        else:
+            # From a random place on, so that the batches of two epochs differ.
+            rows = np.roll(order.rows, -rng.integers(max(len(order.rows), 1)))
+            if order.graph is not None:
+                rows = grow_batches(order.graph, rows, self.batch_size, ids)
         return _pair_batches.cut_batches(
-            order, self.batch_size, random_fraction=fraction, ids=ids, rng=rng
+            rows, self.batch_size, random_fraction=fraction, ids=ids, rng=rng
         )
 
     def _rng(self, stream: Sequence[int]) -> np.random.Generator:
@@ -140,7 +162,7 @@ class Shards:
         ids = None
         if self._key is not None:
             ids = checked_codes(_held_out.ids_of(pairs["candidate"], self._key), num_pairs)
-        order = np.arange(num_pairs)
+        order = Order(np.arange(num_pairs))
         if maker.random_fraction(epoch) < 1.0:
             order = maker.order(pairs, ids, [epoch, shard])
         return maker.batches(order, ids, epoch, [epoch, shard])

@@ -15,6 +15,7 @@ from scipy.sparse import csgraph
 
 from negative_cache import _batch_conflicts, _held_out, _validation
 from negative_cache._compat import keras
+from negative_cache._grown_batches import grow_batches
 from negative_cache.ops import neighbor_graph as graphs
 
 
@@ -26,6 +27,7 @@ def contrastive_order(
     quantile: float | None = None,
     candidate_ids: np.ndarray | tf.Tensor | None = None,
     batch_size: int | None = None,
+    grow: bool = False,
     index=None,
     block_size: int | None = None,
     seed: int = 0,
@@ -49,7 +51,10 @@ def contrastive_order(
         batch where they fit. If an id occurs in more pairs than there are full batches, that may
         be impossible; then as many as can be are kept apart, with a warning.
       batch_size: the batches that the order will be cut into, if `candidate_ids` are to be kept
-        apart in them.
+        apart in them, or for `grow`.
+      grow: whether to fill batches, one after the other, with the pairs that have the most
+        neighbors in them, and not with consecutive ones of the order. It puts several times as many
+        neighbors into shared batches; the bandwidth of the result is not small. Needs `batch_size`.
       index: a `TreeIndex` with these candidate embeddings, to search instead of all candidates.
       block_size: candidates scored at a time. Chosen where None.
       seed: of all that is random; the result is a function of it and the embeddings.
@@ -64,6 +69,8 @@ def contrastive_order(
     """
     if batch_size is not None:
         _validation.check_count(batch_size, "batch_size")
+    elif grow:
+        raise ValueError("`grow` needs `batch_size`. Received: `batch_size=None`.")
     graph = neighbor_graph(
         query_embeddings,
         candidate_embeddings,
@@ -75,17 +82,17 @@ def contrastive_order(
         seed=seed,
         verbose=verbose,
     )
-    order = np.random.default_rng(seed).permutation(graph.shape[0])
-    if graph.nnz:
-        shuffled = graph[order][:, order]
-        shuffled.sort_indices()
-        reordered = csgraph.reverse_cuthill_mckee(shuffled, symmetric_mode=True)
-        if graphs.bandwidth(shuffled, reordered) <= graphs.bandwidth(shuffled):
-            order = order[reordered]
-    if candidate_ids is not None and batch_size is not None:
+    order = order_of(graph, seed)
+    if batch_size is None:
+        return order
+    codes = None
+    if candidate_ids is not None:
         codes = checked_codes(candidate_ids, len(order), batch_size)
+    if grow:
+        order = grow_batches(graph, order, batch_size, codes)
+    if codes is not None:
         order = _batch_conflicts.separate_ids(order, codes, batch_size)
-    return order.astype(np.int64)
+    return order
 
 
 def neighbor_graph(
@@ -136,6 +143,18 @@ def neighbor_graph(
     return graphs.symmetric_graph(neighbors)
 
 
+def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
+    """[N] int64, the order of small bandwidth that `contrastive_order` describes."""
+    order = np.random.default_rng(seed).permutation(graph.shape[0])
+    if not graph.nnz:
+        return order
+    shuffled = graph[order][:, order]
+    shuffled.sort_indices()
+    reordered = csgraph.reverse_cuthill_mckee(shuffled, symmetric_mode=True)
+    is_narrower = graphs.bandwidth(shuffled, reordered) <= graphs.bandwidth(shuffled)
+    return order[reordered] if is_narrower else order
+
+
 def checked_codes(ids, num_pairs: int, batch_size: int | None = None) -> np.ndarray:
     """[N] int64 codes from 0 on of ids, integers or strings.
 
@@ -150,7 +169,7 @@ def checked_codes(ids, num_pairs: int, batch_size: int | None = None) -> np.ndar
     values, codes, counts = np.unique(ids, return_inverse=True, return_counts=True)
     if batch_size is not None and counts.max(initial=0) > max(num_pairs // batch_size, 1):
         warnings.warn(
-            f"Some batches will hold a candidate twice: {values[np.argmax(counts)]!r} is in"
+            f"Some batches will hold a candidate twice: {values[np.argmax(counts)]} is in"
             f" {counts.max()} pairs, and {num_pairs} pairs make {num_pairs // batch_size} full"
             f" batches of {batch_size}. Smaller batches, or `remove_accidental_hits` in the task,"
             " keep it from being its own negative.",

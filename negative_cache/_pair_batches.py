@@ -19,7 +19,7 @@ def cut_batches(
     ids: np.ndarray | None = None,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
-    """Cuts an order, from a random place on and around its end, into batches in random sequence.
+    """Cuts an order into batches, and puts the batches in random sequence.
 
     Args:
       order: [N] int, a permutation.
@@ -31,7 +31,7 @@ def cut_batches(
     Returns:
       Rows of the batches. The last one is shorter where B does not divide N.
     """
-    order = np.roll(order, -rng.integers(max(len(order), 1)))
+    order = np.array(order)
     num_full = len(order) // batch_size
     full = order[: num_full * batch_size].reshape([num_full, batch_size])
     mixed = rng.choice(num_full, round(random_fraction * num_full), replace=False)

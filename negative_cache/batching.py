@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _held_out, _pair_batches, _validation
-from negative_cache._batch_maker import BatchMaker, Shards
+from negative_cache._batch_maker import BatchMaker, Order, Shards
 from negative_cache._compat import keras
 from negative_cache._contrastive_order import checked_codes, contrastive_order, neighbor_graph
 from negative_cache.ops.neighbor_graph import bandwidth
@@ -57,6 +57,8 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
       random_fraction: share of the batches whose pairs are shuffled among them, against
         overfitting to batches that are hard for the sake of noise; or a function of the epoch, for
         a schedule.
+      grow: see `contrastive_order`; grown batches are much harder. They begin at another place of
+        the order in each epoch.
       candidate_id_key: name of the candidate feature that identifies candidates. Pairs that share
         one are kept apart, as by `contrastive_order` with `candidate_ids`.
       candidate_ids: [N] ids of candidates that are not one of their features.
@@ -91,6 +93,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         start_epoch: int = 0,
         every: int = 1,
         random_fraction: float | Callable[[int], float] = 0.0,
+        grow: bool = False,
         candidate_id_key: str | None = None,
         candidate_ids: np.ndarray | tf.Tensor | None = None,
         drop_remainder: bool = False,
@@ -109,6 +112,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
+            grow=grow,
             drop_remainder=drop_remainder,
             index=index,
             embedding_batch_size=embedding_batch_size,
@@ -148,6 +152,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         quantile: float | None = None,
         start_epoch: int = 0,
         random_fraction: float | Callable[[int], float] = 0.0,
+        grow: bool = False,
         candidate_id_key: str | None = None,
         drop_remainder: bool = False,
         embedding_batch_size: int = 1024,
@@ -175,6 +180,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
           quantile: see the class.
           start_epoch: the first pass with ordered batches; in those before, shards are shuffled.
           random_fraction: see the class.
+          grow: see the class.
           candidate_id_key: see the class.
           drop_remainder: see the class.
           embedding_batch_size: see the class.
@@ -206,6 +212,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
+            grow=grow,
             drop_remainder=drop_remainder,
             index=None,
             embedding_batch_size=embedding_batch_size,
@@ -251,7 +258,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     @property
     def order(self) -> np.ndarray | None:
         """[N] int64, the last order of the pairs; None where there was none yet."""
-        return self._order
+        return None if self._order is None else self._order.rows
 
     def _begin_epoch(self):
         batches = self._left
@@ -266,11 +273,11 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         epoch, self._epoch = self._epoch, self._epoch + 1
         maker = self._maker
         maker.towers.build(self._pairs)
-        order = np.arange(_pair_batches.num_rows(self._pairs))
+        order = Order(np.arange(_pair_batches.num_rows(self._pairs)))
         if maker.random_fraction(epoch) < 1.0:
             if self._order is None or epoch - self._ordered_at >= self._every:
                 self._order = maker.order(self._pairs, self._ids, [epoch])
                 self._ordered_at = epoch
             order = self._order
         batches = maker.batches(order, self._ids, epoch, [epoch])
-        return batches[: maker.num_batches(len(order))]
+        return batches[: maker.num_batches(len(order.rows))]

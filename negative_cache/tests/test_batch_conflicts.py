@@ -1,0 +1,70 @@
+"""Tests that pairs of one candidate are kept out of each other's batches."""
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from negative_cache import _batch_conflicts
+
+
+def conflicts_by_definition(order, ids, batch_size):
+    batches = [ids[order[i : i + batch_size]] for i in range(0, len(order), batch_size)]
+    return sum(len(batch) - len(set(batch.tolist())) for batch in batches)
+
+
+@st.composite
+def problems(draw, feasible):
+    """An order, ids and a batch size; if `feasible`, no id is in more pairs than full batches."""
+    batch_size = draw(st.integers(1, 8))
+    num_pairs = draw(st.integers(1, 60))
+    most = max(num_pairs // batch_size, 1) if feasible else num_pairs
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    ids = np.concatenate(
+        [np.full(rng.integers(1, most + 1), number) for number in range(num_pairs)]
+    )[:num_pairs]
+    # Equal ids in a row or not.
+    order = rng.permutation(num_pairs) if draw(st.booleans()) else np.arange(num_pairs)
+    return order, ids, batch_size
+
+
+@hypothesis.given(problems(feasible=True))
+def test_no_conflict_is_left_where_no_id_is_too_frequent(problem):
+    order, ids, batch_size = problem
+    result = _batch_conflicts.separate_ids(order, ids, batch_size)
+    assert sorted(result) == list(range(len(order)))
+    assert conflicts_by_definition(result, ids, batch_size) == 0
+
+
+@hypothesis.given(problems(feasible=False))
+def test_at_most_two_pairs_move_for_a_conflict(problem):
+    order, ids, batch_size = problem
+    before = conflicts_by_definition(order, ids, batch_size)
+    assert _batch_conflicts.count_conflicts(order, ids, batch_size) == before
+    result = _batch_conflicts.separate_ids(order, ids, batch_size)
+    after = conflicts_by_definition(result, ids, batch_size)
+    assert sorted(result) == list(range(len(order)))
+    assert after <= before
+    assert np.sum(result != order) <= 2 * (before - after)
+
+
+@pytest.mark.parametrize("num_batches", [2, 5])
+def test_an_id_too_frequent_is_in_every_batch(num_batches):
+    # 0 is in more than half of the pairs, the others are all different.
+    num_pairs = 4 * num_batches
+    ids = np.where(np.arange(num_pairs) < 3 * num_batches, 0, np.arange(num_pairs))
+    result = _batch_conflicts.separate_ids(np.arange(num_pairs), ids, 4)
+    assert np.all(np.any(ids[result].reshape([num_batches, 4]) == 0, axis=1))
+
+
+def test_pairs_go_to_the_nearest_batch():
+    # Only the second of the two 7 must leave, and the nearest pair of the next batch comes.
+    ids = np.array([0, 1, 7, 7, 2, 3, 4, 5, 6, 8, 9, 10])
+    result = _batch_conflicts.separate_ids(np.arange(12), ids, 4)
+    assert result.tolist() == [0, 1, 2, 4, 3, 5, 6, 7, 8, 9, 10, 11]
+
+
+def test_an_order_without_conflicts_stays():
+    order = np.random.default_rng(0).permutation(20)
+    np.testing.assert_array_equal(_batch_conflicts.separate_ids(order, np.arange(20), 6), order)
+    assert _batch_conflicts.separate_ids(order[:0], order[:0], 6).shape == (0,)

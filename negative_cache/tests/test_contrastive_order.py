@@ -1,0 +1,245 @@
+"""Tests of `contrastive_order` and `neighbor_graph`."""
+
+import warnings
+
+import hypothesis
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import strategies as st
+
+from negative_cache import TreeIndex, _contrastive_order, batching
+from negative_cache.batching import bandwidth, contrastive_order, neighbor_graph
+
+
+def random_embeddings(num_pairs, dim=8, seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return tuple(rng.normal(size=[num_pairs, dim]).astype(dtype) for _ in range(2))
+
+
+def planted(sizes, seed, noise=0.05):
+    """Embeddings near orthogonal centres, one a cluster, shuffled, and the cluster of each pair."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(len(sizes)), sizes))
+    centres = np.eye(len(sizes), max(len(sizes), 2), dtype=np.float32)
+    queries, candidates = (
+        centres[labels] + noise * rng.uniform(-1, 1, [len(labels), centres.shape[1]])
+        for _ in range(2)
+    )
+    return queries.astype(np.float32), candidates.astype(np.float32), labels
+
+
+def assert_permutation(order, num_pairs):
+    assert order.dtype == np.int64
+    np.testing.assert_array_equal(np.sort(order), np.arange(num_pairs))
+
+
+@hypothesis.given(
+    st.integers(0, 40),
+    st.integers(1, 50),
+    st.sampled_from([None, 0.0, 0.5, 0.99]),
+    st.sampled_from([None, 3]),
+    st.sampled_from([None, 1, 4, 100]),
+    st.integers(0, 2**32 - 1),
+)
+def test_always_a_permutation(num_pairs, num_neighbors, quantile, num_ids, batch_size, seed):
+    rng = np.random.default_rng(seed)
+    # Of few values, so that there are ties and duplicates.
+    queries, candidates = rng.integers(-1, 2, [2, num_pairs, 2]).astype(np.float32)
+    ids = None if num_ids is None else rng.integers(0, num_ids, num_pairs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        order = contrastive_order(
+            queries,
+            candidates,
+            num_neighbors=num_neighbors,
+            quantile=quantile,
+            candidate_ids=ids,
+            batch_size=batch_size,
+            seed=seed,
+        )
+    assert_permutation(order, num_pairs)
+
+
+def graph_by_definition(queries, candidates, k, quantile, ids):
+    scores = (queries @ candidates.T).astype(np.float64)
+    same = ids[:, None] == ids
+    threshold = -np.inf if quantile is None else np.quantile(scores[~same], quantile)
+    joined = np.zeros(scores.shape, bool)
+    for row in range(len(scores)):
+        others = np.flatnonzero(~same[row])
+        best = others[np.argsort(-scores[row, others])[:k]]
+        joined[row, best[scores[row, best] > threshold]] = True
+    return joined | joined.T
+
+
+@pytest.mark.parametrize("block_size", [None, 32])
+@pytest.mark.parametrize("quantile", [None, 0.9, 0.99])
+@pytest.mark.parametrize("has_ids", [False, True])
+def test_neighbor_graph_is_as_defined(quantile, has_ids, block_size):
+    queries, candidates = random_embeddings(100)
+    ids = np.random.default_rng(0).integers(0, 30, 100) if has_ids else np.arange(100)
+    graph = neighbor_graph(
+        queries,
+        candidates,
+        num_neighbors=5,
+        quantile=quantile,
+        candidate_ids=ids if has_ids else None,
+        block_size=block_size,
+    )
+    expected = graph_by_definition(queries, candidates, 5, quantile, ids)
+    np.testing.assert_array_equal(graph.toarray(), expected)
+
+
+def test_neighbor_graph_of_an_index():
+    queries, candidates = random_embeddings(300)
+    index = TreeIndex(300, 8)
+    index.index(candidates, verbose=0)
+    exact = neighbor_graph(queries, candidates, num_neighbors=4)
+    found = neighbor_graph(queries, candidates, num_neighbors=4, index=index)
+    # A search by leaves misses some.
+    assert found.multiply(exact).nnz > 0.8 * exact.nnz
+    assert_permutation(contrastive_order(queries, candidates, index=index), 300)
+    with pytest.raises(ValueError, match="an index of 300 candidates for 200 pairs"):
+        neighbor_graph(queries[:200], candidates[:200], index=index)
+
+
+@hypothesis.given(
+    st.lists(st.integers(4, 30), min_size=2, max_size=8), st.integers(1, 3), st.integers(0, 2**16)
+)
+def test_bandwidth_never_exceeds_that_of_shuffled_pairs(sizes, num_neighbors, seed):
+    queries, candidates, _ = planted(sizes, seed)
+    graph = neighbor_graph(queries, candidates, num_neighbors=num_neighbors)
+    order = contrastive_order(queries, candidates, num_neighbors=num_neighbors, seed=seed)
+    # Fewer neighbors than a cluster has: no edge leaves it, and a component is in one piece.
+    assert bandwidth(graph, order) < max(sizes)
+    rng = np.random.default_rng(seed)
+    shuffled = [bandwidth(graph, rng.permutation(len(order))) for _ in range(3)]
+    assert bandwidth(graph, order) <= min(shuffled)
+
+
+@hypothesis.given(st.integers(2, 12), st.integers(2, 12), st.integers(0, 2**16))
+def test_planted_clusters_share_batches(size, num_clusters, seed):
+    queries, candidates, labels = planted([size] * num_clusters, seed)
+    order = contrastive_order(queries, candidates, num_neighbors=size - 1, seed=seed)
+    batches = labels[order].reshape([num_clusters, size])
+    assert np.all(batches == batches[:, :1])
+
+
+def test_noisy_clusters_share_batches_more_than_by_chance():
+    queries, candidates, labels = planted([32] * 20, 0, noise=0.5)
+    order = contrastive_order(queries, candidates)
+    batches = labels[order].reshape([20, 32])
+    clusters = np.mean([len(set(batch)) for batch in batches])
+    # By chance a batch has pairs of 20 · (1 - (1 - 1/20)³²) = 16 clusters.
+    assert clusters < 8
+
+
+@pytest.mark.parametrize("make", [np.zeros, np.ones])
+def test_equal_embeddings_come_in_random_order(make):
+    order = contrastive_order(make([200, 4], np.float32), make([200, 4], np.float32))
+    assert_permutation(order, 200)
+    # The mean distance of neighbors in a random order is a third of N.
+    assert 40 < np.mean(np.abs(np.diff(order))) < 100
+
+
+def test_duplicates_are_neighbors():
+    queries, candidates = random_embeddings(60, dim=32)
+    queries = candidates
+    twice = np.concatenate([queries, queries]), np.concatenate([candidates, candidates])
+    order = contrastive_order(*twice, num_neighbors=1)
+    places = np.argsort(order)
+    # The two of a pair find one another and nobody else.
+    assert np.max(np.abs(places[:60] - places[60:])) == 1
+
+
+def test_the_seed_decides():
+    queries, candidates = random_embeddings(100)
+    first, again, other = (contrastive_order(queries, candidates, seed=s) for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert np.any(first != other)
+
+
+@pytest.mark.parametrize("dtype", [tf.float16, tf.bfloat16, tf.float64])
+def test_other_dtypes(dtype):
+    # Exact in 8 bits.
+    queries, candidates = np.random.default_rng(0).integers(-4, 5, [2, 50, 4]).astype(np.float32)
+    expected = contrastive_order(queries, candidates)
+    result = contrastive_order(tf.cast(queries, dtype), tf.cast(candidates, dtype))
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", ["int", "bytes", "str"])
+def test_pairs_of_one_candidate_are_kept_apart(kind):
+    queries, candidates, labels = planted([4] * 8, 0)
+    ids = {
+        "int": labels,
+        "bytes": np.array([b"%d" % label for label in labels], object),
+        "str": np.array([f"ü{label}" for label in labels]),
+    }[kind]
+    order = contrastive_order(queries, candidates, candidate_ids=ids, batch_size=4)
+    assert_permutation(order, 32)
+    assert all(len(set(batch)) == 4 for batch in labels[order].reshape([8, 4]).tolist())
+
+
+def test_a_candidate_too_frequent_is_warned_of():
+    queries, candidates = random_embeddings(20)
+    ids = np.where(np.arange(20) < 6, 7, np.arange(20) + 100)
+    with pytest.warns(UserWarning, match="7 is in 6 pairs, and 20 pairs make 5 full batches of 4"):
+        order = contrastive_order(queries, candidates, candidate_ids=ids, batch_size=4)
+    assert np.all(np.any(ids[order].reshape([5, 4]) == 7, axis=1))
+
+
+def test_traced_once():
+    queries, candidates = random_embeddings(1100, dim=5)
+    search = _contrastive_order._compiled_search(5, None, False)
+    for num_pairs in (1100, 30, 700):
+        contrastive_order(queries[:num_pairs], candidates[:num_pairs])
+    assert search.experimental_get_tracing_count() == 1
+
+
+def test_progress_bar(capsys):
+    queries, candidates = random_embeddings(50)
+    contrastive_order(queries, candidates)
+    assert capsys.readouterr().out == ""
+    contrastive_order(queries, candidates, verbose=1)
+    assert "50/50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidate_embeddings": np.zeros([9, 4])}, r"same shape.*\(10, 4\) and \(9, 4\)"),
+        ({"candidate_embeddings": np.zeros([10, 3])}, r"same shape.*\(10, 4\) and \(10, 3\)"),
+        ({"query_embeddings": np.zeros([10])}, r"`query_embeddings` must be .*\(10,\)"),
+        ({"query_embeddings": np.zeros([10, 4], int)}, "`query_embeddings` must be .* int64"),
+        ({"num_neighbors": 0}, "`num_neighbors` must be an integer >= 1. Received: 0"),
+        ({"num_neighbors": 1.5}, "`num_neighbors` must be an integer >= 1. Received: 1.5"),
+        ({"quantile": 1.0}, r"`quantile` must lie in \[0, 1\). Received: 1.0"),
+        ({"quantile": -0.1}, r"`quantile` must lie in \[0, 1\). Received: -0.1"),
+        ({"quantile": float("nan")}, r"`quantile` must lie in \[0, 1\). Received: nan"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
+        ({"candidate_ids": np.arange(9)}, r"`candidate_ids` must be .* shape \[10\].*\(9,\)"),
+        ({"candidate_ids": np.zeros(10)}, "`candidate_ids` must be .* dtype float64"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"query_embeddings": np.zeros([10, 4]), "candidate_embeddings": np.zeros([10, 4])}
+    with pytest.raises(ValueError, match=message):
+        contrastive_order(**{**arguments, **change})
+
+
+@pytest.mark.parametrize("name", ["query_embeddings", "candidate_embeddings"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_embeddings_that_are_not_finite(name, value):
+    queries, candidates = random_embeddings(10)
+    arguments = {"query_embeddings": queries, "candidate_embeddings": candidates}
+    arguments[name][[4, 7], 2] = value
+    with pytest.raises(ValueError, match=f"`{name}` must be finite. Received 2 rows .* row 4"):
+        contrastive_order(**arguments)
+
+
+def test_public_names():
+    import negative_cache
+
+    assert negative_cache.contrastive_order is batching.contrastive_order
