@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from negative_cache import _pair_batches, evaluation
 from negative_cache._compat import keras
+from negative_cache.layers import _networks
 
 
 class Towers:
@@ -29,8 +30,9 @@ class Towers:
         """Makes the variables of towers that have seen no features yet."""
         if not self._is_built:
             with self._scope():
-                for name, encoder in self._encoders.items():
-                    encoder.embed(_pair_batches.take(pairs[name], np.zeros([1], np.int64)))
+                for name, network in zip(("query", "candidate"), self._networks):
+                    first = _pair_batches.take(pairs[name], np.zeros([1], np.int64))
+                    _networks.embed(network, first, training=False)
             self._is_built = True
 
     def embed(self, pairs, num_pairs: int, verbose: int) -> tuple[np.ndarray, np.ndarray]:

@@ -40,9 +40,10 @@ def assert_permutation(order, num_pairs):
     st.sampled_from([None, 0.0, 0.5, 0.99]),
     st.sampled_from([None, 3]),
     st.sampled_from([None, 1, 4, 100]),
+    st.booleans(),
     st.integers(0, 2**32 - 1),
 )
-def test_always_a_permutation(num_pairs, num_neighbors, quantile, num_ids, batch_size, seed):
+def test_always_a_permutation(num_pairs, num_neighbors, quantile, num_ids, batch_size, grow, seed):
     rng = np.random.default_rng(seed)
     # Of few values, so that there are ties and duplicates.
     queries, candidates = rng.integers(-1, 2, [2, num_pairs, 2]).astype(np.float32)
@@ -56,6 +57,7 @@ def test_always_a_permutation(num_pairs, num_neighbors, quantile, num_ids, batch
             quantile=quantile,
             candidate_ids=ids,
             batch_size=batch_size,
+            grow=grow and batch_size is not None,
             seed=seed,
         )
     assert_permutation(order, num_pairs)
@@ -128,11 +130,15 @@ def test_planted_clusters_share_batches(size, num_clusters, seed):
 
 def test_noisy_clusters_share_batches_more_than_by_chance():
     queries, candidates, labels = planted([32] * 20, 0, noise=0.5)
+
+    def clusters_in_a_batch(order):
+        return np.mean([len(set(batch)) for batch in labels[order].reshape([20, 32])])
+
     order = contrastive_order(queries, candidates)
-    batches = labels[order].reshape([20, 32])
-    clusters = np.mean([len(set(batch)) for batch in batches])
+    grown = contrastive_order(queries, candidates, batch_size=32, grow=True)
+    assert_permutation(grown, 640)
     # By chance a batch has pairs of 20 · (1 - (1 - 1/20)³²) = 16 clusters.
-    assert clusters < 8
+    assert clusters_in_a_batch(grown) < clusters_in_a_batch(order) < 14
 
 
 @pytest.mark.parametrize("make", [np.zeros, np.ones])
@@ -169,15 +175,16 @@ def test_other_dtypes(dtype):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.parametrize("grow", [False, True])
 @pytest.mark.parametrize("kind", ["int", "bytes", "str"])
-def test_pairs_of_one_candidate_are_kept_apart(kind):
+def test_pairs_of_one_candidate_are_kept_apart(kind, grow):
     queries, candidates, labels = planted([4] * 8, 0)
     ids = {
         "int": labels,
         "bytes": np.array([b"%d" % label for label in labels], object),
         "str": np.array([f"ü{label}" for label in labels]),
     }[kind]
-    order = contrastive_order(queries, candidates, candidate_ids=ids, batch_size=4)
+    order = contrastive_order(queries, candidates, candidate_ids=ids, batch_size=4, grow=grow)
     assert_permutation(order, 32)
     assert all(len(set(batch)) == 4 for batch in labels[order].reshape([8, 4]).tolist())
 
@@ -218,6 +225,7 @@ def test_progress_bar(capsys):
         ({"quantile": 1.0}, r"`quantile` must lie in \[0, 1\). Received: 1.0"),
         ({"quantile": -0.1}, r"`quantile` must lie in \[0, 1\). Received: -0.1"),
         ({"quantile": float("nan")}, r"`quantile` must lie in \[0, 1\). Received: nan"),
+        ({"grow": True}, "`grow` needs `batch_size`"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
         ({"candidate_ids": np.arange(9)}, r"`candidate_ids` must be .* shape \[10\].*\(9,\)"),
         ({"candidate_ids": np.zeros(10)}, "`candidate_ids` must be .* dtype float64"),

@@ -15,6 +15,7 @@ from negative_cache.tests.datasets import movielens_files
 ROOT = pathlib.Path(__file__).parents[2]
 MOVIELENS_TFRS = ROOT / "examples" / "movielens_tfrs.py"
 SERVING = ROOT / "examples" / "serving.py"
+CONTRASTIVE_BATCHES = ROOT / "examples" / "contrastive_batches.py"
 TREE_INDEX = ROOT / "examples" / "tree_index.py"
 STALE_EMBEDDINGS = ROOT / "examples" / "stale_embeddings.py"
 
@@ -122,3 +123,15 @@ def test_stale_embeddings_are_corrected():
         for name in ("probe_staleness", "probe_corrected_staleness")
     )
     assert corrected < 0.8 * stale
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_contrastive_batches_find_more_than_shuffled_ones():
+    legacy = "1" if IS_KERAS_2 else "0"
+    done = run("--pairs", 2000, script=CONTRASTIVE_BATCHES, TF_USE_LEGACY_KERAS=legacy)
+    assert done.returncode == 0, done.stderr
+    found = dict(re.findall(r"^(.*): loss \S+, MRR (\S+)$", done.stdout, re.MULTILINE))
+    assert list(found) == ["shuffled", "contrastive", "contrastive, of shards"]
+    assert float(found["contrastive"]) > float(found["shuffled"]) + 0.02
+    assert float(found["contrastive, of shards"]) > float(found["shuffled"]) + 0.02

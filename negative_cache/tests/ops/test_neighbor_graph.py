@@ -89,7 +89,7 @@ def test_symmetric_graph_joins_in_both_directions():
 
 def test_bandwidth_by_hand():
     # A path 0 - 1 - 2 - 3 has bandwidth 1; in the order 0, 2, 1, 3 the edge (0, 1) spans 2.
-    graph = scipy.sparse.diags([1, 1], [1, -1], shape=(4, 4))
+    graph = scipy.sparse.diags([1.0, 1.0], [1, -1], shape=(4, 4))
     assert graphs.bandwidth(graph) == 1
     assert graphs.bandwidth(graph, np.array([0, 2, 1, 3])) == 2
     assert graphs.bandwidth(graph, np.array([0, 2, 3, 1])) == 3

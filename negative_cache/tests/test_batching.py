@@ -1,0 +1,508 @@
+"""Tests of `GlobalContrastiveBatches` inside and outside of `fit`."""
+
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import CachedRetrieval, DualEncoder, GlobalContrastiveBatches, TreeIndex
+from negative_cache._compat import keras
+from negative_cache.tests.replicas import two_replicas
+
+NUM_PAIRS, DIM = 22, 4
+TITLES = np.array([f"ü{i}" for i in range(NUM_PAIRS)])
+PAIRS = {"query": {"id": np.arange(NUM_PAIRS)}, "candidate": {"id": np.arange(NUM_PAIRS)}}
+
+
+class Tower(keras.layers.Layer):
+    """Looks up row `features["id"]` of a table of embeddings, and counts its traces."""
+
+    def __init__(self, values):
+        super().__init__()
+        self.table = self.add_weight(
+            shape=values.shape, initializer=keras.initializers.Constant(values), name="table"
+        )
+        self.traces = 0
+
+    def call(self, features):
+        self.traces += 1
+        return tf.gather(tf.convert_to_tensor(self.table), features["id"])
+
+
+class TitleTower(keras.layers.Layer):
+    """Embeds titles; it has no variables before it has seen some."""
+
+    def __init__(self):
+        super().__init__()
+        self.hashing, self.table = keras.layers.Hashing(50), keras.layers.Embedding(50, DIM)
+
+    def call(self, features):
+        return self.table(self.hashing(features["title"]))
+
+
+def random_tower(seed=0):
+    return Tower(np.random.default_rng(seed).normal(size=[NUM_PAIRS, DIM]))
+
+
+def make_model(cache_size=0, learning_rate=0.1, run_eagerly=True):
+    candidate_tower = random_tower(1)
+    task = CachedRetrieval(
+        candidate_tower,
+        {"id": tf.io.FixedLenFeature([], tf.int64)},
+        cache_size,
+        in_batch_negatives=True,
+        seed=1,
+    )
+    model = DualEncoder(random_tower(0), candidate_tower, task)
+    model.compile(optimizer=keras.optimizers.SGD(learning_rate), run_eagerly=run_eagerly)
+    return model
+
+
+def clusters(num_clusters=6, size=4):
+    """Towers, functions of a pair's number, that put it near its cluster; and the clusters."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(num_clusters), size))
+    embeddings = tf.one_hot(labels, num_clusters) + 0.01 * tf.random.normal([len(labels), 1])
+    return (lambda ids: tf.gather(embeddings, ids),) * 2, labels
+
+
+def pairs_of(num_pairs):
+    return {"query": np.arange(num_pairs), "candidate": np.arange(num_pairs)}
+
+
+def read(batches):
+    """The query ids of each batch of an epoch."""
+    batches = [batches[i] for i in range(len(batches))]
+    for batch in batches:
+        for ids in tf.nest.flatten(batch):
+            np.testing.assert_array_equal(ids, tf.nest.flatten(batch)[0])
+    return [tf.nest.flatten(batch)[0].numpy() for batch in batches]
+
+
+def next_epoch(batches):
+    batches.on_epoch_end()
+    return read(batches)
+
+
+class Recorder:
+    """Remembers the ids of the batches that a model is trained on, eagerly."""
+
+    def __init__(self, model):
+        self.batches = []
+        train_step = model.train_step
+
+        def record(data):
+            batch = data[0] if isinstance(data, tuple) else data
+            self.batches.append(batch["query"]["id"].numpy())
+            return train_step(data)
+
+        model.train_step = record
+
+    def epochs(self, num_batches):
+        return [self.batches[i : i + num_batches] for i in range(0, len(self.batches), num_batches)]
+
+
+def assert_each_once(epoch, num_pairs=NUM_PAIRS):
+    np.testing.assert_array_equal(np.sort(np.concatenate(epoch)), np.arange(num_pairs))
+
+
+@pytest.mark.parametrize("grow", [False, True])
+@pytest.mark.parametrize("cache_size", [0, 8])
+def test_fit_sees_each_pair_once_an_epoch_and_others_together(cache_size, grow):
+    model = make_model(cache_size)
+    recorder = Recorder(model)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, num_neighbors=2, grow=grow, verbose=0)
+    assert len(batches) == 5
+    model.fit(batches, epochs=3, verbose=0)
+    epochs = recorder.epochs(5)
+    assert len(epochs) == 3
+    compositions = set()
+    for epoch in epochs:
+        assert_each_once(epoch)
+        assert sorted(map(len, epoch)) == [2, 5, 5, 5, 5]
+        compositions.add(frozenset(frozenset(batch.tolist()) for batch in epoch))
+    assert len(compositions) == 3
+    if cache_size:
+        assert int(model.task.cache.num_filled) == cache_size
+
+
+def test_fit_orders_by_the_weights_of_the_epochs_beginning():
+    model = make_model(learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, num_neighbors=2, verbose=0)
+    orders, embeddings = [], []
+
+    class AtEpochs(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            embeddings.append(batches.embed())
+
+        def on_epoch_end(self, epoch, logs=None):
+            orders.append(batches.order)
+
+    model.fit(batches, epochs=3, verbose=0, callbacks=[AtEpochs()])
+    assert any(np.any(orders[0] != order) for order in orders[1:])
+    for epoch, (queries, candidates) in enumerate(embeddings):
+        towers = Tower(queries), Tower(candidates)
+        alone = GlobalContrastiveBatches(towers, PAIRS, 5, num_neighbors=2, verbose=0)
+        alone._epoch = epoch
+        read(alone)
+        np.testing.assert_array_equal(alone.order, orders[epoch])
+
+
+def test_training_is_deterministic_under_a_seed():
+    runs = []
+    for seed in (1, 1, 2):
+        keras.utils.set_random_seed(0)
+        model = make_model()
+        recorder = Recorder(model)
+        batches = GlobalContrastiveBatches(model, PAIRS, 5, seed=seed, verbose=0)
+        model.fit(batches, epochs=2, verbose=0)
+        runs.append([batch.tolist() for batch in recorder.batches])
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_fit_again_and_evaluate_begin_no_epoch_that_is_not_trained():
+    model = make_model()
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, verbose=0)
+    model.fit(batches, epochs=2, verbose=0)
+    model.evaluate(batches, verbose=0)
+    model.fit(batches, epochs=1, verbose=0)
+    assert batches._epoch == 3
+
+
+def test_fit_with_steps_per_epoch():
+    model = make_model()
+    recorder = Recorder(model)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, verbose=0)
+    model.fit(batches, epochs=2, steps_per_epoch=2, verbose=0)
+    assert len(recorder.batches) == 4
+    assert all(len(batch) in (2, 5) for batch in recorder.batches)
+
+
+def test_batches_per_epoch_goes_on_where_it_stopped():
+    model = make_model()
+    recorder = Recorder(model)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, batches_per_epoch=3, verbose=0)
+    assert len(batches) == 3
+    model.fit(batches, epochs=5, verbose=0, shuffle=False)
+    # 15 batches are three passes of 5.
+    for epoch in recorder.epochs(5):
+        assert_each_once(epoch)
+    assert batches._epoch == 3
+
+
+def test_nothing_is_traced_in_later_epochs():
+    model = make_model(cache_size=8, run_eagerly=False)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, embedding_batch_size=8, verbose=0)
+    model.fit(batches, epochs=2, verbose=0)
+    traces = [model.query_network.traces, model.candidate_network.traces]
+    model.fit(batches, epochs=3, verbose=0)
+    assert [model.query_network.traces, model.candidate_network.traces] == traces
+
+
+def test_fit_on_two_replicas():
+    with two_replicas().scope():
+        model = make_model(run_eagerly=False)
+    batches = GlobalContrastiveBatches(model, PAIRS, 6, verbose=0)
+    history = model.fit(batches, epochs=2, verbose=0).history
+    assert np.all(np.isfinite(history["loss"])) and batches._epoch == 2
+
+
+@pytest.mark.parametrize("kind", ["array", "object", "bytes", "tensor"])
+def test_strings(kind):
+    titles = {
+        "array": TITLES,
+        "object": TITLES.astype(object),
+        "bytes": np.array([title.encode() for title in TITLES]),
+        "tensor": tf.constant(TITLES),
+    }[kind]
+    network = TitleTower()
+    specs = {"title": tf.io.FixedLenFeature([], tf.string)}
+    task = CachedRetrieval(network, specs, 0, in_batch_negatives=True, candidate_id_key="title")
+    model = DualEncoder(network, network, task)
+    model.compile(optimizer=keras.optimizers.SGD(0.1), run_eagerly=True)
+    pairs = {"query": {"title": titles}, "candidate": {"title": titles}}
+    batches = GlobalContrastiveBatches(model, pairs, 5, candidate_id_key="title", verbose=0)
+    model.fit(batches, epochs=2, verbose=0)
+    seen = np.concatenate([batches[i]["query"]["title"].numpy() for i in range(len(batches))])
+    assert sorted(title.decode() for title in seen) == sorted(TITLES)
+
+
+def test_clusters_share_batches_wherever_the_cut_begins():
+    towers, labels = clusters()
+    batches = GlobalContrastiveBatches(
+        towers, pairs_of(24), 4, num_neighbors=3, grow=True, verbose=0
+    )
+    for epoch in (read(batches), next_epoch(batches), next_epoch(batches)):
+        assert_each_once(epoch, 24)
+        # The first batch may begin inside a cluster; then the last has its rest.
+        pure = [len(set(labels[batch])) == 1 for batch in epoch]
+        assert sum(pure) >= 4
+
+
+def test_cut_batches_are_runs_of_the_order():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, num_neighbors=3, verbose=0)
+    offsets = set()
+    for _ in range(6):
+        epoch = next_epoch(batches)
+        places = np.argsort(batches.order)
+        for batch in epoch:
+            np.testing.assert_array_equal(np.diff(places[batch]) % 24, 1)
+        offsets.add(places[epoch[0][0]] % 4)
+    # A fresh offset each epoch: of six, all the same has a probability of 4⁻⁵.
+    assert len(offsets) > 1
+
+
+def test_start_epoch_and_every():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, start_epoch=2, every=3, verbose=0)
+    orders = []
+    for _ in range(8):
+        read(batches)
+        orders.append(batches.order)
+        batches.on_epoch_end()
+    assert orders[0] is None and orders[1] is None
+    # Ordered in the epochs 2, 5 and so on.
+    assert [orders[i] is orders[i - 1] for i in range(3, 8)] == [True, True, False, True, True]
+
+
+@pytest.mark.parametrize("grow", [False, True])
+def test_random_fraction(grow):
+    towers, labels = clusters(num_clusters=20)
+    batches = GlobalContrastiveBatches(
+        towers,
+        pairs_of(80),
+        4,
+        num_neighbors=3,
+        random_fraction=lambda epoch: [0.0, 0.5, 1.0][epoch],
+        grow=grow,
+        verbose=0,
+    )
+    mixed = []
+    for epoch in (read(batches), next_epoch(batches), next_epoch(batches)):
+        assert_each_once(epoch, 80)
+        mixed.append(np.mean([len(set(labels[batch])) > 2 for batch in epoch]))
+    # Four consecutive pairs are of at most two clusters; four random ones of 20 hardly ever.
+    assert mixed[0] == 0.0 or grow
+    assert mixed[0] < 0.2 < mixed[1] <= 0.6 < 0.8 < mixed[2]
+
+
+@pytest.mark.parametrize("options", [{}, {"grow": True}, {"random_fraction": 0.5}])
+def test_pairs_of_one_candidate_share_no_batch(options):
+    ids = np.repeat(np.arange(8), 3)
+    embeddings = tf.one_hot(ids, 8)
+    tower = lambda features: tf.gather(  # noqa: E731
+        embeddings, features["row"] if isinstance(features, dict) else features
+    )
+    pairs = {"query": np.arange(24), "candidate": {"row": np.arange(24), "id": ids}}
+    for given in ({"candidate_id_key": "id"}, {"candidate_ids": ids}):
+        batches = GlobalContrastiveBatches((tower, tower), pairs, 5, verbose=0, **given, **options)
+        for _ in range(3):
+            for i in range(len(batches)):
+                batch_ids = batches[i]["candidate"]["id"].numpy()
+                assert len(set(batch_ids)) == len(batch_ids)
+            batches.on_epoch_end()
+
+
+@pytest.mark.parametrize("batch_size", [22, 30])
+def test_fewer_pairs_than_a_batch(batch_size):
+    model = make_model()
+    batches = GlobalContrastiveBatches(model, PAIRS, batch_size, verbose=0)
+    assert len(batches) == 1
+    assert_each_once(read(batches))
+    model.fit(batches, epochs=2, verbose=0)
+
+
+def test_drop_remainder_leaves_out_others_each_epoch():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 5, drop_remainder=True, verbose=0)
+    assert len(batches) == 4
+    left_out = set()
+    for _ in range(6):
+        epoch = next_epoch(batches)
+        assert [len(batch) for batch in epoch] == [5, 5, 5, 5]
+        left_out.add(frozenset(range(24)) - frozenset(np.concatenate(epoch).tolist()))
+    assert len(left_out) > 1
+
+
+def test_other_entries_come_along():
+    towers, _ = clusters()
+    pairs = {**pairs_of(24), "negative": np.arange(48).reshape([24, 2])}
+    batch = GlobalContrastiveBatches(towers, pairs, 4, verbose=0)[0]
+    np.testing.assert_array_equal(batch["negative"][:, 0], 2 * batch["query"])
+
+
+def test_an_index_searches():
+    towers, _ = clusters(num_clusters=20)
+    index = TreeIndex(100, 20)
+    batches = GlobalContrastiveBatches(towers, pairs_of(80), 4, index=index, verbose=0)
+    assert_each_once(read(batches), 80)
+    assert int(index.num_candidates) == 80
+
+
+def test_progress_bars(capsys):
+    towers, _ = clusters()
+    read(GlobalContrastiveBatches(towers, pairs_of(24), 4, embedding_batch_size=8))
+    shown = capsys.readouterr().out
+    # Two towers of three batches, then 24 rows.
+    assert "6/6" in shown and "24/24" in shown
+
+
+def test_out_of_range():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, verbose=0)
+    with pytest.raises(IndexError):
+        batches[6]
+    assert len(list(batches)) == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": 3}, "`query_network` and `candidate_network`"),
+        ({"pairs": {"query": np.arange(3)}}, r"`pairs` must be .* Received: \['query'\]"),
+        ({"pairs": np.arange(3)}, "`pairs` must be .* Received: ndarray"),
+        ({"pairs": {"query": np.arange(3), "candidate": np.arange(2)}}, r"rows.*\[2, 3\]"),
+        ({"pairs": {"query": np.arange(0), "candidate": np.arange(0)}}, r"at least one.*\[0\]"),
+        ({"pairs": {"query": 1, "candidate": np.arange(2)}}, "Received a scalar: 1"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
+        ({"num_neighbors": 0}, "`num_neighbors` must be an integer >= 1. Received: 0"),
+        ({"quantile": 1.5}, r"`quantile` must lie in \[0, 1\). Received: 1.5"),
+        ({"start_epoch": -1}, "`start_epoch` must be an integer >= 0. Received: -1"),
+        ({"every": 0}, "`every` must be an integer >= 1. Received: 0"),
+        ({"random_fraction": 1.5}, "`random_fraction` must lie between 0 and 1. Received: 1.5"),
+        ({"batches_per_epoch": 0}, "`batches_per_epoch` must be an integer >= 1"),
+        ({"embedding_batch_size": 0}, "`embedding_batch_size` must be an integer >= 1"),
+        ({"candidate_ids": np.arange(3)}, r"`candidate_ids` must be .* shape \[24\]"),
+        ({"candidate_id_key": "id"}, "`candidate_id_key` names one of several features"),
+        ({"batch_size": 25, "drop_remainder": True}, "24 pairs and `batch_size=25`"),
+    ],
+)
+def test_bad_arguments(change, message):
+    arguments = {"model": clusters()[0], "pairs": pairs_of(24), "batch_size": 4}
+    with pytest.raises(ValueError, match=message):
+        GlobalContrastiveBatches(**{**arguments, **change})
+
+
+def test_a_bad_schedule_and_embeddings_that_are_not_finite():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, random_fraction=lambda epoch: 2)
+    with pytest.raises(ValueError, match=r"`random_fraction\(epoch\)` must lie .* Received: 2"):
+        batches[0]
+    broken = [lambda ids: towers[0](ids) / tf.cast(ids[:, tf.newaxis] != 9, tf.float32)] * 2
+    batches = GlobalContrastiveBatches(broken, pairs_of(24), 4, verbose=0)
+    with pytest.raises(ValueError, match="must be finite. Received 1 rows .* row 9"):
+        batches[0]
+
+
+def shards(model, num_pairs=NUM_PAIRS, batch_size=5, **options):
+    dataset = tf.data.Dataset.from_tensor_slices(
+        PAIRS if num_pairs == NUM_PAIRS else pairs_of(num_pairs)
+    )
+    options = {"shard_size": 10, "verbose": 0, **options}
+    return GlobalContrastiveBatches.from_dataset(model, dataset, batch_size, **options)
+
+
+@pytest.mark.parametrize("shard_size", [5, 7, 10, 100])
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_shards_are_passes_over_all_pairs(shard_size, drop_remainder):
+    dataset = shards(make_model(), shard_size=shard_size, drop_remainder=drop_remainder)
+    assert isinstance(dataset, tf.data.Dataset)
+    assert int(dataset.cardinality()) == 4 + (not drop_remainder)
+    for _ in range(2):
+        batches = [batch["query"]["id"].numpy() for batch in dataset]
+        assert [len(batch) for batch in batches] == [5, 5, 5, 5] + [2] * (not drop_remainder)
+        seen = np.concatenate(batches)
+        if drop_remainder:
+            assert len(set(seen)) == 20
+        else:
+            assert_each_once(batches)
+
+
+def test_shards_hold_consecutive_pairs_and_clusters_share_batches():
+    towers, labels = clusters(num_clusters=10)
+    labels = np.sort(labels)
+    embeddings = tf.one_hot(labels, 10)
+    towers = (lambda ids: tf.gather(embeddings, ids),) * 2
+    dataset = shards(towers, 40, batch_size=4, shard_size=20, num_neighbors=3, grow=True)
+    batches = [batch["query"].numpy() for batch in dataset]
+    assert_each_once(batches, 40)
+    for shard in (batches[:5], batches[5:]):
+        assert np.ptp(np.concatenate(shard)) == 19
+        assert sum(len(set(labels[batch])) == 1 for batch in shard) >= 3
+
+
+def test_shards_are_ordered_by_the_weights_of_now():
+    model = make_model(learning_rate=1.0)
+    dataset = shards(model, shard_size=100)
+    passes = []
+    for _ in range(2):
+        passes.append([batch["query"]["id"].numpy().tolist() for batch in dataset])
+    # Nothing was trained: the same pass again.
+    assert passes[0] == passes[1]
+    model.fit(dataset, epochs=1, verbose=0)
+    assert [batch["query"]["id"].numpy().tolist() for batch in dataset] != passes[0]
+
+
+@pytest.mark.parametrize("cache_size", [0, 8])
+def test_fit_shards(cache_size):
+    model = make_model(cache_size)
+    recorder = Recorder(model)
+    model.fit(shards(model), epochs=2, verbose=0)
+    for epoch in recorder.epochs(5):
+        assert_each_once(epoch)
+    recorder.batches.clear()
+    model.fit(shards(model).repeat(), epochs=3, steps_per_epoch=4, verbose=0)
+    assert len(recorder.batches) == 12
+    assert_each_once(recorder.batches[:5])
+
+
+def test_shards_keep_ids_apart_and_start_shuffled():
+    model = make_model()
+    # In the first shard of 16 five ids are twice; six would not fit in what is left of the second.
+    ids = np.tile(np.arange(11), 2)
+    dataset = tf.data.Dataset.from_tensor_slices({"query": {"id": ids}, "candidate": {"id": ids}})
+    for start_epoch in (0, 1):
+        batches = GlobalContrastiveBatches.from_dataset(
+            model,
+            dataset,
+            4,
+            shard_size=16,
+            candidate_id_key="id",
+            start_epoch=start_epoch,
+            verbose=0,
+        )
+        for batch in batches:
+            assert len(set(batch["query"]["id"].numpy())) == len(batch["query"]["id"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": tf.data.Dataset.range(3)}, "`dataset` must be .* dictionaries"),
+        ({"dataset": [1]}, "`dataset` must be .* Received elements: None"),
+        ({"shard_size": 4}, "`shard_size` must be at least `batch_size`. Received: 4 and 5"),
+        ({"shard_size": 0}, "`shard_size` must be an integer >= 1. Received: 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
+        ({"num_neighbors": 0}, "`num_neighbors` must be an integer >= 1. Received: 0"),
+    ],
+)
+def test_bad_arguments_of_shards(change, message):
+    arguments = {
+        "model": clusters()[0],
+        "dataset": tf.data.Dataset.from_tensor_slices(pairs_of(24)),
+        "batch_size": 5,
+    }
+    with pytest.raises(ValueError, match=message):
+        GlobalContrastiveBatches.from_dataset(**{**arguments, **change})
+
+
+def test_a_candidate_too_frequent_is_warned_of_once():
+    towers, _ = clusters()
+    with pytest.warns(UserWarning, match="0 is in 24 pairs"):
+        batches = GlobalContrastiveBatches(
+            towers, pairs_of(24), 4, candidate_ids=np.zeros(24, int), verbose=0
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_each_once(read(batches), 24)
