@@ -32,6 +32,8 @@ import tensorflow as tf
 import negative_cache as nc
 from negative_cache import _batch_conflicts, demo
 from negative_cache._compat import keras
+from negative_cache._contrastive_order import order_of
+from negative_cache._grown_batches import grow_batches
 from negative_cache.batching import bandwidth, neighbor_graph
 from negative_cache.datasets import installed_code
 
@@ -62,8 +64,8 @@ QUANTILES = (None, 0.99, 0.999)
 class Pairs:
     """The training pairs as features, of which some may be there twice."""
 
-    def __init__(self, data: demo.Data, duplicates: float = 0.0):
-        train = data.corpus.train
+    def __init__(self, data: demo.Data, options):
+        train, duplicates = data.corpus.train[: options.max_pairs], options.duplicates
         copies = np.random.default_rng(0).choice(train, int(duplicates * len(train)), False)
         rows = np.concatenate([train, copies])
         ids = np.concatenate([train, len(data.corpus) + np.arange(len(copies))]).astype(np.int32)
@@ -137,7 +139,7 @@ def train(data: demo.Data, pairs: Pairs, name: str, seed: int, options) -> dict:
 
 def measure_training(options) -> dict:
     data = demo.Data(installed_code.load())
-    pairs = Pairs(data, options.duplicates)
+    pairs = Pairs(data, options)
     print(f"{pairs.num_pairs:,} pairs, {pairs.num_pairs // options.batch_size} batches in a pass")
     names = options.settings or list(SETTINGS)
     runs = [
@@ -194,7 +196,7 @@ def share_inside(graph, order, batch_size: int) -> float:
 
 def measure_gap(options) -> dict:
     data = demo.Data(installed_code.load())
-    pairs = Pairs(data, options.duplicates)
+    pairs = Pairs(data, options)
     rows = []
     settings = demo.Settings(batch_size=options.batch_size)
     model, trained = make_model(data, settings, 0), 0
@@ -213,22 +215,16 @@ def measure_gap(options) -> dict:
             graph = neighbor_graph(
                 queries, candidates, num_neighbors=options.num_neighbors, quantile=quantile
             )
+            order = order_of(graph, seed=0)
             for size in (size for size in BATCH_SIZES if size <= pairs.num_pairs):
                 orders = {
-                    name: nc.contrastive_order(
-                        queries,
-                        candidates,
-                        num_neighbors=options.num_neighbors,
-                        quantile=quantile,
-                        batch_size=size,
-                        grow=name == "grown",
-                    )
-                    for name in ("ordered", "grown")
+                    SHUFFLED: shuffled,
+                    ORDERED: order,
+                    "grown": grow_batches(graph, order, size),
                 }
-                orders[SHUFFLED] = shuffled
                 losses = {
-                    name: loss_of_batches(queries, candidates, order, size, settings.temperature)
-                    for name, order in orders.items()
+                    name: loss_of_batches(queries, candidates, each, size, settings.temperature)
+                    for name, each in orders.items()
                 }
                 rows += [
                     {
@@ -239,10 +235,10 @@ def measure_gap(options) -> dict:
                         "loss over all": loss,
                         "over batches": losses[name],
                         "gap closed by": 1 - (loss - losses[name]) / (loss - losses[SHUFFLED]),
-                        "bandwidth": bandwidth(graph, order),
-                        "edges inside": share_inside(graph, order, size),
+                        "bandwidth": bandwidth(graph, each),
+                        "edges inside": share_inside(graph, each, size),
                     }
-                    for name, order in orders.items()
+                    for name, each in orders.items()
                 ]
     print("\n" + _measure.table(rows))
     return {"rows": rows}
@@ -266,34 +262,37 @@ def measure_order_of(num_pairs: int, dim: int, num_neighbors: int, search: str) 
     queries, candidates = clustered_pairs(num_pairs, dim)
     before = _measure.resident("VmRSS")
     _measure.reset_peak()
-    start, index, seconds = time.perf_counter(), None, {}
+    marks, index = [time.perf_counter()], None
     if search == "TreeIndex":
         index = nc.TreeIndex(num_pairs, dim)
         index.index(candidates, verbose=0)
-    seconds["index"] = time.perf_counter() - start
-    start = time.perf_counter()
+    marks.append(time.perf_counter())
+    # The two steps of `contrastive_order`.
     graph = neighbor_graph(queries, candidates, num_neighbors=num_neighbors, index=index)
-    seconds["graph"] = time.perf_counter() - start
-    del graph
-    start = time.perf_counter()
-    order = nc.contrastive_order(queries, candidates, num_neighbors=num_neighbors, index=index)
-    seconds["order"] = time.perf_counter() - start + seconds["index"]
+    marks.append(time.perf_counter())
+    order = order_of(graph, seed=0)
+    marks.append(time.perf_counter())
     peak = _measure.resident("VmHWM")
-    exact = neighbor_graph(queries[:], candidates, num_neighbors=num_neighbors, index=index)
+    grown = grow_batches(graph, order, 64)
+    marks.append(time.perf_counter())
     ids = np.random.default_rng(0).integers(num_pairs // 4, size=num_pairs)
-    start = time.perf_counter()
     _batch_conflicts.separate_ids(order, ids, 64)
+    marks.append(time.perf_counter())
+    index_seconds, graph_seconds, order_seconds, grow_seconds, ids_seconds = np.diff(marks).tolist()
     return {
         "N": num_pairs,
         "search": search,
-        "seconds": seconds["order"],
-        "of them index": seconds["index"],
-        "graph": seconds["graph"],
+        "seconds": index_seconds + graph_seconds + order_seconds,
+        "of them index": index_seconds,
+        "graph": graph_seconds,
+        "order": order_seconds,
         "MB more at the peak": (peak - before) / 1e6,
         "MB in all": peak / 1e6,
-        "bandwidth": bandwidth(exact, order),
-        "edges inside batches of 64": share_inside(exact, order, 64),
-        "seconds to separate ids": time.perf_counter() - start,
+        "bandwidth": bandwidth(graph, order),
+        "edges inside batches of 64": share_inside(graph, order, 64),
+        "inside grown ones": share_inside(graph, grown, 64),
+        "seconds to grow": grow_seconds,
+        "to separate ids": ids_seconds,
     }
 
 
@@ -319,6 +318,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=demo.Settings.batch_size)
     parser.add_argument("--num-neighbors", type=int, default=16)
     parser.add_argument("--duplicates", type=float, default=0.0, help="share of pairs copied")
+    parser.add_argument("--max-pairs", type=int, help="of the training pairs; all")
     parser.add_argument("--steps", type=int, default=4000, help="training")
     parser.add_argument("--evaluations", type=int, default=8, help="training")
     parser.add_argument("--seeds", type=int, default=3, help="training")

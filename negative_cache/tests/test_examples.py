@@ -129,7 +129,7 @@ def test_stale_embeddings_are_corrected():
 @pytest.mark.end_to_end
 def test_contrastive_batches_find_more_than_shuffled_ones():
     legacy = "1" if IS_KERAS_2 else "0"
-    done = run("--pairs", 2000, script=CONTRASTIVE_BATCHES, TF_USE_LEGACY_KERAS=legacy)
+    done = run(script=CONTRASTIVE_BATCHES, TF_USE_LEGACY_KERAS=legacy)
     assert done.returncode == 0, done.stderr
     found = dict(re.findall(r"^(.*): loss \S+, MRR (\S+)$", done.stdout, re.MULTILINE))
     assert list(found) == ["shuffled", "contrastive", "contrastive, of shards"]
