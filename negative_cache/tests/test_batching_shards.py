@@ -1,0 +1,118 @@
+"""Tests of `GlobalContrastiveBatches.from_dataset`."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import GlobalContrastiveBatches
+from negative_cache.tests.contrastive_pairs import (
+    NUM_PAIRS,
+    PAIRS,
+    Recorder,
+    assert_each_once,
+    clusters,
+    make_model,
+    pairs_of,
+)
+
+
+def shards(model, num_pairs=NUM_PAIRS, batch_size=5, **options):
+    dataset = tf.data.Dataset.from_tensor_slices(
+        PAIRS if num_pairs == NUM_PAIRS else pairs_of(num_pairs)
+    )
+    options = {"shard_size": 10, "verbose": 0, **options}
+    return GlobalContrastiveBatches.from_dataset(model, dataset, batch_size, **options)
+
+
+@pytest.mark.parametrize("shard_size", [5, 7, 10, 100])
+@pytest.mark.parametrize("drop_remainder", [False, True])
+def test_shards_are_passes_over_all_pairs(shard_size, drop_remainder):
+    dataset = shards(make_model(), shard_size=shard_size, drop_remainder=drop_remainder)
+    assert isinstance(dataset, tf.data.Dataset)
+    assert int(dataset.cardinality()) == 4 + (not drop_remainder)
+    for _ in range(2):
+        batches = [batch["query"]["id"].numpy() for batch in dataset]
+        assert [len(batch) for batch in batches] == [5, 5, 5, 5] + [2] * (not drop_remainder)
+        seen = np.concatenate(batches)
+        if drop_remainder:
+            assert len(set(seen)) == 20
+        else:
+            assert_each_once(batches)
+
+
+def test_shards_hold_consecutive_pairs_and_clusters_share_batches():
+    towers, labels = clusters(num_clusters=10)
+    labels = np.sort(labels)
+    embeddings = tf.one_hot(labels, 10)
+    towers = (lambda ids: tf.gather(embeddings, ids),) * 2
+    dataset = shards(towers, 40, batch_size=4, shard_size=20, num_neighbors=3, grow=True)
+    batches = [batch["query"].numpy() for batch in dataset]
+    assert_each_once(batches, 40)
+    for shard in (batches[:5], batches[5:]):
+        assert np.ptp(np.concatenate(shard)) == 19
+        assert sum(len(set(labels[batch])) == 1 for batch in shard) >= 3
+
+
+def test_shards_are_ordered_by_the_weights_of_now():
+    model = make_model(learning_rate=1.0)
+    dataset = shards(model, shard_size=100)
+    passes = []
+    for _ in range(2):
+        passes.append([batch["query"]["id"].numpy().tolist() for batch in dataset])
+    # Nothing was trained: the same pass again.
+    assert passes[0] == passes[1]
+    model.fit(dataset, epochs=1, verbose=0)
+    assert [batch["query"]["id"].numpy().tolist() for batch in dataset] != passes[0]
+
+
+@pytest.mark.parametrize("cache_size", [0, 8])
+def test_fit_shards(cache_size):
+    model = make_model(cache_size)
+    recorder = Recorder(model)
+    model.fit(shards(model), epochs=2, verbose=0)
+    for epoch in recorder.epochs(5):
+        assert_each_once(epoch)
+    recorder.batches.clear()
+    model.fit(shards(model).repeat(), epochs=3, steps_per_epoch=4, verbose=0)
+    assert len(recorder.batches) == 12
+    assert_each_once(recorder.batches[:5])
+
+
+def test_shards_keep_ids_apart_and_start_shuffled():
+    model = make_model()
+    # In the first shard of 16 five ids are twice; six would not fit in what is left of the second.
+    ids = np.tile(np.arange(11), 2)
+    dataset = tf.data.Dataset.from_tensor_slices({"query": {"id": ids}, "candidate": {"id": ids}})
+    for start_epoch in (0, 1):
+        batches = GlobalContrastiveBatches.from_dataset(
+            model,
+            dataset,
+            4,
+            shard_size=16,
+            candidate_id_key="id",
+            start_epoch=start_epoch,
+            verbose=0,
+        )
+        for batch in batches:
+            assert len(set(batch["query"]["id"].numpy())) == len(batch["query"]["id"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset": tf.data.Dataset.range(3)}, "`dataset` must be .* dictionaries"),
+        ({"dataset": [1]}, "`dataset` must be .* Received elements: None"),
+        ({"shard_size": 4}, "`shard_size` must be at least `batch_size`. Received: 4 and 5"),
+        ({"shard_size": 0}, "`shard_size` must be an integer >= 1. Received: 0"),
+        ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
+        ({"num_neighbors": 0}, "`num_neighbors` must be an integer >= 1. Received: 0"),
+    ],
+)
+def test_bad_arguments_of_shards(change, message):
+    arguments = {
+        "model": clusters()[0],
+        "dataset": tf.data.Dataset.from_tensor_slices(pairs_of(24)),
+        "batch_size": 5,
+    }
+    with pytest.raises(ValueError, match=message):
+        GlobalContrastiveBatches.from_dataset(**{**arguments, **change})
