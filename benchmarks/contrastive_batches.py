@@ -38,24 +38,22 @@ from negative_cache.batching import bandwidth, neighbor_graph
 from negative_cache.datasets import installed_code
 
 METRICS = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
-SHUFFLED, ORDERED, CACHE, BOTH = "shuffled", "ordered", "cache", "ordered + cache"
+SHUFFLED, ORDERED, GROWN = "shuffled", "ordered", "grown"
 # What `GlobalContrastiveBatches` is told, and whether there is a cache.
 SETTINGS = {
     SHUFFLED: ({"start_epoch": 10**6}, False),
     ORDERED: ({}, False),
-    CACHE: ({"start_epoch": 10**6}, True),
-    BOTH: ({}, True),
-    "grown": ({"grow": True}, False),
+    GROWN: ({"grow": True}, False),
+    "cache": ({"start_epoch": 10**6}, True),
+    "ordered + cache": ({}, True),
     "grown + cache": ({"grow": True}, True),
-    "grown, a quarter random": ({"grow": True, "random_fraction": 0.25}, False),
     "grown, half random": ({"grow": True, "random_fraction": 0.5}, False),
-    "grown from the second pass": ({"grow": True, "start_epoch": 1}, False),
-    "ordered from the second pass": ({"start_epoch": 1}, False),
-    "ordered every second pass": ({"every": 2}, False),
-    "a quarter random": ({"random_fraction": 0.25}, False),
-    "half random": ({"random_fraction": 0.5}, False),
-    "ordered for three passes": ({"random_fraction": lambda epoch: float(epoch >= 3)}, False),
-    "random at first, then less": ({"random_fraction": lambda epoch: 1 / (epoch + 1)}, False),
+    "grown from the third pass": ({"grow": True, "start_epoch": 2}, False),
+    "grown for three passes": (
+        {"grow": True, "random_fraction": lambda epoch: float(epoch >= 3)},
+        False,
+    ),
+    "grown every second pass": ({"grow": True, "every": 2}, False),
 }
 BATCH_SIZES = (16, 64, 256, 1024)
 QUANTILES = (None, 0.99, 0.999)
@@ -97,10 +95,36 @@ def make_model(data: demo.Data, settings: demo.Settings, cache_size: int) -> nc.
     return model
 
 
+class LossesOverAll(keras.callbacks.Callback):
+    """Logs the softmax loss over the whole corpus, of training and of validation queries."""
+
+    def __init__(self, data: demo.Data, temperature: float):
+        super().__init__()
+        self._data, self._temperature = data, temperature
+
+    def set_model(self, model):
+        super().set_model(model)
+        self._embed_queries, self._embed_candidates = nc.evaluation.encoders_of(model)
+
+    def on_epoch_end(self, epoch, logs=None):
+        data, corpus = self._data, self._data.corpus
+        candidates = self._embed_candidates(data.candidates(np.arange(len(corpus))))
+        for name, rows in (("train", corpus.train[:4096]), ("val", corpus.validation)):
+            pairs = data.pairs(rows).batch(1024)
+            queries = self._embed_queries(pairs.map(lambda pair: pair["query"]))
+            loss = loss_of_all(queries, candidates, candidates[rows], self._temperature)
+            logs[f"{name}_loss_over_all"] = loss
+
+
 def train(data: demo.Data, pairs: Pairs, name: str, seed: int, options) -> dict:
     """Trains with one of `SETTINGS`; `history` is what the evaluations show."""
     schedule, with_cache = SETTINGS[name]
-    settings = demo.Settings(steps=options.steps, batch_size=options.batch_size, seed=seed)
+    settings = demo.Settings(
+        steps=options.steps,
+        batch_size=options.batch_size,
+        temperature=options.temperature,
+        seed=seed,
+    )
     model = make_model(data, settings, settings.cache_size if with_cache else 0)
     steps_per_epoch = options.steps // options.evaluations
     batches = nc.GlobalContrastiveBatches(
@@ -120,7 +144,7 @@ def train(data: demo.Data, pairs: Pairs, name: str, seed: int, options) -> dict:
         data.pairs(corpus.validation).batch(1024),
         candidate_id_key="row",
     )
-    callbacks = [evaluation]
+    callbacks = [evaluation, LossesOverAll(data, settings.temperature)]
     if with_cache:
         order = np.random.default_rng(seed).permutation(corpus.train)
         callbacks.insert(0, nc.CacheWarmStart(data.candidates(order), verbose=0))
@@ -141,30 +165,40 @@ def measure_training(options) -> dict:
     data = demo.Data(installed_code.load())
     pairs = Pairs(data, options)
     print(f"{pairs.num_pairs:,} pairs, {pairs.num_pairs // options.batch_size} batches in a pass")
-    names = options.settings or list(SETTINGS)
-    runs = [
-        train(data, pairs, name, seed, options) for seed in range(options.seeds) for name in names
-    ]
-    mrr = {
-        name: np.array([run["history"]["val_mrr"] for run in runs if run["setting"] == name])
-        for name in names
-    }
-    rows = []
-    for name in names:
-        own = [run for run in runs if run["setting"] == name]
-        row = {"setting": name}
-        for metric in METRICS:
-            row[metric] = float(np.mean([run["history"][f"val_{metric}"][-1] for run in own]))
-        row["mrr of seeds"] = " ".join(f"{value:.4f}" for value in mrr[name][:, -1])
-        row["best mrr"] = float(mrr[name].mean(axis=0).max())
-        row["at step"] = own[0]["steps"][int(mrr[name].mean(axis=0).argmax())]
-        if SHUFFLED in names:
-            row["mrr to shuffled"] = row["mrr"] / float(mrr[SHUFFLED][:, -1].mean())
-        row["batch loss"] = float(np.mean([run["history"]["loss"][-1] for run in own]))
-        row["seconds"] = float(np.median([run["seconds"] for run in own]))
-        rows.append(row)
+    names, runs = options.settings or list(SETTINGS), []
+    for seed in range(options.seeds):
+        for name in names:
+            runs.append(train(data, pairs, name, seed, options))
+        rows = rows_of(runs, names, options.compare_at)
+        save(options, {"rows": rows, "runs": runs})
     print("\n" + _measure.table(rows))
     return {"rows": rows, "runs": runs}
+
+
+def rows_of(runs: list[dict], names: list[str], compare_at: int) -> list[dict]:
+    """A row for each setting: means over seeds, at a step and at the end."""
+    steps = runs[0]["steps"]
+    at = int(np.searchsorted(steps, min(compare_at, steps[-1])))
+    own = {name: [run for run in runs if run["setting"] == name] for name in names}
+    mrr = {name: np.array([run["history"]["val_mrr"] for run in own[name]]) for name in names}
+    rows = []
+    for name in names:
+        mean = mrr[name].mean(axis=0)
+        row = {"setting": name, "step": steps[at]}
+        for metric in METRICS:
+            values = [run["history"][f"val_{metric}"][at] for run in own[name]]
+            row[metric] = float(np.mean(values))
+        row["mrr of seeds"] = " ".join(f"{value:.4f}" for value in mrr[name][:, at])
+        if SHUFFLED in names:
+            row["to shuffled"] = row["mrr"] / float(mrr[SHUFFLED][:, at].mean())
+        row["last mrr"] = float(mean[-1])
+        row["best mrr"], row["best step"] = float(mean.max()), steps[int(mean.argmax())]
+        for loss in ("train_loss_over_all", "val_loss_over_all"):
+            row[loss] = float(np.mean([run["history"][loss][-1] for run in own[name]]))
+        row["batch loss"] = float(np.mean([run["history"]["loss"][at] for run in own[name]]))
+        row["seconds"] = float(np.median([run["seconds"] for run in own[name]]))
+        rows.append(row)
+    return rows
 
 
 def loss_of_batches(queries, candidates, order, batch_size: int, temperature: float) -> float:
@@ -176,13 +210,13 @@ def loss_of_batches(queries, candidates, order, batch_size: int, temperature: fl
     return float(tf.reduce_mean(losses))
 
 
-def loss_of_all(queries, candidates, temperature: float) -> float:
-    """The mean softmax loss over all candidates."""
+def loss_of_all(queries, candidates, positives, temperature: float) -> float:
+    """The mean softmax loss over all candidates; row i of `positives` is that of query i."""
     partition = [
         nc.ops.sample_softmax(queries[start : start + 1024] / temperature, candidates).log_partition
         for start in range(0, len(queries), 1024)
     ]
-    positive_scores = tf.reduce_sum(queries * candidates, axis=1) / temperature
+    positive_scores = tf.reduce_sum(queries * positives, axis=1) / temperature
     return float(tf.reduce_mean(tf.concat(partition, axis=0) - positive_scores))
 
 
@@ -198,7 +232,7 @@ def measure_gap(options) -> dict:
     data = demo.Data(installed_code.load())
     pairs = Pairs(data, options)
     rows = []
-    settings = demo.Settings(batch_size=options.batch_size)
+    settings = demo.Settings(batch_size=options.batch_size, temperature=options.temperature)
     model, trained = make_model(data, settings, 0), 0
     for steps in options.gap_steps:
         batches = nc.GlobalContrastiveBatches(
@@ -209,7 +243,7 @@ def measure_gap(options) -> dict:
             model.fit(batches, verbose=0)
         trained = steps
         queries, candidates = batches.embed()
-        loss = loss_of_all(queries, candidates, settings.temperature)
+        loss = loss_of_all(queries, candidates, candidates, settings.temperature)
         shuffled = np.random.default_rng(0).permutation(pairs.num_pairs)
         for quantile in QUANTILES:
             graph = neighbor_graph(
@@ -220,7 +254,7 @@ def measure_gap(options) -> dict:
                 orders = {
                     SHUFFLED: shuffled,
                     ORDERED: order,
-                    "grown": grow_batches(graph, order, size),
+                    GROWN: grow_batches(graph, order, size),
                 }
                 losses = {
                     name: loss_of_batches(queries, candidates, each, size, settings.temperature)
@@ -265,8 +299,6 @@ def measure_order_of(num_pairs: int, dim: int, num_neighbors: int, search: str) 
     marks, index = [time.perf_counter()], None
     if search == "TreeIndex":
         index = nc.TreeIndex(num_pairs, dim)
-        index.index(candidates, verbose=0)
-    marks.append(time.perf_counter())
     # The two steps of `contrastive_order`.
     graph = neighbor_graph(queries, candidates, num_neighbors=num_neighbors, index=index)
     marks.append(time.perf_counter())
@@ -278,13 +310,12 @@ def measure_order_of(num_pairs: int, dim: int, num_neighbors: int, search: str) 
     ids = np.random.default_rng(0).integers(num_pairs // 4, size=num_pairs)
     _batch_conflicts.separate_ids(order, ids, 64)
     marks.append(time.perf_counter())
-    index_seconds, graph_seconds, order_seconds, grow_seconds, ids_seconds = np.diff(marks).tolist()
+    graph_seconds, order_seconds, grow_seconds, ids_seconds = np.diff(marks).tolist()
     return {
         "N": num_pairs,
         "search": search,
-        "seconds": index_seconds + graph_seconds + order_seconds,
-        "of them index": index_seconds,
-        "graph": graph_seconds,
+        "seconds": graph_seconds + order_seconds,
+        "of them graph": graph_seconds,
         "order": order_seconds,
         "MB more at the peak": (peak - before) / 1e6,
         "MB in all": peak / 1e6,
@@ -309,6 +340,14 @@ def measure_order(options) -> dict:
     return {"rows": rows}
 
 
+def save(options, record: dict):
+    path = options.output or pathlib.Path(
+        f"benchmarks/results/contrastive_batches_{options.part}.json"
+    )
+    settings = {key: value for key, value in vars(options).items() if key != "output"}
+    _measure.save(path, {"options": settings, **record})
+
+
 PARTS = {"gap": measure_gap, "training": measure_training, "order": measure_order}
 
 
@@ -316,23 +355,20 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", choices=PARTS, required=True)
     parser.add_argument("--batch-size", type=int, default=demo.Settings.batch_size)
+    parser.add_argument("--temperature", type=float, default=demo.Settings.temperature)
     parser.add_argument("--num-neighbors", type=int, default=16)
     parser.add_argument("--duplicates", type=float, default=0.0, help="share of pairs copied")
     parser.add_argument("--max-pairs", type=int, help="of the training pairs; all")
     parser.add_argument("--steps", type=int, default=4000, help="training")
     parser.add_argument("--evaluations", type=int, default=8, help="training")
+    parser.add_argument("--compare-at", type=int, default=2000, help="training: step of the table")
     parser.add_argument("--seeds", type=int, default=3, help="training")
     parser.add_argument("--settings", action="append", choices=SETTINGS, help="training; all")
     parser.add_argument("--gap-steps", type=int, nargs="+", default=[0, 500, 2000])
     parser.add_argument("--sizes", type=int, nargs="+", default=[10**4, 10**5, 3 * 10**5])
     parser.add_argument("--output", type=pathlib.Path)
     options = parser.parse_args()
-    record = PARTS[options.part](options)
-    path = options.output or pathlib.Path(
-        f"benchmarks/results/contrastive_batches_{options.part}.json"
-    )
-    settings = {key: value for key, value in vars(options).items() if key != "output"}
-    _measure.save(path, {"options": settings, **record})
+    save(options, PARTS[options.part](options))
 
 
 if __name__ == "__main__":

@@ -87,8 +87,6 @@ class BatchMaker:
     def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> "Order":
         """The order of pairs by the embeddings of now."""
         queries, candidates = self.embed(pairs)
-        if self._index is not None:
-            self._index.index(candidates, verbose=self._verbose)
         seed = int(self._rng(stream).integers(2**31))
         graph = neighbor_graph(
             queries,

@@ -46,16 +46,18 @@ def contrastive_order(
       num_neighbors: the largest similarities of a row to keep, at most.
       quantile: keep only similarities above this quantile of all, in [0, 1). None keeps
         `num_neighbors` of every row, so that no pair is left without neighbors.
-      candidate_ids: [N] integers or strings. Pairs with the same id are not neighbors, and with
-        `batch_size` not of one batch: pairs that would be are swapped with pairs of the nearest
-        batch where they fit. If an id occurs in more pairs than there are full batches, that may
-        be impossible; then as many as can be are kept apart, with a warning.
+      candidate_ids: [N] integers or strings, of candidates that are in several pairs: the neighbors
+        are then different candidates, each by one of its pairs. Pairs with the same id are not
+        neighbors, and with `batch_size` not of one batch: pairs that would be are swapped with
+        pairs of the nearest batch where they fit. If an id occurs in more pairs than there are full
+        batches, that may be impossible; then as many as can be are kept apart, with a warning.
       batch_size: the batches that the order will be cut into, if `candidate_ids` are to be kept
         apart in them, or for `grow`.
       grow: whether to fill batches, one after the other, with the pairs that have the most
         neighbors in them, and not with consecutive ones of the order. It puts several times as many
         neighbors into shared batches; the bandwidth of the result is not small. Needs `batch_size`.
-      index: a `TreeIndex` with these candidate embeddings, to search instead of all candidates.
+      index: a `TreeIndex` to search with, approximately, instead of all candidates. It is filled
+        with them; what it held is gone.
       block_size: candidates scored at a time. Chosen where None.
       seed: of all that is random; the result is a function of it and the embeddings.
       verbose: 1 shows a progress bar.
@@ -111,7 +113,8 @@ def neighbor_graph(
 
     Pairs i and j are joined where f(x_i)·g(y_j) is one of the `num_neighbors` largest entries of
     row i of f(X) g(Y)ᵀ without the diagonal, and above the quantile, or the same with i and j
-    exchanged. Arguments and errors are those of `contrastive_order`.
+    exchanged. With `candidate_ids` the entries are those of different candidates, and j is one of
+    the pairs of the candidate (`_pairs_of`). Arguments and errors are those of `contrastive_order`.
 
     Returns:
       [N, N] bool, symmetric, without a diagonal. `bandwidth(graph, order)` measures an order of it.
@@ -127,20 +130,27 @@ def neighbor_graph(
             f" Received shapes: {queries.shape} and {candidates.shape}."
         )
     num_pairs = len(queries)
-    ids = None
+    codes = np.arange(num_pairs)
     if candidate_ids is not None:
-        ids = checked_codes(candidate_ids, num_pairs)
+        codes = checked_codes(candidate_ids, num_pairs)
     if num_pairs < 2:
         return scipy.sparse.csr_matrix((num_pairs, num_pairs), dtype=bool)
+    rng = np.random.default_rng(seed)
     threshold = -math.inf
     if quantile is not None:
-        rng = np.random.default_rng(seed)
-        threshold = graphs.similarity_quantile(queries, candidates, quantile, rng, ids)
-    search = _exact_search(candidates, ids, block_size)
-    if index is not None:
-        search = _index_search(index, num_pairs)
-    neighbors = _neighbors(search, queries, num_neighbors, threshold, ids, verbose)
-    return graphs.symmetric_graph(neighbors)
+        threshold = graphs.similarity_quantile(queries, candidates, quantile, rng, codes)
+    # From here on candidate c is the c-th of different ones.
+    _, first = np.unique(codes, return_index=True)
+    if len(first) < num_pairs:
+        candidates = tf.gather(candidates, first)
+    if index is None:
+        search = _exact_search(candidates, block_size)
+    else:
+        search = _index_search(index, candidates, verbose)
+    found = _neighbors(search, queries, codes, num_neighbors, threshold, verbose)
+    if len(first) < num_pairs:
+        found = _pairs_of(found, codes, rng)
+    return graphs.symmetric_graph(found)
 
 
 def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
@@ -197,68 +207,79 @@ def _embeddings(values, name: str) -> tf.Tensor:
     return values
 
 
-def _exact_search(candidates: tf.Tensor, ids: np.ndarray | None, block_size: int | None):
-    """Finds the nearest of all candidates: queries [B, d], their rows, k -> scores and indices."""
-    compiled = _compiled_search(candidates.shape[1], block_size, ids is not None)
-    ids = None if ids is None else tf.constant(ids)
-
-    def search(queries, rows, k):
-        own_ids = () if ids is None else (ids, tf.gather(ids, rows))
-        return compiled(queries, candidates, tf.constant(k), *own_ids)
-
-    return search
+def _exact_search(candidates: tf.Tensor, block_size: int | None):
+    """Finds the nearest of all candidates: queries [B, d], k -> scores and indices [B, k]."""
+    compiled = _compiled_search(candidates.shape[1], block_size)
+    return lambda queries, k: compiled(queries, candidates, tf.constant(k))
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_search(dim: int, block_size: int | None, has_ids: bool) -> Callable:
+def _compiled_search(dim: int, block_size: int | None) -> Callable:
     """`nearest_candidates`, compiled once for any number of queries and candidates."""
     embeddings = tf.TensorSpec([None, dim], tf.float32)
-    ids = [tf.TensorSpec([None], tf.int64)] * 2 if has_ids else []
-
-    def search(queries, candidates, k, candidate_ids=None, positive_ids=None):
-        return graphs.nearest_candidates(
-            queries,
-            candidates,
-            k,
-            candidate_ids=candidate_ids,
-            positive_ids=positive_ids,
-            block_size=block_size,
-        )
-
-    signature = [embeddings, embeddings, tf.TensorSpec([], tf.int32), *ids]
-    return tf.function(search, input_signature=signature)
+    return tf.function(
+        lambda queries, candidates, k: graphs.nearest_candidates(
+            queries, candidates, k, block_size=block_size
+        ),
+        input_signature=[embeddings, embeddings, tf.TensorSpec([], tf.int32)],
+    )
 
 
-def _index_search(index, num_pairs: int):
+def _index_search(index, candidates: tf.Tensor, verbose: int):
     """The same by an index."""
-    if int(index.num_candidates) != num_pairs:
-        raise ValueError(
-            "`index` must hold the candidates of all pairs. Received an index of"
-            f" {int(index.num_candidates)} candidates for {num_pairs} pairs."
-        )
-    return lambda queries, rows, k: index.top_k(queries, k)
+    index.index(candidates, verbose=verbose)
+    return index.top_k
 
 
-def _neighbors(search, queries, num_neighbors, threshold, ids, verbose) -> np.ndarray:
-    """[N, k] int32 neighbors of each query that score above a threshold; -1 for none."""
+def _neighbors(search, queries, codes, num_neighbors, threshold, verbose) -> np.ndarray:
+    """[N, k] int32: the candidates nearest to each query that are not its own; -1 for none.
+
+    Args:
+      search: queries [B, d], k -> scores and indices [B, k], of the C candidates.
+      queries: [N, d] float32.
+      codes: [N] int, below C; the own candidate of each query.
+      num_neighbors: k.
+      threshold: what scores are above.
+      verbose: 1 shows a progress bar.
+    """
     num_pairs, dim = queries.shape
-    ids = np.arange(num_pairs) if ids is None else ids
-    # The pair itself is found, too.
-    k = min(num_neighbors + 1, num_pairs)
+    num_candidates = int(codes.max()) + 1
+    # Its own candidate is found, too.
+    k = min(num_neighbors + 1, num_candidates)
     neighbors = np.full([num_pairs, k - 1], -1, np.int32)
-    step = graphs.queries_at_a_time(num_pairs, dim, k)
+    step = graphs.queries_at_a_time(num_candidates, dim, k)
     bar = keras.utils.Progbar(num_pairs, unit_name="row") if verbose else None
     for start in range(0, num_pairs, step):
-        rows = np.arange(start, min(start + step, num_pairs))
-        scores, found = search(queries[start : start + step], rows, k)
-        scores, found = scores.numpy(), found.numpy()
-        is_neighbor = (found >= 0) & (scores > threshold)
-        is_neighbor &= ids[np.maximum(found, 0)] != ids[rows][:, np.newaxis]
+        rows = slice(start, min(start + step, num_pairs))
+        scores, found = (values.numpy() for values in search(queries[rows], k))
+        is_neighbor = (found >= 0) & (scores > threshold) & (found != codes[rows, np.newaxis])
         # The others first, in the order of their scores.
         best = np.argsort(~is_neighbor, axis=1, kind="stable")[:, : k - 1]
-        found = np.where(is_neighbor, found, -1)
-        found = np.take_along_axis(found, best, axis=1)
+        found = np.take_along_axis(np.where(is_neighbor, found, -1), best, axis=1)
         neighbors[rows, : found.shape[1]] = found
         if bar is not None:
-            bar.add(len(rows))
+            bar.add(len(found))
     return neighbors
+
+
+def _pairs_of(neighbors: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """[N, k]: a pair of each neighboring candidate; -1 for none.
+
+    The pairs of each candidate are numbered, at random. Pair number r of one gets as neighbors the
+    pairs number r of others, modulo how many they have. So pairs with the same number, which are of
+    different candidates, make a graph of their own where candidates are equally frequent: they fill
+    batches in which no candidate is there twice.
+
+    Args:
+      neighbors: [N, k] int, candidates; -1 for none.
+      codes: [N] int, the candidate of each pair.
+      rng: numbers the pairs.
+    """
+    shuffled = rng.permutation(len(codes))
+    pairs = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    counts = np.bincount(codes)
+    starts = np.cumsum(counts) - counts
+    numbers = np.empty(len(codes), np.int64)
+    numbers[pairs] = np.arange(len(codes)) - starts[codes[pairs]]
+    found = pairs[starts[neighbors] + numbers[:, np.newaxis] % counts[neighbors]]
+    return np.where(neighbors >= 0, found, -1)

@@ -27,8 +27,6 @@ def nearest_candidates(
     candidate_embeddings: tf.Tensor,
     k: tf.Tensor,
     *,
-    candidate_ids: tf.Tensor | None = None,
-    positive_ids: tf.Tensor | None = None,
     block_size: int | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds the k largest of each row of f(X) g(Y)ᵀ, exactly.
@@ -41,20 +39,13 @@ def nearest_candidates(
       query_embeddings: [B, d] float.
       candidate_embeddings: [C, d] float.
       k: scalar int32 or int, how many to find.
-      candidate_ids: [C], with `positive_ids`.
-      positive_ids: [B]; candidates with the query's own id are left out.
       block_size: candidates scored at a time.
 
     Returns:
       scores: [B, K] float32 in descending order, K = min(k, C) or a little more where C is small.
       indices: [B, K] int32; -1 where there are too few candidates, their scores being -inf.
     """
-    scorer = BlockScorer(
-        query_embeddings,
-        candidate_embeddings,
-        candidate_ids=candidate_ids,
-        positive_ids=positive_ids,
-    )
+    scorer = BlockScorer(query_embeddings, candidate_embeddings)
     width = math.ceil((block_size or _BLOCK_SIZE) / _GROUP_SIZE)
     block_size = width * _GROUP_SIZE
     num_blocks = -(-scorer.num_candidates // block_size)
@@ -99,7 +90,7 @@ def similarity_quantile(
     candidate_embeddings: tf.Tensor,
     quantile: float,
     rng: np.random.Generator,
-    ids: np.ndarray | None = None,
+    ids: np.ndarray,
 ) -> float:
     """Estimates a quantile of the entries of f(X) g(Y)ᵀ from a sample of rows and columns.
 
@@ -108,14 +99,12 @@ def similarity_quantile(
       candidate_embeddings: [N, d] float32.
       quantile: in [0, 1).
       rng: draws the sample.
-      ids: [N] int; entries whose row and column have the same do not count. The diagonal where
-        None.
+      ids: [N] int; entries whose row and column have the same do not count.
 
     Returns:
       The quantile of up to a million entries; -inf where there are none.
     """
     num_pairs = len(query_embeddings)
-    ids = np.arange(num_pairs) if ids is None else ids
     size = min(num_pairs, _SAMPLE_SIZE)
     rows, columns = (rng.choice(num_pairs, size, replace=False) for _ in range(2))
     scores = tf.matmul(

@@ -5,6 +5,7 @@ import warnings
 import hypothesis
 import numpy as np
 import pytest
+import scipy.sparse
 import tensorflow as tf
 from hypothesis import strategies as st
 
@@ -63,47 +64,82 @@ def test_always_a_permutation(num_pairs, num_neighbors, quantile, num_ids, batch
     assert_permutation(order, num_pairs)
 
 
-def graph_by_definition(queries, candidates, k, quantile, ids):
+def neighbors_by_definition(queries, candidates, k, quantile, ids):
+    """Of each row, the ids of the neighboring candidates."""
     scores = (queries @ candidates.T).astype(np.float64)
-    same = ids[:, None] == ids
-    threshold = -np.inf if quantile is None else np.quantile(scores[~same], quantile)
-    joined = np.zeros(scores.shape, bool)
+    is_other = ids[:, None] != ids
+    threshold = -np.inf if quantile is None else np.quantile(scores[is_other], quantile)
+    neighbors = []
     for row in range(len(scores)):
-        others = np.flatnonzero(~same[row])
-        best = others[np.argsort(-scores[row, others])[:k]]
-        joined[row, best[scores[row, best] > threshold]] = True
-    return joined | joined.T
+        score_of = {ids[i]: scores[row, i] for i in np.flatnonzero(is_other[row])}
+        best = sorted(score_of, key=score_of.get, reverse=True)[:k]
+        neighbors.append({i for i in best if score_of[i] > threshold})
+    return neighbors
 
 
 @pytest.mark.parametrize("block_size", [None, 32])
 @pytest.mark.parametrize("quantile", [None, 0.9, 0.99])
-@pytest.mark.parametrize("has_ids", [False, True])
-def test_neighbor_graph_is_as_defined(quantile, has_ids, block_size):
+def test_neighbor_graph_is_as_defined(quantile, block_size):
     queries, candidates = random_embeddings(100)
-    ids = np.random.default_rng(0).integers(0, 30, 100) if has_ids else np.arange(100)
     graph = neighbor_graph(
-        queries,
-        candidates,
-        num_neighbors=5,
-        quantile=quantile,
-        candidate_ids=ids if has_ids else None,
-        block_size=block_size,
+        queries, candidates, num_neighbors=5, quantile=quantile, block_size=block_size
     )
-    expected = graph_by_definition(queries, candidates, 5, quantile, ids)
-    np.testing.assert_array_equal(graph.toarray(), expected)
+    expected = np.zeros([100, 100], bool)
+    neighbors = neighbors_by_definition(queries, candidates, 5, quantile, np.arange(100))
+    for row, columns in enumerate(neighbors):
+        expected[row, list(columns)] = True
+    np.testing.assert_array_equal(graph.toarray(), expected | expected.T)
+
+
+@pytest.mark.parametrize("with_index", [False, True])
+@pytest.mark.parametrize("quantile", [None, 0.9])
+def test_neighbors_are_different_candidates_where_ids_are_given(quantile, with_index):
+    rng = np.random.default_rng(0)
+    # Some are frequent, as among the interactions of users.
+    ids = np.minimum(rng.geometric(0.1, 200), 30)
+    table, queries = rng.normal(size=[31, 8]), rng.normal(size=[200, 8])
+    queries, candidates = queries.astype(np.float32), table[ids].astype(np.float32)
+    # The 30 candidates are fewer than a leaf holds: this index is exact.
+    index = TreeIndex(64, 8) if with_index else None
+    graph = neighbor_graph(
+        queries, candidates, num_neighbors=5, quantile=quantile, candidate_ids=ids, index=index
+    )
+    expected = neighbors_by_definition(queries, candidates, 5, quantile, ids)
+    rows, columns = graph.nonzero()
+    for row in range(200):
+        found = columns[rows == row]
+        # Each neighboring candidate by one pair, and those whose neighbor the pair itself is.
+        assert expected[row] <= set(ids[found]) and ids[row] not in ids[found]
+        others = [pair for pair in found if ids[pair] not in expected[row]]
+        assert all(ids[row] in expected[pair] for pair in others)
+    if with_index:
+        assert int(index.num_candidates) == len(set(ids))
+
+
+def test_equally_frequent_candidates_make_a_graph_for_each_of_their_pairs():
+    # Two clusters of five candidates: each has three pairs.
+    rng = np.random.default_rng(0)
+    labels = rng.permutation(np.repeat(np.arange(10), 3))
+    centres = np.repeat(np.eye(2), 5, axis=0) + 0.1 * rng.uniform(size=[10, 2])
+    queries = candidates = centres[labels].astype(np.float32)
+    graph = neighbor_graph(queries, candidates, num_neighbors=4, candidate_ids=labels)
+    num_components, component = scipy.sparse.csgraph.connected_components(graph)
+    assert num_components == 6
+    for number in range(6):
+        own = labels[component == number]
+        assert len(own) == 5 and len(set(own)) == 5 and len(set(own // 5)) == 1
 
 
 def test_neighbor_graph_of_an_index():
     queries, candidates = random_embeddings(300)
     index = TreeIndex(300, 8)
-    index.index(candidates, verbose=0)
     exact = neighbor_graph(queries, candidates, num_neighbors=4)
     found = neighbor_graph(queries, candidates, num_neighbors=4, index=index)
     # A search by leaves misses some.
     assert found.multiply(exact).nnz > 0.8 * exact.nnz
     assert_permutation(contrastive_order(queries, candidates, index=index), 300)
-    with pytest.raises(ValueError, match="an index of 300 candidates for 200 pairs"):
-        neighbor_graph(queries[:200], candidates[:200], index=index)
+    with pytest.raises(ValueError, match="300"):
+        neighbor_graph(queries, candidates, index=TreeIndex(200, 8))
 
 
 @hypothesis.given(
@@ -199,7 +235,7 @@ def test_a_candidate_too_frequent_is_warned_of():
 
 def test_traced_once():
     queries, candidates = random_embeddings(1100, dim=5)
-    search = _contrastive_order._compiled_search(5, None, False)
+    search = _contrastive_order._compiled_search(5, None)
     for num_pairs in (1100, 30, 700):
         contrastive_order(queries[:num_pairs], candidates[:num_pairs])
     assert search.experimental_get_tracing_count() == 1

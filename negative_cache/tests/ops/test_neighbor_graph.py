@@ -42,31 +42,18 @@ def test_nearest_candidates_of_real_embeddings(block_size):
     np.testing.assert_array_equal(indices, np.argsort(-(queries @ candidates.T), axis=1)[:, :10])
 
 
-def test_nearest_candidates_leave_the_own_id_out():
-    queries, candidates = distinct_scores(2, 6, 0)
-    ids = np.int64([0, 0, 1, 1, 2, 2])
-    _, indices = graphs.nearest_candidates(
-        queries, candidates, 6, candidate_ids=ids, positive_ids=np.int64([0, 2])
-    )
-    assert set(indices[0].numpy()) == {2, 3, 4, 5, -1} and set(indices[1].numpy()) == {
-        0,
-        1,
-        2,
-        3,
-        -1,
-    }
-
-
 def test_similarity_quantile_of_all_pairs_and_of_a_sample():
     rng = np.random.default_rng(0)
     queries, candidates = (rng.normal(size=[200, 4]).astype(np.float32) for _ in range(2))
     scores = (queries @ candidates.T)[~np.eye(200, dtype=bool)]
     # 200 are fewer than the sample: the quantile is that of all.
-    quantile = graphs.similarity_quantile(queries, candidates, 0.9, np.random.default_rng(1))
+    own = np.arange(200)
+    quantile = graphs.similarity_quantile(queries, candidates, 0.9, np.random.default_rng(1), own)
     assert quantile == pytest.approx(np.quantile(scores, 0.9), abs=1e-5)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(graphs, "_SAMPLE_SIZE", 100)
-        quantile = graphs.similarity_quantile(queries, candidates, 0.9, np.random.default_rng(1))
+        rng = np.random.default_rng(1)
+        quantile = graphs.similarity_quantile(queries, candidates, 0.9, rng, own)
     assert 0.85 < np.mean(scores < quantile) < 0.95
 
 
