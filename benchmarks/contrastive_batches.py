@@ -44,16 +44,18 @@ SETTINGS = {
     SHUFFLED: ({"start_epoch": 10**6}, False),
     ORDERED: ({}, False),
     GROWN: ({"grow": True}, False),
-    "cache": ({"start_epoch": 10**6}, True),
-    "ordered + cache": ({}, True),
-    "grown + cache": ({"grow": True}, True),
+    "ordered, groups of 8": ({"group_size": 8}, False),
+    "grown, groups of 8": ({"grow": True, "group_size": 8}, False),
+    "grown, groups of 4": ({"grow": True, "group_size": 4}, False),
     "grown, half random": ({"grow": True, "random_fraction": 0.5}, False),
-    "grown from the third pass": ({"grow": True, "start_epoch": 2}, False),
     "grown for three passes": (
         {"grow": True, "random_fraction": lambda epoch: float(epoch >= 3)},
         False,
     ),
-    "grown every second pass": ({"grow": True, "every": 2}, False),
+    "cache": ({"start_epoch": 10**6}, True),
+    "ordered + cache": ({}, True),
+    "grown + cache": ({"grow": True}, True),
+    "grown, groups of 4 + cache": ({"grow": True, "group_size": 4}, True),
 }
 BATCH_SIZES = (16, 64, 256, 1024)
 QUANTILES = (None, 0.99, 0.999)
@@ -341,9 +343,13 @@ def measure_order(options) -> dict:
 
 
 def save(options, record: dict):
-    path = options.output or pathlib.Path(
-        f"benchmarks/results/contrastive_batches_{options.part}.json"
-    )
+    path = options.output
+    if path is None:
+        name = f"contrastive_batches_{options.part}"
+        if options.part == "training":
+            name += f"_b{options.batch_size}_t{options.temperature}_{options.steps}steps"
+            name += f"_d{options.duplicates}" if options.duplicates else ""
+        path = pathlib.Path(f"benchmarks/results/{name}.json")
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     _measure.save(path, {"options": settings, **record})
 

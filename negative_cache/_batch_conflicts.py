@@ -5,7 +5,7 @@ of that same query. Batches are consecutive runs of `batch_size` places in an or
 shorter where `batch_size` does not divide N.
 """
 
-from collections import Counter
+import heapq
 
 import numpy as np
 
@@ -18,22 +18,31 @@ def count_conflicts(order: np.ndarray, ids: np.ndarray, batch_size: int) -> int:
       ids: [N] int, at least 0 and below N.
       batch_size: of the batches that the order is cut into.
     """
-    return len(order) - len(np.unique(_keys(order, ids, batch_size)))
+    keys = np.arange(len(order)) // batch_size * len(order) + ids[order]
+    return len(order) - len(np.unique(keys))
+
+
+def unavoidable_conflicts(ids: np.ndarray, batch_size: int) -> int:
+    """How many conflicts every order has.
+
+    An id can be in each of the F full batches, and s ids in the short one of s pairs, too.
+    """
+    return int(np.sum(_surplus(np.bincount(ids), *divmod(len(ids), batch_size))))
 
 
 def separate_ids(order: np.ndarray, ids: np.ndarray, batch_size: int) -> np.ndarray:
-    """Swaps pairs between batches until no two of a batch have the same id.
+    """Moves pairs until as few as can be share a batch with a pair of the same id.
 
-    Each pair that comes after one of the same id in its batch b changes places with a pair of the
-    nearest batch b' that has not its id, and where some pair has an id that b does not have; all
-    other pairs stay where they are. Every swap adds an id to b, or one to both, so that there are
-    at most as many swaps as conflicts.
+    An order without conflicts stays as it is. Otherwise batches are filled from the front of the
+    order with pairs of different ids; a pair whose id is in the batch waits for the next. That an
+    id never has more pairs left than there are batches for them, such *critical* ids go first.
 
-    If no id occurs in more pairs than there are full batches, no conflict remains. For, of the full
-    batches with a conflict, let b have the fewest different ids, and a be one that it has twice.
-    Some full batch b' does not have a, and has at least as many different ids as b: so one of them
-    is not in b, and there is a swap left to do. Likewise where b is the short batch and all others
-    are done. If some id occurs more often, conflicts may remain.
+    Then no conflict remains but those that no order avoids. For with F full batches and s further
+    places left, let every id have at most F pairs, or F + 1 for n₁ ≤ s ids (to begin with, pairs
+    beyond that count as pairs of other ids). There are at least B ids, since FB + s ≤ F·ids + n₁.
+    If n₀ ids have F pairs, (n₁ + n₀) F + n₁ ≤ FB + s, so that n₁ + n₀ ≤ B + (s - n₁) / F: the n₁
+    find places in the batch, and those of the n₀ that find none are at most s - n₁. So with F - 1
+    full batches left it is true again, and in the end of s pairs with different ids.
 
     Args:
       order: [N] int, a permutation.
@@ -43,79 +52,82 @@ def separate_ids(order: np.ndarray, ids: np.ndarray, batch_size: int) -> np.ndar
     Returns:
       [N], another permutation.
     """
-    order = np.array(order)
-    batches = _Batches(order, ids, batch_size)
-    places = batches.conflicting_places()
-    while len(places):
-        is_left = [not batches.separate(place) for place in places]
-        # What could not be separated may be so after others have been, but not forever.
-        if all(is_left):
-            break
-        places = places[is_left]
-    return order
+    if not count_conflicts(order, ids, batch_size):
+        return np.array(order)
+    num_full, rest = divmod(len(order), batch_size)
+    waiting = _Waiting(_without_surplus(ids[order], num_full, rest), num_full)
+    places = [waiting.take(batch_size, num_full - batch) for batch in range(num_full)]
+    places.append(waiting.take(rest, 1))
+    return order[np.concatenate([np.array(batch, np.int64) for batch in places])]
 
 
-def _keys(order: np.ndarray, ids: np.ndarray, batch_size: int) -> np.ndarray:
-    """[N] int64, the same for the pairs of one batch that have the same id."""
-    return np.arange(len(order)) // batch_size * len(order) + ids[order]
+def _surplus(counts: np.ndarray, num_full: int, rest: int) -> np.ndarray:
+    """How many pairs of each id are more than there are batches that it can be in."""
+    limits = np.full(len(counts), num_full)
+    most_frequent = np.argsort(-counts, kind="stable")[:rest]
+    limits[most_frequent] += 1
+    return np.maximum(counts - limits, 0)
 
 
-class _Batches:
-    """An order in the course of its repair, which changes it in place."""
+def _without_surplus(ids: np.ndarray, num_full: int, rest: int) -> np.ndarray:
+    """Ids of which the surplus, the last pairs of each, have got ids of their own."""
+    counts = np.bincount(ids)
+    allowed = counts - _surplus(counts, num_full, rest)
+    by_id = np.argsort(ids, kind="stable")
+    number = np.empty(len(ids), np.int64)
+    number[by_id] = np.arange(len(ids)) - (np.cumsum(counts) - counts)[ids[by_id]]
+    is_surplus = number >= allowed[ids]
+    return np.where(is_surplus, len(counts) + np.cumsum(is_surplus), ids)
 
-    def __init__(self, order: np.ndarray, ids: np.ndarray, batch_size: int):
-        self._order, self._ids, self._batch_size = order, ids, batch_size
-        self._num_batches = -(-len(order) // batch_size)
-        self._counters: dict[int, Counter] = {}
-        with_id = np.unique(_keys(order, ids, batch_size)) % len(order)
-        self._num_batches_with = np.bincount(with_id, minlength=len(order))
 
-    def conflicting_places(self) -> np.ndarray:
-        """Places of pairs that come after one of the same id in their batch."""
-        keys = _keys(self._order, self._ids, self._batch_size)
-        _, first = np.unique(keys, return_index=True)
-        return np.setdiff1d(np.arange(len(self._order)), first)
+class _Waiting:
+    """Places of the order that are in no batch yet.
 
-    def separate(self, place: int) -> bool:
-        """Moves the pair at a place away if it is in conflict; whether it is in none, then."""
-        batch, own = place // self._batch_size, self._ids[self._order[place]]
-        here = self._count(batch)
-        if here[own] < 2:
-            return True
-        if self._num_batches_with[own] == self._num_batches:
-            return False
-        for distance in range(1, self._num_batches):
-            for other in (batch - distance, batch + distance):
-                lacks_it = 0 <= other < self._num_batches and not self._count(other)[own]
-                if lacks_it and self._swap(place, batch, other):
-                    return True
-        return False
+    Args:
+      ids: [N] int, the id at each place.
+      num_full: F.
+    """
 
-    def _swap(self, place: int, batch: int, other: int) -> bool:
-        """Swaps with the pair of another batch that is nearest, if any can come; whether so."""
-        here, there = self._count(batch), self._count(other)
-        start = other * self._batch_size
-        places = range(start, min(start + self._batch_size, len(self._order)))
-        for other_place in places if other > batch else reversed(places):
-            moved = self._ids[self._order[other_place]]
-            if here[moved]:
-                continue
-            own = self._ids[self._order[place]]
-            self._order[[place, other_place]] = self._order[[other_place, place]]
-            here[own] -= 1
-            here[moved] += 1
-            there[own] += 1
-            there[moved] -= 1
-            # The batch still has a pair with `own`; the other has lost `moved` if it had one only.
-            self._num_batches_with[own] += 1
-            self._num_batches_with[moved] += 1 if there[moved] else 0
-            return True
-        return False
+    def __init__(self, ids: np.ndarray, num_full: int):
+        _, codes, counts = np.unique(ids, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        self._places = np.argsort(codes, kind="stable").tolist()
+        # Of each id: where its places begin that are left, and where they end.
+        self._next, self._ends = (ends - counts).tolist(), ends.tolist()
+        self._queue = sorted((self._places[start], i) for i, start in enumerate(self._next))
+        self._critical: list[int] = []
+        # Ids that become critical when so many full batches are left; wrong once a pair is taken.
+        self._soon_critical: list[list[int]] = [[] for _ in range(num_full + 1)]
+        for i, count in enumerate(counts.tolist()):
+            self._soon_critical[min(count, num_full)].append(i)
 
-    def _count(self, batch: int) -> Counter:
-        """How many pairs of each id a batch has."""
-        if batch not in self._counters:
-            start = batch * self._batch_size
-            members = self._order[start : start + self._batch_size]
-            self._counters[batch] = Counter(self._ids[members].tolist())
-        return self._counters[batch]
+    def take(self, size: int, num_full: int) -> list[int]:
+        """Takes the places of the next batch, when so many full ones are left with it."""
+        taken = set(self._take_critical(size, num_full))
+        places = [self._places[self._next[i]] for i in taken]
+        while len(places) < size:
+            place, i = heapq.heappop(self._queue)
+            # Each id is in the queue with its first place; others were taken as critical.
+            if i not in taken and self._num_left(i) and place == self._places[self._next[i]]:
+                taken.add(i)
+                places.append(place)
+        for i in taken:
+            self._next[i] += 1
+            if num_left := self._num_left(i):
+                heapq.heappush(self._queue, (self._places[self._next[i]], i))
+                if num_left < num_full - 1:
+                    self._soon_critical[num_left].append(i)
+        return sorted(places)
+
+    def _take_critical(self, size: int, num_full: int) -> list[int]:
+        """Ids with no fewer pairs than full batches are left, the most frequent first."""
+        if num_full < len(self._soon_critical):
+            new = self._soon_critical[num_full]
+            self._critical += [i for i in new if self._num_left(i) >= num_full]
+        # An id is once in the list, and stays: of the batches left there is now one fewer, too.
+        self._critical = [i for i in dict.fromkeys(self._critical) if self._num_left(i)]
+        self._critical.sort(key=lambda i: (-self._num_left(i), self._places[self._next[i]]))
+        return self._critical[:size]
+
+    def _num_left(self, i: int) -> int:
+        return self._ends[i] - self._next[i]

@@ -8,9 +8,16 @@ import numpy as np
 import scipy.sparse
 import tensorflow as tf
 
-from negative_cache import _held_out, _pair_batches, _validation
-from negative_cache._contrastive_order import checked_codes, neighbor_graph, order_of
+from negative_cache import _pair_batches, _validation
+from negative_cache._contrastive_order import (
+    check_embeddings,
+    check_index,
+    check_quantile,
+    neighbor_graph,
+    order_of,
+)
 from negative_cache._grown_batches import grow_batches
+from negative_cache._pair_ids import Ids
 from negative_cache._towers import Towers
 
 
@@ -42,26 +49,32 @@ class BatchMaker:
         start_epoch: int,
         random_fraction: float | Callable[[int], float],
         grow: bool,
+        group_size: int | None,
         drop_remainder: bool,
         index,
         embedding_batch_size: int,
         seed: int,
         verbose: int,
     ):
+        self.batch_size = _validation.check_count(batch_size, "batch_size")
         _validation.check_count(embedding_batch_size, "embedding_batch_size")
         self.towers = Towers(model, embedding_batch_size)
-        self.batch_size = _validation.check_count(batch_size, "batch_size")
         self._num_neighbors = _validation.check_count(num_neighbors, "num_neighbors")
-        if quantile is not None and not 0.0 <= quantile < 1.0:
-            raise ValueError(f"`quantile` must lie in [0, 1). Received: {quantile!r}.")
-        self._quantile = quantile
+        self._quantile = check_quantile(quantile)
         self._start_epoch = _validation.check_count(start_epoch, "start_epoch", at_least=0)
         if not callable(random_fraction):
             _pair_batches.check_fraction(random_fraction, "random_fraction")
         self._random_fraction = random_fraction
-        self._grow = bool(grow)
+        self._grow, self._group_size = bool(grow), self.batch_size
+        if group_size is not None:
+            self._group_size = _validation.check_count(group_size, "group_size")
+            if batch_size % group_size:
+                raise ValueError(
+                    "`group_size` must divide `batch_size`. Received:"
+                    f" {group_size} and {batch_size}."
+                )
         self.drop_remainder = bool(drop_remainder)
-        self._index = index
+        self._index = check_index(index)
         self._seed = _validation.check_count(seed, "seed", at_least=0)
         self._verbose = verbose
 
@@ -84,16 +97,20 @@ class BatchMaker:
         """[N, d] embeddings of the queries and of the candidates."""
         return self.towers.embed(pairs, _pair_batches.num_rows(pairs), self._verbose)
 
-    def order(self, pairs, ids: np.ndarray | None, stream: Sequence[int]) -> "Order":
-        """The order of pairs by the embeddings of now."""
-        queries, candidates = self.embed(pairs)
+    def order(
+        self, pairs, ids: Ids, stream: Sequence[int], numbers: np.ndarray | None = None
+    ) -> Order:
+        """The order of pairs by the embeddings of now; errors name pairs by their numbers [N]."""
+        embeddings = self.embed(pairs)
+        for values, name in zip(embeddings, ("query", "candidate")):
+            check_embeddings(values, f"{name} embeddings", numbers)
         seed = int(self._rng(stream).integers(2**31))
         graph = neighbor_graph(
-            queries,
-            candidates,
+            *embeddings,
             num_neighbors=self._num_neighbors,
             quantile=self._quantile,
-            candidate_ids=ids,
+            candidate_ids=ids.candidates,
+            query_ids=ids.queries,
             index=self._index,
             seed=seed,
             verbose=self._verbose,
@@ -101,7 +118,7 @@ class BatchMaker:
         return Order(order_of(graph, seed), graph if self._grow else None)
 
     def batches(
-        self, order: "Order", ids: np.ndarray | None, epoch: int, stream: Sequence[int]
+        self, order: Order, ids: Ids, epoch: int, stream: Sequence[int]
     ) -> list[np.ndarray]:
         """Rows of the batches that an order makes, the last of them perhaps smaller."""
         rng, fraction = self._rng([*stream, 1]), self.random_fraction(epoch)
@@ -111,9 +128,14 @@ class BatchMaker:
             # From a random place on, so that the batches of two epochs differ.
             rows = np.roll(order.rows, -rng.integers(max(len(order.rows), 1)))
             if order.graph is not None:
-                rows = grow_batches(order.graph, rows, self.batch_size, ids)
+                rows = grow_batches(order.graph, rows, self._group_size, ids)
         return _pair_batches.cut_batches(
-            rows, self.batch_size, random_fraction=fraction, ids=ids, rng=rng
+            rows,
+            self.batch_size,
+            group_size=self._group_size,
+            random_fraction=fraction,
+            ids=ids.candidates,
+            rng=rng,
         )
 
     def _rng(self, stream: Sequence[int]) -> np.random.Generator:
@@ -121,29 +143,45 @@ class BatchMaker:
 
 
 class Shards:
-    """Calling it passes over a dataset of single pairs and yields batches of similar ones."""
+    """Calling it passes over a dataset of single pairs and yields batches of similar ones.
 
-    def __init__(self, maker: BatchMaker, dataset, shard_size: int, candidate_id_key: str | None):
-        self._maker, self._shard_size = maker, shard_size
-        self._key = candidate_id_key
-        self._parts = dataset.batch(min(shard_size, 1024)).prefetch(tf.data.AUTOTUNE)
-        self._epoch, self._weights = -1, None
+    The arguments are those of `GlobalContrastiveBatches.from_dataset`.
+    """
+
+    def __init__(
+        self,
+        maker: BatchMaker,
+        dataset: tf.data.Dataset,
+        *,
+        shard_size: int,
+        candidate_id_key: str | None,
+        query_id_key: str | None,
+        initial_epoch: int,
+    ):
+        self._maker = maker
+        self._keys = query_id_key, candidate_id_key
+        self._parts_of_shard = math.ceil(shard_size / 1024)
+        part_size = math.ceil(shard_size / self._parts_of_shard)
+        self._parts = dataset.batch(part_size).prefetch(tf.data.AUTOTUNE)
+        self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0) - 1
+        self._weights = None
 
     def __call__(self) -> Iterator:
         self._begin_pass()
-        epoch, rest = self._epoch, None
-        for number, pairs in enumerate(self._shards()):
-            if rest is not None:
-                pairs = _pair_batches.concatenate([rest, pairs])
-            rest = None
-            for rows in self._batches(pairs, epoch, number):
+        epoch, rest = self._epoch, []
+        for shard, parts in enumerate(self._shards()):
+            pairs, numbers = _pair_batches.concatenate([*rest, *parts])
+            # Only the shard itself stays in memory.
+            parts.clear()
+            rest = []
+            for rows in self._batches(pairs, numbers, [epoch, shard]):
                 batch = tf.nest.map_structure(lambda values: values[rows], pairs)  # noqa: B023
                 if len(rows) == self._maker.batch_size:
                     yield batch
                 else:
-                    rest = batch
-        if rest is not None and not self._maker.drop_remainder:
-            yield rest
+                    rest = [(batch, numbers[rows])]
+        if rest and not self._maker.drop_remainder:
+            yield rest[0][0]
 
     def _begin_pass(self):
         """Counts the pass, unless nothing has been trained in the one before."""
@@ -152,29 +190,27 @@ class Shards:
             self._epoch += 1
         self._weights = None
 
-    def _batches(self, pairs, epoch: int, shard: int) -> list[np.ndarray]:
-        maker, num_pairs = self._maker, _pair_batches.num_rows(pairs)
+    def _batches(self, pairs, numbers: np.ndarray, stream: list[int]) -> list[np.ndarray]:
+        maker, epoch = self._maker, stream[0]
         maker.towers.build(pairs)
         if self._weights is None:
             self._weights = maker.towers.weights()
-        ids = None
-        if self._key is not None:
-            ids = checked_codes(_held_out.ids_of(pairs["candidate"], self._key), num_pairs)
-        order = Order(np.arange(num_pairs))
+        ids = Ids.of(pairs, *self._keys)
+        ids.warn_of_conflicts(maker.batch_size)
+        order = Order(np.arange(len(numbers)))
         if maker.random_fraction(epoch) < 1.0:
-            order = maker.order(pairs, ids, [epoch, shard])
-        return maker.batches(order, ids, epoch, [epoch, shard])
+            order = maker.order(pairs, ids, stream, numbers)
+        return maker.batches(order, ids, epoch, stream)
 
-    def _shards(self) -> Iterator:
-        """Features of `shard_size` pairs at a time, as arrays."""
-        parts, size = [], 0
+    def _shards(self) -> Iterator[list]:
+        """The parts of one shard after the other: features, and the pairs' numbers."""
+        parts, num_pairs = [], 0
         for part in self._parts.as_numpy_iterator():
-            parts.append(part)
-            size += _pair_batches.num_rows(part)
-            while size >= self._shard_size:
-                pairs = _pair_batches.concatenate(parts)
-                yield tf.nest.map_structure(lambda values: values[: self._shard_size], pairs)
-                parts = [tf.nest.map_structure(lambda values: values[self._shard_size :], pairs)]
-                size -= self._shard_size
-        if size:
-            yield _pair_batches.concatenate(parts)
+            size = _pair_batches.num_rows(part)
+            parts.append((part, np.arange(num_pairs, num_pairs + size)))
+            num_pairs += size
+            if len(parts) == self._parts_of_shard:
+                yield parts
+                parts = []
+        if parts:
+            yield parts

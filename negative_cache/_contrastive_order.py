@@ -5,7 +5,7 @@
 
 import functools
 import math
-import warnings
+import numbers
 from collections.abc import Callable
 
 import numpy as np
@@ -13,9 +13,11 @@ import scipy.sparse
 import tensorflow as tf
 from scipy.sparse import csgraph
 
-from negative_cache import _batch_conflicts, _held_out, _validation
+from negative_cache import _batch_conflicts, _validation
 from negative_cache._compat import keras
 from negative_cache._grown_batches import grow_batches
+from negative_cache._pair_ids import Ids
+from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import neighbor_graph as graphs
 
 
@@ -26,6 +28,7 @@ def contrastive_order(
     num_neighbors: int = 16,
     quantile: float | None = None,
     candidate_ids: np.ndarray | tf.Tensor | None = None,
+    query_ids: np.ndarray | tf.Tensor | None = None,
     batch_size: int | None = None,
     grow: bool = False,
     index=None,
@@ -47,10 +50,12 @@ def contrastive_order(
       quantile: keep only similarities above this quantile of all, in [0, 1). None keeps
         `num_neighbors` of every row, so that no pair is left without neighbors.
       candidate_ids: [N] integers or strings, of candidates that are in several pairs: the neighbors
-        are then different candidates, each by one of its pairs. Pairs with the same id are not
-        neighbors, and with `batch_size` not of one batch: pairs that would be are swapped with
-        pairs of the nearest batch where they fit. If an id occurs in more pairs than there are full
-        batches, that may be impossible; then as many as can be are kept apart, with a warning.
+        are then different candidates, each by one of its pairs. With `batch_size` no two pairs of
+        one candidate are in one batch: a pair waits for a later one. Where an id is in more pairs
+        than there are batches for, as few as can be share one, with a warning.
+      query_ids: [N] integers or strings, of queries that are in several pairs: pairs with a
+        candidate that is a positive of the query are not its neighbors, and `grow` does not put
+        them into its batch.
       batch_size: the batches that the order will be cut into, if `candidate_ids` are to be kept
         apart in them, or for `grow`.
       grow: whether to fill batches, one after the other, with the pairs that have the most
@@ -79,6 +84,7 @@ def contrastive_order(
         num_neighbors=num_neighbors,
         quantile=quantile,
         candidate_ids=candidate_ids,
+        query_ids=query_ids,
         index=index,
         block_size=block_size,
         seed=seed,
@@ -87,13 +93,12 @@ def contrastive_order(
     order = order_of(graph, seed)
     if batch_size is None:
         return order
-    codes = None
-    if candidate_ids is not None:
-        codes = checked_codes(candidate_ids, len(order), batch_size)
+    ids = Ids.given(len(order), query_ids, candidate_ids)
+    ids.warn_of_conflicts(batch_size)
     if grow:
-        order = grow_batches(graph, order, batch_size, codes)
-    if codes is not None:
-        order = _batch_conflicts.separate_ids(order, codes, batch_size)
+        order = grow_batches(graph, order, batch_size, ids)
+    if ids.candidates is not None:
+        order = _batch_conflicts.separate_ids(order, ids.candidates, batch_size)
     return order
 
 
@@ -104,6 +109,7 @@ def neighbor_graph(
     num_neighbors: int = 16,
     quantile: float | None = None,
     candidate_ids: np.ndarray | tf.Tensor | None = None,
+    query_ids: np.ndarray | tf.Tensor | None = None,
     index=None,
     block_size: int | None = None,
     seed: int = 0,
@@ -112,29 +118,34 @@ def neighbor_graph(
     """The graph that `contrastive_order` orders: which pairs are each other's hard negatives.
 
     Pairs i and j are joined where f(x_i)·g(y_j) is one of the `num_neighbors` largest entries of
-    row i of f(X) g(Y)ᵀ without the diagonal, and above the quantile, or the same with i and j
+    row i of f(X) g(Y)ᵀ without positives, and above the quantile, or the same with i and j
     exchanged. With `candidate_ids` the entries are those of different candidates, and j is one of
-    the pairs of the candidate (`_pairs_of`). Arguments and errors are those of `contrastive_order`.
+    the pairs of the candidate (`_pairs_of`). Of the rows that have j among their largest entries,
+    only the 4 · `num_neighbors` count that have it highest among them (*ours*): a graph with pairs
+    that are neighbors of nearly all has no order of small bandwidth. Arguments and errors are those
+    of `contrastive_order`.
 
     Returns:
       [N, N] bool, symmetric, without a diagonal. `bandwidth(graph, order)` measures an order of it.
     """
     num_neighbors = _validation.check_count(num_neighbors, "num_neighbors")
-    if quantile is not None and not 0.0 <= quantile < 1.0:
-        raise ValueError(f"`quantile` must lie in [0, 1). Received: {quantile!r}.")
-    queries = _embeddings(query_embeddings, "query_embeddings")
-    candidates = _embeddings(candidate_embeddings, "candidate_embeddings")
+    check_quantile(quantile)
+    check_index(index)
+    if block_size is not None:
+        _validation.check_count(block_size, "block_size")
+    queries = check_embeddings(query_embeddings, "`query_embeddings`")
+    candidates = check_embeddings(candidate_embeddings, "`candidate_embeddings`")
     if queries.shape != candidates.shape:
         raise ValueError(
             "`query_embeddings` and `candidate_embeddings` must have the same shape, a row a pair."
             f" Received shapes: {queries.shape} and {candidates.shape}."
         )
     num_pairs = len(queries)
-    codes = np.arange(num_pairs)
-    if candidate_ids is not None:
-        codes = checked_codes(candidate_ids, num_pairs)
+    ids = Ids.given(num_pairs, query_ids, candidate_ids)
     if num_pairs < 2:
         return scipy.sparse.csr_matrix((num_pairs, num_pairs), dtype=bool)
+    codes = np.arange(num_pairs) if ids.candidates is None else ids.candidates
+    positives = _Positives(np.arange(num_pairs) if ids.queries is None else ids.queries, codes)
     rng = np.random.default_rng(seed)
     threshold = -math.inf
     if quantile is not None:
@@ -147,10 +158,10 @@ def neighbor_graph(
         search = _exact_search(candidates, block_size)
     else:
         search = _index_search(index, candidates, verbose)
-    found = _neighbors(search, queries, codes, num_neighbors, threshold, verbose)
+    found = _neighbors(search, queries, positives, num_neighbors, threshold, verbose)
     if len(first) < num_pairs:
         found = _pairs_of(found, codes, rng)
-    return graphs.symmetric_graph(found)
+    return graphs.symmetric_graph(found, max_claims=4 * num_neighbors)
 
 
 def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
@@ -165,46 +176,67 @@ def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
     return order[reordered] if is_narrower else order
 
 
-def checked_codes(ids, num_pairs: int, batch_size: int | None = None) -> np.ndarray:
-    """[N] int64 codes from 0 on of ids, integers or strings.
+def check_quantile(quantile: float | None) -> float | None:
+    """Checks a quantile that may be None."""
+    if quantile is not None and not (isinstance(quantile, numbers.Real) and 0.0 <= quantile < 1.0):
+        raise ValueError(f"`quantile` must lie in [0, 1). Received: {quantile!r}.")
+    return quantile
 
-    With a batch size it warns of ids that are too frequent to be in a batch once only.
+
+def check_index(index) -> TreeIndex | None:
+    """Checks an index that may be None."""
+    if index is not None and not isinstance(index, TreeIndex):
+        raise ValueError(f"`index` must be a `TreeIndex`. Received: {index!r}.")
+    return index
+
+
+def check_embeddings(values, name: str, row_numbers: np.ndarray | None = None) -> tf.Tensor:
+    """Checks embeddings and returns them: [N, d] float32.
+
+    Args:
+      values: [N, d] float.
+      name: what they are, for errors.
+      row_numbers: [N] int, for errors; 0, …, N - 1 where None.
     """
-    ids = _held_out.to_numpy(ids)
-    if ids.shape != (num_pairs,) or ids.dtype.kind not in "iuO":
-        raise ValueError(
-            f"`candidate_ids` must be integers or strings of shape [{num_pairs}]. Received dtype"
-            f" {ids.dtype}, shape {ids.shape}."
-        )
-    values, codes, counts = np.unique(ids, return_inverse=True, return_counts=True)
-    if batch_size is not None and counts.max(initial=0) > max(num_pairs // batch_size, 1):
-        warnings.warn(
-            f"Some batches will hold a candidate twice: {values[np.argmax(counts)]} is in"
-            f" {counts.max()} pairs, and {num_pairs} pairs make {num_pairs // batch_size} full"
-            f" batches of {batch_size}. Smaller batches, or `remove_accidental_hits` in the task,"
-            " keep it from being its own negative.",
-            stacklevel=3,
-        )
-    return codes.astype(np.int64)
-
-
-def _embeddings(values, name: str) -> tf.Tensor:
-    """[N, d] float32."""
     values = tf.convert_to_tensor(values)
     if values.shape.rank != 2 or not values.dtype.is_floating:
         raise ValueError(
-            f"`{name}` must be floating point of shape [pairs, dim]. Received dtype"
+            f"{name} must be floating point of shape [pairs, dim]. Received dtype"
             f" {values.dtype.name}, shape {values.shape}."
         )
     values = tf.cast(values, tf.float32)
-    is_finite = np.isfinite(values.numpy()).all(axis=1)
+    is_finite = np.isfinite(tf.reduce_sum(tf.square(values), axis=1).numpy())
     if not is_finite.all():
         row = int(np.argmin(is_finite))
+        number = row if row_numbers is None else int(row_numbers[row])
         raise ValueError(
-            f"`{name}` must be finite. Received {np.sum(~is_finite)} rows that are not, the first"
-            f" of them row {row}: {values[row].numpy()}."
+            f"{name} must be finite, and so their squared lengths. Received"
+            f" {np.sum(~is_finite)} rows that are not, the first of them row {number}:"
+            f" {values[row].numpy()}."
         )
     return values
+
+
+class _Positives:
+    """The positives of each pair's query.
+
+    Args:
+      queries: [N] int, the query of each pair.
+      candidates: [N] int, its candidate, below C.
+    """
+
+    def __init__(self, queries: np.ndarray, candidates: np.ndarray):
+        self.num_candidates = int(candidates.max()) + 1
+        self._queries = queries
+        self._keys = np.unique(queries * self.num_candidates + candidates)
+        # The most that a query has.
+        self.most = int(np.bincount(self._keys // self.num_candidates).max())
+
+    def include(self, rows: slice, found: np.ndarray) -> np.ndarray:
+        """[B, k] bool: whether candidates [B, k], or -1, are positives of the pairs' queries."""
+        keys = self._queries[rows, np.newaxis] * self.num_candidates + found
+        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        return self._keys[places] == keys
 
 
 def _exact_search(candidates: tf.Tensor, block_size: int | None):
@@ -231,30 +263,30 @@ def _index_search(index, candidates: tf.Tensor, verbose: int):
     return index.top_k
 
 
-def _neighbors(search, queries, codes, num_neighbors, threshold, verbose) -> np.ndarray:
-    """[N, k] int32: the candidates nearest to each query that are not its own; -1 for none.
+def _neighbors(search, queries, positives, num_neighbors, threshold, verbose) -> np.ndarray:
+    """[N, k] int32: the candidates nearest to each query but its positives; -1 for none.
 
     Args:
       search: queries [B, d], k -> scores and indices [B, k], of the C candidates.
       queries: [N, d] float32.
-      codes: [N] int, below C; the own candidate of each query.
+      positives: the `_Positives` of the queries.
       num_neighbors: k.
       threshold: what scores are above.
       verbose: 1 shows a progress bar.
     """
     num_pairs, dim = queries.shape
-    num_candidates = int(codes.max()) + 1
-    # Its own candidate is found, too.
-    k = min(num_neighbors + 1, num_candidates)
-    neighbors = np.full([num_pairs, k - 1], -1, np.int32)
-    step = graphs.queries_at_a_time(num_candidates, dim, k)
+    # Positives are found, too. Queries with a great many are left with fewer neighbors.
+    k = num_neighbors + min(positives.most, 4 * num_neighbors)
+    k = min(k, positives.num_candidates)
+    neighbors = np.full([num_pairs, min(num_neighbors, k)], -1, np.int32)
+    step = graphs.queries_at_a_time(positives.num_candidates, dim, k)
     bar = keras.utils.Progbar(num_pairs, unit_name="row") if verbose else None
     for start in range(0, num_pairs, step):
         rows = slice(start, min(start + step, num_pairs))
         scores, found = (values.numpy() for values in search(queries[rows], k))
-        is_neighbor = (found >= 0) & (scores > threshold) & (found != codes[rows, np.newaxis])
-        # The others first, in the order of their scores.
-        best = np.argsort(~is_neighbor, axis=1, kind="stable")[:, : k - 1]
+        is_neighbor = (found >= 0) & (scores > threshold) & ~positives.include(rows, found)
+        # The neighbors first, in the order of their scores.
+        best = np.argsort(~is_neighbor, axis=1, kind="stable")[:, :num_neighbors]
         found = np.take_along_axis(np.where(is_neighbor, found, -1), best, axis=1)
         neighbors[rows, : found.shape[1]] = found
         if bar is not None:

@@ -15,6 +15,7 @@ def cut_batches(
     order: np.ndarray,
     batch_size: int,
     *,
+    group_size: int | None = None,
     random_fraction: float = 0.0,
     ids: np.ndarray | None = None,
     rng: np.random.Generator,
@@ -24,7 +25,10 @@ def cut_batches(
     Args:
       order: [N] int, a permutation.
       batch_size: B.
-      random_fraction: share of the batches of B whose pairs are shuffled among these batches.
+      group_size: how many consecutive pairs stay together, a divisor of B; B where None. A batch
+        is made of random groups.
+      random_fraction: share of the batches of B whose pairs are shuffled among these batches. They
+        are two at least, where it is not 0.
       ids: [N] int; pairs with the same are kept apart where they can be.
       rng: draws everything.
 
@@ -33,8 +37,14 @@ def cut_batches(
     """
     order = np.array(order)
     num_full = len(order) // batch_size
+    if group_size not in (None, batch_size):
+        groups = order[: len(order) // group_size * group_size].reshape([-1, group_size])
+        groups[:] = rng.permutation(groups)
     full = order[: num_full * batch_size].reshape([num_full, batch_size])
-    mixed = rng.choice(num_full, round(random_fraction * num_full), replace=False)
+    num_mixed = round(random_fraction * num_full)
+    if random_fraction:
+        num_mixed = min(max(num_mixed, 2), num_full)
+    mixed = rng.choice(num_full, num_mixed, replace=False)
     full[mixed] = rng.permutation(full[mixed].reshape([-1])).reshape([-1, batch_size])
     if ids is not None:
         order = _batch_conflicts.separate_ids(order, ids, batch_size)
@@ -60,11 +70,39 @@ def check_pairs(pairs) -> tuple[dict, int]:
     return pairs, sizes[0]
 
 
+def check_dataset(dataset) -> dict:
+    """Checks a dataset of single pairs, and returns the specification of its elements."""
+    spec = getattr(dataset, "element_spec", None)
+    if not isinstance(spec, Mapping) or not {"query", "candidate"} <= set(spec):
+        raise ValueError(
+            '`dataset` must be a `tf.data.Dataset` of dictionaries with "query" and "candidate".'
+            f" Received elements: {spec!r}."
+        )
+    parts = tf.nest.flatten(dict(spec))
+    if not all(isinstance(part, tf.TensorSpec) for part in parts):
+        raise ValueError(f"Features of `dataset` must be dense. Received elements: {spec!r}.")
+    if all(part.shape.rank and part.shape[0] is None for part in parts):
+        raise ValueError(
+            "`dataset` must hold single pairs: `dataset.unbatch()` has those of batches. Received"
+            f" elements: {spec!r}."
+        )
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            "`dataset` must be finite, for a pass over it has an end: repeat the result, not what"
+            " it is made of. Received a dataset of infinite cardinality."
+        )
+    return dict(spec)
+
+
 def check_fraction(fraction, name: str) -> float:
     """Checks that an argument is a share, from 0 to 1."""
-    if not np.isscalar(fraction) or not 0.0 <= fraction <= 1.0:
+    try:
+        value = float(fraction)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must lie between 0 and 1. Received: {fraction!r}.")
-    return float(fraction)
+    return value
 
 
 def take(features, rows: np.ndarray):
@@ -90,7 +128,12 @@ def concatenate(parts: list):
 
 
 def _as_array(values):
+    if isinstance(values, (tf.RaggedTensor, tf.SparseTensor)):
+        raise ValueError(f"Features of `pairs` must be dense. Received: {type(values).__name__}.")
     array = values if tf.is_tensor(values) else np.asarray(values)
     if not len(array.shape):
-        raise ValueError(f"Features of `pairs` must have rows. Received a scalar: {values!r}.")
+        raise ValueError(
+            "Features of `pairs` must be arrays or tensors of a row a pair; lists are nests of"
+            f" features. Received a scalar: {values!r}."
+        )
     return array

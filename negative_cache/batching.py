@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _held_out, _pair_batches, _validation
+from negative_cache import _pair_batches, _validation
 from negative_cache._batch_maker import BatchMaker, Order, Shards
 from negative_cache._compat import keras
-from negative_cache._contrastive_order import checked_codes, contrastive_order, neighbor_graph
+from negative_cache._contrastive_order import contrastive_order, neighbor_graph
+from negative_cache._pair_ids import Ids
 from negative_cache.ops.neighbor_graph import bandwidth
 
 __all__ = ["GlobalContrastiveBatches", "bandwidth", "contrastive_order", "neighbor_graph"]
@@ -36,10 +37,11 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     The loss and the task stay as they are: a cache brings more negatives to such batches as to any
     other. See docs/contrastive_batches.md for where they help and where they do not.
 
-    Batches are made in the thread that reads them, one at a time. An epoch ends when Keras says so
-    and the weights of the towers have changed: Keras 3 also announces an end before `fit` begins.
-    Leave `workers` at 1 (Keras 2: in `fit`): more threads read ahead into the next epoch, whose
-    order they would make with unfinished weights. Processes cannot share the towers.
+    Batches are made in the thread that reads them, one at a time. A new epoch begins after Keras
+    has announced the end of one, if every batch has been read and the weights of the towers have
+    changed; so only `fit` should read them while it trains. Leave `workers` at 1 (Keras 2: in
+    `fit`): more threads read ahead into the next epoch, whose order they would make with unfinished
+    weights. Processes cannot share the towers.
 
     Under a `tf.distribute` strategy each replica gets a run of neighboring pairs of each batch.
 
@@ -52,16 +54,24 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
       num_neighbors: see `contrastive_order`; a quarter of B is a good start.
       quantile: see `contrastive_order`.
       start_epoch: the first epoch with ordered batches; those before are shuffled.
+      initial_epoch: how many epochs were trained before, if this goes on with an earlier training:
+        epochs are counted from there.
       every: embed and order at every so many epochs; those between have the last order, cut at
         another random place.
       random_fraction: share of the batches whose pairs are shuffled among them, against
         overfitting to batches that are hard for the sake of noise; or a function of the epoch, for
         a schedule.
-      grow: see `contrastive_order`; grown batches are much harder. They begin at another place of
+      group_size: how many similar pairs a batch has together, a divisor of B; the batch is made of
+        random groups. None is B: all pairs of a batch are similar. With few of them a query has
+        some hard negatives and many easy ones, see docs/contrastive_batches.md.
+      grow: see `contrastive_order`; grown groups are much harder. They begin at another place of
         the order in each epoch.
       candidate_id_key: name of the candidate feature that identifies candidates. Pairs that share
         one are kept apart, as by `contrastive_order` with `candidate_ids`.
       candidate_ids: [N] ids of candidates that are not one of their features.
+      query_id_key: name of the query feature that identifies queries, such as a user's id, where
+        they have several positives; see `query_ids` of `contrastive_order`.
+      query_ids: [N] ids of queries that are not one of their features.
       drop_remainder: whether to leave out the last, smaller batch, of other pairs in each epoch.
       batches_per_epoch: how many batches to have in an epoch of Keras, where it is not all of them.
         It replaces `steps_per_epoch` of `fit`; pairs are still used once before any is used twice,
@@ -91,11 +101,15 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         num_neighbors: int = 16,
         quantile: float | None = None,
         start_epoch: int = 0,
+        initial_epoch: int = 0,
         every: int = 1,
         random_fraction: float | Callable[[int], float] = 0.0,
+        group_size: int | None = None,
         grow: bool = False,
         candidate_id_key: str | None = None,
         candidate_ids: np.ndarray | tf.Tensor | None = None,
+        query_id_key: str | None = None,
+        query_ids: np.ndarray | tf.Tensor | None = None,
         drop_remainder: bool = False,
         batches_per_epoch: int | None = None,
         index=None,
@@ -107,12 +121,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         self._pairs, num_pairs = _pair_batches.check_pairs(pairs)
         self._maker = BatchMaker(
             model,
-            _validation.check_count(batch_size, "batch_size"),
+            batch_size,
             num_neighbors=num_neighbors,
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
             grow=grow,
+            group_size=group_size,
             drop_remainder=drop_remainder,
             index=index,
             embedding_batch_size=embedding_batch_size,
@@ -120,11 +135,22 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             verbose=verbose,
         )
         self._every = _validation.check_count(every, "every")
-        self._ids = None
-        if candidate_id_key is not None:
-            candidate_ids = _held_out.ids_of(self._pairs["candidate"], candidate_id_key)
-        if candidate_ids is not None:
-            self._ids = checked_codes(candidate_ids, num_pairs, batch_size)
+        for name, key, given in (
+            ("candidate", candidate_id_key, candidate_ids),
+            ("query", query_id_key, query_ids),
+        ):
+            if key is not None and given is not None:
+                raise ValueError(
+                    f"Of `{name}_id_key` and `{name}_ids` only one can be given. Received: {key!r}"
+                    f" and {given!r}."
+                )
+        of_features = Ids.of(self._pairs, query_id_key, candidate_id_key)
+        given = Ids.given(num_pairs, query_ids, candidate_ids)
+        self._ids = Ids(
+            given.queries if query_id_key is None else of_features.queries,
+            given.candidates if candidate_id_key is None else of_features.candidates,
+        )
+        self._ids.warn_of_conflicts(batch_size)
         self._num_batches = self._maker.num_batches(num_pairs)
         if not self._num_batches:
             raise ValueError(
@@ -137,12 +163,15 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         # Of the epoch of Keras, and those that are left for the next ones.
         self._batches: list[np.ndarray] = []
         self._left: list[np.ndarray] = []
-        self._epoch, self._order, self._ordered_at = 0, None, None
-        self._is_due, self._weights = True, None
+        self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0)
+        self._order, self._ordered_at = None, None
+        # The weights when the epoch of Keras began, and when the pairs were ordered.
+        self._weights, self._ordered_by = None, None
+        self._is_due, self._num_read, self._unread = True, 0, set()
+        self._before = self._state()
 
-    @classmethod
+    @staticmethod
     def from_dataset(
-        cls,
         model,
         dataset: tf.data.Dataset,
         batch_size: int,
@@ -151,9 +180,12 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         num_neighbors: int = 16,
         quantile: float | None = None,
         start_epoch: int = 0,
+        initial_epoch: int = 0,
         random_fraction: float | Callable[[int], float] = 0.0,
+        group_size: int | None = None,
         grow: bool = False,
         candidate_id_key: str | None = None,
+        query_id_key: str | None = None,
         drop_remainder: bool = False,
         embedding_batch_size: int = 1024,
         seed: int = 0,
@@ -163,25 +195,31 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
         At each pass, `shard_size` pairs at a time are read, embedded with the towers as they are
         then, ordered, and yielded as batches in random sequence. The rest of a shard that fills no
-        batch goes to the next shard. Only one shard is in memory. Shards are consecutive pairs:
-        where neighbors in the file are alike, shuffle the dataset first, so that shards are samples
-        of all pairs; a `shuffle` that reshuffles makes other shards at each pass.
+        batch goes to the next shard. Only one shard is in memory, and the part of the next that is
+        being read. Shards are consecutive pairs: where neighbors in the file are alike, shuffle the
+        dataset first, so that shards are samples of all pairs; a `shuffle` that reshuffles makes
+        other shards at each pass.
 
         `fit` on a model that is not built reads the first batch of a pass in vain, under Keras 3:
-        call it on a batch first, to save the embedding of a shard. With `steps_per_epoch`, repeat
-        the dataset.
+        call it on a batch first, to save the embedding of a shard. For `steps_per_epoch`, repeat
+        the result; it is read ahead, so that the first shard of a pass may be embedded some steps
+        before the last pass ends.
 
         Args:
           model: see the class.
-          dataset: single pairs `{"query": …, "candidate": …}` of dense features, re-iterable.
+          dataset: single pairs `{"query": …, "candidate": …}` of dense features, re-iterable and
+            finite.
           batch_size: B.
-          shard_size: pairs that are ordered together.
+          shard_size: pairs that are ordered together, rounded up to parts of 1024 or fewer.
           num_neighbors: see the class.
           quantile: see the class.
           start_epoch: the first pass with ordered batches; in those before, shards are shuffled.
+          initial_epoch: see the class.
           random_fraction: see the class.
+          group_size: see the class.
           grow: see the class.
           candidate_id_key: see the class.
+          query_id_key: see the class.
           drop_remainder: see the class.
           embedding_batch_size: see the class.
           seed: see the class.
@@ -193,38 +231,40 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         Raises:
           ValueError: where an argument is out of range, or an element is not such a pair.
         """
-        spec = getattr(dataset, "element_spec", None)
-        if not isinstance(spec, Mapping) or not {"query", "candidate"} <= set(spec):
-            raise ValueError(
-                '`dataset` must be a `tf.data.Dataset` of dictionaries with "query" and'
-                f' "candidate". Received elements: {spec!r}.'
-            )
-        _validation.check_count(shard_size, "shard_size")
-        if shard_size < batch_size:
-            raise ValueError(
-                f"`shard_size` must be at least `batch_size`. Received: {shard_size} and"
-                f" {batch_size}."
-            )
+        spec = _pair_batches.check_dataset(dataset)
         maker = BatchMaker(
             model,
-            _validation.check_count(batch_size, "batch_size"),
+            batch_size,
             num_neighbors=num_neighbors,
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
             grow=grow,
+            group_size=group_size,
             drop_remainder=drop_remainder,
             index=None,
             embedding_batch_size=embedding_batch_size,
             seed=seed,
             verbose=verbose,
         )
-        shards = Shards(maker, dataset, shard_size, candidate_id_key)
+        if _validation.check_count(shard_size, "shard_size") < batch_size:
+            raise ValueError(
+                f"`shard_size` must be at least `batch_size`. Received: {shard_size} and"
+                f" {batch_size}."
+            )
+        shards = Shards(
+            maker,
+            dataset,
+            shard_size=shard_size,
+            candidate_id_key=candidate_id_key,
+            query_id_key=query_id_key,
+            initial_epoch=initial_epoch,
+        )
         size = batch_size if drop_remainder else None
         batches = tf.data.Dataset.from_generator(
             shards,
             output_signature=tf.nest.map_structure(
-                lambda part: tf.TensorSpec([size, *part.shape], part.dtype), dict(spec)
+                lambda part: tf.TensorSpec([size, *part.shape], part.dtype), spec
             ),
         )
         num_pairs = int(dataset.cardinality())
@@ -243,13 +283,46 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             if self._is_due:
                 self._begin_epoch()
             rows = self._batches[index]
+            self._num_read += 1
+            self._unread.discard(index)
         return _pair_batches.take(self._pairs, rows)
+
+    def on_epoch_begin(self):
+        # Keras 3 only. It has looked at batches, and then callbacks may have loaded weights.
+        with self._lock:
+            if self._is_only_looked_at() and self._maker.towers.have_changed(self._weights):
+                self._restart()
 
     def on_epoch_end(self):
         with self._lock:
-            # Otherwise nothing has been trained: the batches are still to be used.
-            if self._weights is not None and self._maker.towers.have_changed(self._weights):
-                self._is_due = True
+            # Otherwise nothing has been trained, or not on all: the batches are still to be used.
+            if not self._is_due and not self._unread:
+                self._is_due = self._maker.towers.have_changed(self._weights)
+
+    def restart(self):
+        """Makes the next batch begin a new epoch, ordered by the weights of then.
+
+        For the cases that are not noticed: `fit` was interrupted in the middle of an epoch and is
+        called again; or, under Keras 2, a callback such as `BackupAndRestore` has loaded weights
+        when training began. Then it belongs into a callback after it:
+        `LambdaCallback(on_train_begin=lambda logs: batches.restart())`.
+        """
+        with self._lock:
+            self._restart()
+
+    def _restart(self):
+        if self._is_only_looked_at():
+            self._epoch, self._left, self._order, self._ordered_at = self._before
+        else:
+            self._left, self._order = [], None
+        self._is_due = True
+
+    def _is_only_looked_at(self) -> bool:
+        """Whether Keras has only looked at batches, Keras 3 at two and Keras 2 at one."""
+        return not self._is_due and self._num_read <= 2
+
+    def _state(self) -> tuple:
+        return self._epoch, self._left, self._order, self._ordered_at
 
     def embed(self) -> tuple[np.ndarray, np.ndarray]:
         """[N, d] float32 embeddings of the queries and of the candidates, by the towers of now."""
@@ -261,12 +334,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         return None if self._order is None else self._order.rows
 
     def _begin_epoch(self):
+        self._before = self._state()
         batches = self._left
         while len(batches) < self._num_batches:
             batches = [*batches, *self._pass()]
         self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
         self._weights = self._maker.towers.weights()
-        self._is_due = False
+        self._is_due, self._num_read, self._unread = False, 0, set(range(self._num_batches))
 
     def _pass(self) -> list[np.ndarray]:
         """Rows of the batches of the next pass over all pairs."""
@@ -275,9 +349,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         maker.towers.build(self._pairs)
         order = Order(np.arange(_pair_batches.num_rows(self._pairs)))
         if maker.random_fraction(epoch) < 1.0:
-            if self._order is None or epoch - self._ordered_at >= self._every:
+            if self._order is None or self._must_order(epoch):
                 self._order = maker.order(self._pairs, self._ids, [epoch])
-                self._ordered_at = epoch
+                self._ordered_at, self._ordered_by = epoch, maker.towers.weights()
             order = self._order
         batches = maker.batches(order, self._ids, epoch, [epoch])
         return batches[: maker.num_batches(len(order.rows))]
+
+    def _must_order(self, epoch: int) -> bool:
+        is_old = epoch - self._ordered_at >= self._every
+        return is_old and self._maker.towers.have_changed(self._ordered_by)

@@ -116,15 +116,27 @@ def similarity_quantile(
     return float(np.quantile(scores, quantile)) if len(scores) else -math.inf
 
 
-def symmetric_graph(neighbors: np.ndarray) -> scipy.sparse.csr_matrix:
+def symmetric_graph(
+    neighbors: np.ndarray, max_claims: int | None = None
+) -> scipy.sparse.csr_matrix:
     """Joins i and j where one is a neighbor of the other.
 
     Args:
-      neighbors: [N, k] int, the neighbors of each of N; -1 for none, never itself.
+      neighbors: [N, k] int, the neighbors of each of N, the nearest first; -1 for none, never
+        itself.
+      max_claims: of how many others each can be a neighbor: of those that have it nearer, by its
+        place among their neighbors.
     """
-    num_rows = len(neighbors)
-    rows, places = np.nonzero(neighbors >= 0)
-    columns = neighbors[rows, places]
+    num_rows, k = neighbors.shape
+    # The nearest of all first, so that a stable sort leaves them in front.
+    columns, rows = neighbors.T.reshape([-1]), np.tile(np.arange(num_rows), k)
+    rows, columns = rows[columns >= 0], columns[columns >= 0]
+    if max_claims is not None:
+        by_column = np.argsort(columns, kind="stable")
+        rows, columns = rows[by_column], columns[by_column]
+        counts = np.bincount(columns, minlength=num_rows)
+        number = np.arange(len(columns)) - (np.cumsum(counts) - counts)[columns]
+        rows, columns = rows[number < max_claims], columns[number < max_claims]
     ones = np.ones(len(rows), bool)
     graph = scipy.sparse.csr_matrix((ones, (rows, columns)), shape=(num_rows, num_rows))
     return graph.maximum(graph.T).tocsr()

@@ -6,9 +6,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import CachedRetrieval, DualEncoder, GlobalContrastiveBatches, TreeIndex
-from negative_cache._compat import keras
+from negative_cache import (
+    BackupAndRestore,
+    CachedRetrieval,
+    DualEncoder,
+    GlobalContrastiveBatches,
+    TreeIndex,
+)
+from negative_cache._compat import IS_KERAS_2, keras
+from negative_cache.batching import neighbor_graph
 from negative_cache.tests.contrastive_pairs import (
+    DIM,
+    NUM_PAIRS,
     PAIRS,
     TITLES,
     Recorder,
@@ -60,8 +69,9 @@ def test_fit_orders_by_the_weights_of_the_epochs_beginning():
     assert any(np.any(orders[0] != order) for order in orders[1:])
     for epoch, (queries, candidates) in enumerate(embeddings):
         towers = Tower(queries), Tower(candidates)
-        alone = GlobalContrastiveBatches(towers, PAIRS, 5, num_neighbors=2, verbose=0)
-        alone._epoch = epoch
+        alone = GlobalContrastiveBatches(
+            towers, PAIRS, 5, num_neighbors=2, initial_epoch=epoch, verbose=0
+        )
         read(alone)
         np.testing.assert_array_equal(alone.order, orders[epoch])
 
@@ -87,13 +97,17 @@ def test_fit_again_and_evaluate_begin_no_epoch_that_is_not_trained():
     assert batches._epoch == 3
 
 
-def test_fit_with_steps_per_epoch():
+def test_fit_with_steps_per_epoch_begins_no_pass_before_one_is_over():
     model = make_model()
     recorder = Recorder(model)
     batches = GlobalContrastiveBatches(model, PAIRS, 5, verbose=0)
-    model.fit(batches, epochs=2, steps_per_epoch=2, verbose=0)
-    assert len(recorder.batches) == 4
-    assert all(len(batch) in (2, 5) for batch in recorder.batches)
+    model.fit(batches, epochs=5, steps_per_epoch=2, verbose=0, shuffle=False)
+    if IS_KERAS_2:
+        # It begins each of its epochs with the first batch.
+        assert len(recorder.batches) == 10 and batches._epoch == 1
+    else:
+        assert_each_once(recorder.batches[:5])
+        assert batches._epoch == 2
 
 
 def test_batches_per_epoch_goes_on_where_it_stopped():
@@ -106,6 +120,109 @@ def test_batches_per_epoch_goes_on_where_it_stopped():
     for epoch in recorder.epochs(5):
         assert_each_once(epoch)
     assert batches._epoch == 3
+
+
+class Interrupt(keras.callbacks.Callback):
+    """Interrupts training after some batches."""
+
+    def __init__(self, num_batches):
+        super().__init__()
+        self.num_left = num_batches
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.num_left -= 1
+        if not self.num_left:
+            raise KeyboardInterrupt
+
+
+class Orders(keras.callbacks.Callback):
+    """Remembers the order of each epoch, and what it should be."""
+
+    def __init__(self, batches):
+        super().__init__()
+        self.batches, self.orders, self.expected = batches, [], []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        towers = [Tower(embeddings) for embeddings in self.batches.embed()]
+        alone = GlobalContrastiveBatches(
+            towers, PAIRS, 5, num_neighbors=2, initial_epoch=epoch, verbose=0
+        )
+        read(alone)
+        self.expected.append(alone.order)
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.orders.append(self.batches.order)
+
+
+def test_a_killed_training_goes_on(tmp_path):
+    def make(**options):
+        keras.utils.set_random_seed(0)
+        model = make_model(learning_rate=1.0)
+        model({name: {"id": features["id"][:5]} for name, features in PAIRS.items()})
+        return model, GlobalContrastiveBatches(
+            model, PAIRS, 5, num_neighbors=2, verbose=0, **options
+        )
+
+    model, batches = make()
+    whole = Orders(batches)
+    model.fit(batches, epochs=4, verbose=0, shuffle=False, callbacks=[whole])
+    model, batches = make()
+    backup = BackupAndRestore(tmp_path / "backup", save_freq="epoch")
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(batches, epochs=4, verbose=0, shuffle=False, callbacks=[backup, Interrupt(12)])
+    model, batches = make(initial_epoch=2)
+    backup = BackupAndRestore(tmp_path / "backup", save_freq="epoch")
+    resumed = Orders(batches)
+    callbacks = [backup, resumed]
+    if IS_KERAS_2:
+        callbacks.insert(
+            1, keras.callbacks.LambdaCallback(on_train_begin=lambda logs: batches.restart())
+        )
+    model.fit(batches, epochs=4, verbose=0, shuffle=False, callbacks=callbacks)
+    assert len(resumed.orders) == 2 and batches._epoch == 4
+    for order, expected, uninterrupted in zip(resumed.orders, resumed.expected, whole.orders[2:]):
+        np.testing.assert_array_equal(order, expected)
+        np.testing.assert_array_equal(order, uninterrupted)
+
+
+def test_restart_after_an_interrupt():
+    model = make_model(learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, num_neighbors=2, verbose=0)
+    with pytest.raises(KeyboardInterrupt):
+        model.fit(batches, epochs=2, verbose=0, callbacks=[Interrupt(8)])
+    batches.restart()
+    # Twice is as once: the weights are the same.
+    batches.restart()
+    assert batches._epoch == 2
+    orders = Orders(batches)
+    model.fit(batches, initial_epoch=2, epochs=3, verbose=0, callbacks=[orders])
+    np.testing.assert_array_equal(orders.orders, orders.expected)
+    assert batches._epoch == 3
+
+
+def test_weights_of_constant_norm_are_seen_to_change():
+    model = make_model(learning_rate=0.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, verbose=0)
+    read(batches)
+    batches.on_epoch_end()
+    read(batches)
+    assert batches._epoch == 1
+    table = model.query_network.table
+    table.assign(tf.convert_to_tensor(table)[:, ::-1])
+    batches.on_epoch_end()
+    read(batches)
+    assert batches._epoch == 2
+
+
+def test_several_passes_in_an_epoch_are_of_one_order():
+    model = make_model()
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, batches_per_epoch=15, verbose=0)
+    embed, calls = batches._maker.embed, []
+    batches._maker.embed = lambda pairs: calls.append(1) or embed(pairs)
+    rows = read(batches)
+    assert len(calls) == 1 and batches._epoch == 3
+    for i in range(3):
+        assert_each_once(rows[5 * i : 5 * i + 5])
 
 
 def test_nothing_is_traced_in_later_epochs():
@@ -180,6 +297,9 @@ def test_start_epoch_and_every():
         orders.append(batches.order)
         batches.on_epoch_end()
     assert orders[0] is None and orders[1] is None
+    resumed = GlobalContrastiveBatches(towers, pairs_of(24), 4, start_epoch=2, initial_epoch=2)
+    read(resumed)
+    assert resumed.order is not None
     # Ordered in the epochs 2, 5 and so on.
     assert [orders[i] is orders[i - 1] for i in range(3, 8)] == [True, True, False, True, True]
 
@@ -203,6 +323,71 @@ def test_random_fraction(grow):
     # Four consecutive pairs are of at most two clusters; four random ones of 20 hardly ever.
     assert mixed[0] == 0.0 or grow
     assert mixed[0] < 0.2 < mixed[1] <= 0.6 < 0.8 < mixed[2]
+
+
+@pytest.mark.parametrize("grow", [False, True])
+def test_groups_of_similar_pairs(grow):
+    towers, labels = clusters(num_clusters=40)
+    batches = GlobalContrastiveBatches(
+        towers, pairs_of(160), 8, num_neighbors=3, group_size=4, grow=grow, verbose=0
+    )
+    for epoch in (read(batches), next_epoch(batches)):
+        assert_each_once(epoch, 160)
+        # A batch is of two groups, of which each is of one cluster or, where cut, of two.
+        num_clusters = [len(set(labels[batch])) for batch in epoch]
+        assert np.mean(num_clusters) < 4.5
+        # Groups of different places in the order come together.
+        places = np.argsort(batches.order)
+        spans = [np.ptp(places[batch]) for batch in epoch]
+        assert np.median(spans) > 30
+
+
+def test_batches_come_in_random_sequence():
+    towers, _ = clusters(num_clusters=20)
+    batches = GlobalContrastiveBatches(towers, pairs_of(80), 4, num_neighbors=3, verbose=0)
+    epoch = read(batches)
+    places = np.argsort(batches.order)
+    steps = np.diff([places[batch[0]] for batch in epoch])
+    assert np.mean(steps % 80 == 4) < 0.3
+
+
+def test_arguments_of_the_order_come_through():
+    towers, _ = clusters(num_clusters=20)
+    embeddings = [np.asarray(towers[0](np.arange(80)))] * 2
+    ids, users = np.arange(80) % 60, np.arange(80) // 3
+    options = {"num_neighbors": 5, "quantile": 0.97}
+    batches = GlobalContrastiveBatches(
+        towers,
+        {"query": np.arange(80), "candidate": np.arange(80)},
+        4,
+        candidate_ids=ids,
+        query_ids=users,
+        grow=True,
+        verbose=0,
+        **options,
+    )
+    read(batches)
+    seed = int(np.random.default_rng([0, 0]).integers(2**31))
+    for given in ({}, {"candidate_ids": ids}, {"query_ids": users}, {"quantile": None}):
+        every = {"candidate_ids": ids, "query_ids": users, **options}
+        if "quantile" in given:
+            every.update(given)
+        else:
+            every = {key: value for key, value in every.items() if key not in given}
+        other = neighbor_graph(*embeddings, seed=seed, **every)
+        is_same = (other != batches._order.graph).nnz == 0
+        assert is_same == (not given)
+
+
+def test_an_index_is_filled_at_every_ordering():
+    model = make_model(learning_rate=1.0)
+    index = TreeIndex(NUM_PAIRS, DIM)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, index=index, verbose=0)
+    model.fit(batches, epochs=2, verbose=0)
+    first = np.sort(index.top_k(np.eye(DIM, dtype=np.float32), 3)[0])
+    model.fit(batches, epochs=1, verbose=0)
+    again = np.sort(index.top_k(np.eye(DIM, dtype=np.float32), 3)[0])
+    assert np.any(first != again)
 
 
 @pytest.mark.parametrize("options", [{}, {"grow": True}, {"random_fraction": 0.5}])
@@ -287,11 +472,25 @@ def test_out_of_range():
         ({"num_neighbors": 0}, "`num_neighbors` must be an integer >= 1. Received: 0"),
         ({"quantile": 1.5}, r"`quantile` must lie in \[0, 1\). Received: 1.5"),
         ({"start_epoch": -1}, "`start_epoch` must be an integer >= 0. Received: -1"),
+        ({"initial_epoch": -1}, "`initial_epoch` must be an integer >= 0. Received: -1"),
         ({"every": 0}, "`every` must be an integer >= 1. Received: 0"),
         ({"random_fraction": 1.5}, "`random_fraction` must lie between 0 and 1. Received: 1.5"),
         ({"batches_per_epoch": 0}, "`batches_per_epoch` must be an integer >= 1"),
         ({"embedding_batch_size": 0}, "`embedding_batch_size` must be an integer >= 1"),
         ({"candidate_ids": np.arange(3)}, r"`candidate_ids` must be .* shape \[24\]"),
+        ({"query_ids": np.arange(3)}, r"`query_ids` must be .* shape \[24\]"),
+        (
+            {"candidate_id_key": "id", "candidate_ids": np.arange(24)},
+            "Of `candidate_id_key` and `candidate_ids` only one",
+        ),
+        ({"group_size": 3}, "`group_size` must divide `batch_size`. Received: 3 and 4"),
+        ({"group_size": 0}, "`group_size` must be an integer >= 1. Received: 0"),
+        ({"index": 5}, "`index` must be a `TreeIndex`. Received: 5"),
+        ({"random_fraction": "much"}, "`random_fraction` must lie .* Received: 'much'"),
+        (
+            {"pairs": {"query": tf.ragged.constant([[1]]), "candidate": np.arange(1)}},
+            "`pairs` must be dense. Received: RaggedTensor",
+        ),
         ({"candidate_id_key": "id"}, "`candidate_id_key` names one of several features"),
         ({"batch_size": 25, "drop_remainder": True}, "24 pairs and `batch_size=25`"),
     ],
@@ -309,13 +508,13 @@ def test_a_bad_schedule_and_embeddings_that_are_not_finite():
         batches[0]
     broken = [lambda ids: towers[0](ids) / tf.cast(ids[:, tf.newaxis] != 9, tf.float32)] * 2
     batches = GlobalContrastiveBatches(broken, pairs_of(24), 4, verbose=0)
-    with pytest.raises(ValueError, match="must be finite. Received 1 rows .* row 9"):
+    with pytest.raises(ValueError, match="must be finite.* Received 1 rows .* row 9"):
         batches[0]
 
 
 def test_a_candidate_too_frequent_is_warned_of_once():
     towers, _ = clusters()
-    with pytest.warns(UserWarning, match="0 is in 24 pairs"):
+    with pytest.warns(UserWarning, match="18 of 24 pairs will share a batch"):
         batches = GlobalContrastiveBatches(
             towers, pairs_of(24), 4, candidate_ids=np.zeros(24, int), verbose=0
         )

@@ -83,7 +83,7 @@ def test_shards_keep_ids_apart_and_start_shuffled():
     # In the first shard of 16 five ids are twice; six would not fit in what is left of the second.
     ids = np.tile(np.arange(11), 2)
     dataset = tf.data.Dataset.from_tensor_slices({"query": {"id": ids}, "candidate": {"id": ids}})
-    for start_epoch in (0, 1):
+    for start_epoch, initial_epoch in ((0, 0), (1, 0), (1, 1)):
         batches = GlobalContrastiveBatches.from_dataset(
             model,
             dataset,
@@ -91,10 +91,48 @@ def test_shards_keep_ids_apart_and_start_shuffled():
             shard_size=16,
             candidate_id_key="id",
             start_epoch=start_epoch,
+            initial_epoch=initial_epoch,
             verbose=0,
         )
         for batch in batches:
             assert len(set(batch["query"]["id"].numpy())) == len(batch["query"]["id"])
+
+
+def test_passes_over_shards_are_counted_when_trained():
+    model = make_model(learning_rate=1.0)
+    epochs = []
+    dataset = shards(
+        model, shard_size=11, random_fraction=lambda epoch: epochs.append(epoch) or 0.5
+    )
+    list(dataset)
+    list(dataset)
+    assert set(epochs) == {0}
+    model.fit(dataset, epochs=2, verbose=0)
+    epochs.clear()
+    list(dataset)
+    assert set(epochs) == {2}
+
+
+def test_embeddings_that_are_not_finite_are_named_by_their_place_in_the_dataset():
+    tower = lambda ids: 1.0 / tf.cast(ids[:, tf.newaxis] != 17, tf.float32)  # noqa: E731
+    # The second shard begins with what is left of the first.
+    dataset = shards((tower, tower), 24, batch_size=4, shard_size=10)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="query embeddings .* row 17"):
+        list(dataset)
+
+
+def test_shards_warn_of_frequent_candidates():
+    towers, _ = clusters()
+    tower = lambda row: towers[0](row["row"] if isinstance(row, dict) else row)  # noqa: E731
+    rows = np.arange(24)
+    dataset = tf.data.Dataset.from_tensor_slices(
+        {"query": rows, "candidate": {"row": rows, "id": np.zeros(24, np.int64)}}
+    )
+    batches = GlobalContrastiveBatches.from_dataset(
+        (tower, tower), dataset, 4, candidate_id_key="id", verbose=0
+    )
+    with pytest.warns(UserWarning, match="18 of 24 pairs will share a batch"):
+        list(batches)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +140,24 @@ def test_shards_keep_ids_apart_and_start_shuffled():
     [
         ({"dataset": tf.data.Dataset.range(3)}, "`dataset` must be .* dictionaries"),
         ({"dataset": [1]}, "`dataset` must be .* Received elements: None"),
+        (
+            {"dataset": tf.data.Dataset.from_tensor_slices(pairs_of(24)).repeat()},
+            "`dataset` must be finite",
+        ),
+        (
+            {"dataset": tf.data.Dataset.from_tensor_slices(pairs_of(24)).batch(4)},
+            "`dataset` must hold single pairs",
+        ),
+        (
+            {
+                "dataset": tf.data.Dataset.from_tensors(
+                    {"query": 1, "candidate": tf.sparse.from_dense([1])}
+                )
+            },
+            "`dataset` must be dense",
+        ),
+        ({"group_size": 3}, "`group_size` must divide `batch_size`. Received: 3 and 5"),
+        ({"initial_epoch": -1}, "`initial_epoch` must be an integer >= 0. Received: -1"),
         ({"shard_size": 4}, "`shard_size` must be at least `batch_size`. Received: 4 and 5"),
         ({"shard_size": 0}, "`shard_size` must be an integer >= 1. Received: 0"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),

@@ -79,8 +79,10 @@ def neighbors_by_definition(queries, candidates, k, quantile, ids):
 
 @pytest.mark.parametrize("block_size", [None, 32])
 @pytest.mark.parametrize("quantile", [None, 0.9, 0.99])
-def test_neighbor_graph_is_as_defined(quantile, block_size):
-    queries, candidates = random_embeddings(100)
+def test_neighbor_graph_is_as_defined(quantile, block_size, monkeypatch):
+    queries, candidates = random_embeddings(100, dim=16)
+    # As many blocks of queries as a large N has.
+    monkeypatch.setattr(_contrastive_order.graphs, "queries_at_a_time", lambda *_: 16)
     graph = neighbor_graph(
         queries, candidates, num_neighbors=5, quantile=quantile, block_size=block_size
     )
@@ -88,12 +90,15 @@ def test_neighbor_graph_is_as_defined(quantile, block_size):
     neighbors = neighbors_by_definition(queries, candidates, 5, quantile, np.arange(100))
     for row, columns in enumerate(neighbors):
         expected[row, list(columns)] = True
+    # Nobody is claimed by more than 4 · 5 others, here.
+    assert expected.sum(axis=0).max() <= 20
     np.testing.assert_array_equal(graph.toarray(), expected | expected.T)
 
 
 @pytest.mark.parametrize("with_index", [False, True])
 @pytest.mark.parametrize("quantile", [None, 0.9])
-def test_neighbors_are_different_candidates_where_ids_are_given(quantile, with_index):
+def test_neighbors_are_different_candidates_where_ids_are_given(quantile, with_index, monkeypatch):
+    monkeypatch.setattr(_contrastive_order.graphs, "queries_at_a_time", lambda *_: 16)
     rng = np.random.default_rng(0)
     # Some are frequent, as among the interactions of users.
     ids = np.minimum(rng.geometric(0.1, 200), 30)
@@ -106,14 +111,56 @@ def test_neighbors_are_different_candidates_where_ids_are_given(quantile, with_i
     )
     expected = neighbors_by_definition(queries, candidates, 5, quantile, ids)
     rows, columns = graph.nonzero()
+    num_lost = 0
     for row in range(200):
         found = columns[rows == row]
+        assert ids[row] not in ids[found]
         # Each neighboring candidate by one pair, and those whose neighbor the pair itself is.
-        assert expected[row] <= set(ids[found]) and ids[row] not in ids[found]
+        num_lost += len(expected[row] - set(ids[found]))
         others = [pair for pair in found if ids[pair] not in expected[row]]
         assert all(ids[row] in expected[pair] for pair in others)
+    # A pair of a rare candidate is claimed by 4 · 5 others at the most.
+    assert num_lost < 0.1 * sum(map(len, expected))
     if with_index:
         assert int(index.num_candidates) == len(set(ids))
+
+
+def test_positives_of_the_query_are_no_neighbors():
+    rng = np.random.default_rng(0)
+    users, items = np.repeat(np.arange(60), 5), rng.permutation(300) % 150
+    # Whoever likes an item is near all that he likes.
+    centres, noise = rng.normal(size=[60, 16]), 0.1 * rng.normal(size=[2, 300, 16])
+    queries, candidates = (centres[users] + noise).astype(np.float32)
+    known = set(zip(users.tolist(), items.tolist()))
+
+    def share_of_known(order, batch_size):
+        batches = order.reshape([-1, batch_size])
+        others = [(i, j) for batch in batches for i in batch for j in batch if i != j]
+        return np.mean([(users[i], items[j]) in known for i, j in others])
+
+    graph = neighbor_graph(
+        queries, candidates, num_neighbors=4, candidate_ids=items, query_ids=users
+    )
+    rows, columns = graph.nonzero()
+    assert len(rows) and all(
+        (users[i], items[j]) not in known or (users[j], items[i]) not in known
+        for i, j in zip(rows, columns)
+    )
+    arguments = {"num_neighbors": 4, "batch_size": 10, "grow": True, "candidate_ids": items}
+    without = contrastive_order(queries, candidates, **arguments)
+    order = contrastive_order(queries, candidates, query_ids=users, **arguments)
+    assert_permutation(order, 300)
+    assert share_of_known(order, 10) < 0.2 * share_of_known(without, 10)
+
+
+def test_a_pair_that_all_are_near_does_not_spoil_the_order():
+    queries, candidates, labels = planted([16] * 40, 0)
+    hub = np.full([1, 40], 0.3, np.float32)
+    queries, candidates = np.concatenate([queries, hub]), np.concatenate([candidates, 9 * hub])
+    order = contrastive_order(queries, candidates, num_neighbors=8)
+    labels = np.append(labels, 40)[order][:640].reshape([40, 16])
+    # Chance would be about 13 of 16.
+    assert np.mean([len(set(batch)) for batch in labels]) < 5
 
 
 def test_equally_frequent_candidates_make_a_graph_for_each_of_their_pairs():
@@ -228,7 +275,8 @@ def test_pairs_of_one_candidate_are_kept_apart(kind, grow):
 def test_a_candidate_too_frequent_is_warned_of():
     queries, candidates = random_embeddings(20)
     ids = np.where(np.arange(20) < 6, 7, np.arange(20) + 100)
-    with pytest.warns(UserWarning, match="7 is in 6 pairs, and 20 pairs make 5 full batches of 4"):
+    message = "1 of 20 pairs will share a batch .*: one candidate is in 6 pairs"
+    with pytest.warns(UserWarning, match=message):
         order = contrastive_order(queries, candidates, candidate_ids=ids, batch_size=4)
     assert np.all(np.any(ids[order].reshape([5, 4]) == 7, axis=1))
 
@@ -261,6 +309,10 @@ def test_progress_bar(capsys):
         ({"quantile": 1.0}, r"`quantile` must lie in \[0, 1\). Received: 1.0"),
         ({"quantile": -0.1}, r"`quantile` must lie in \[0, 1\). Received: -0.1"),
         ({"quantile": float("nan")}, r"`quantile` must lie in \[0, 1\). Received: nan"),
+        ({"quantile": "0.9"}, r"`quantile` must lie in \[0, 1\). Received: '0.9'"),
+        ({"block_size": 0}, "`block_size` must be an integer >= 1. Received: 0"),
+        ({"index": 5}, "`index` must be a `TreeIndex`. Received: 5"),
+        ({"query_ids": np.arange(9)}, r"`query_ids` must be .* shape \[10\].*\(9,\)"),
         ({"grow": True}, "`grow` needs `batch_size`"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
         ({"candidate_ids": np.arange(9)}, r"`candidate_ids` must be .* shape \[10\].*\(9,\)"),
@@ -274,12 +326,12 @@ def test_bad_arguments(change, message):
 
 
 @pytest.mark.parametrize("name", ["query_embeddings", "candidate_embeddings"])
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e25])
 def test_embeddings_that_are_not_finite(name, value):
     queries, candidates = random_embeddings(10)
     arguments = {"query_embeddings": queries, "candidate_embeddings": candidates}
     arguments[name][[4, 7], 2] = value
-    with pytest.raises(ValueError, match=f"`{name}` must be finite. Received 2 rows .* row 4"):
+    with pytest.raises(ValueError, match=f"`{name}` must be finite.* Received 2 rows .* row 4"):
         contrastive_order(**arguments)
 
 

@@ -6,6 +6,7 @@ import scipy.sparse
 from hypothesis import strategies as st
 
 from negative_cache._grown_batches import grow_batches
+from negative_cache._pair_ids import Ids
 
 
 def graph_of(edges, num_pairs):
@@ -28,11 +29,17 @@ def test_where_no_neighbor_is_left_it_goes_on_with_the_order():
     assert grow_batches(graph_of([(2, 1)], 4), order, 3).tolist() == [2, 1, 0, 3]
 
 
-def test_a_neighbor_with_an_id_of_the_batch_waits():
+def test_a_neighbor_that_would_be_a_false_negative_waits():
     graph = graph_of([(0, 1), (0, 2), (1, 2)], 4)
-    ids = np.array([7, 7, 8, 9])
     assert grow_batches(graph, np.arange(4), 2).tolist() == [0, 1, 2, 3]
-    assert grow_batches(graph, np.arange(4), 2, ids).tolist() == [0, 2, 1, 3]
+    same_candidate = Ids(candidates=np.array([0, 0, 1, 2]))
+    assert grow_batches(graph, np.arange(4), 2, same_candidate).tolist() == [0, 2, 1, 3]
+    same_query = Ids(queries=np.array([0, 0, 1, 2]))
+    assert grow_batches(graph, np.arange(4), 2, same_query).tolist() == [0, 2, 1, 3]
+    # Candidate 1, of the pair 1, is a positive of the query of 0 by the pair 3, and the reverse.
+    for queries, candidates in (([0, 1, 2, 0], [0, 1, 2, 1]), ([0, 1, 2, 1], [0, 1, 2, 0])):
+        by_another_pair = Ids(np.array(queries), np.array(candidates))
+        assert grow_batches(graph, np.arange(4), 2, by_another_pair).tolist() == [0, 2, 1, 3]
 
 
 @hypothesis.given(st.integers(0, 40), st.integers(1, 9), st.booleans(), st.integers(0, 2**32 - 1))
@@ -40,7 +47,7 @@ def test_always_a_permutation_that_keeps_edges_inside(num_pairs, batch_size, has
     rng = np.random.default_rng(seed)
     edges = rng.integers(0, max(num_pairs, 1), [2 * num_pairs, 2])
     graph = graph_of(edges[edges[:, 0] != edges[:, 1]], num_pairs)
-    ids = rng.integers(0, 5, num_pairs) if has_ids else None
+    ids = Ids(*rng.integers(0, 5, [2, num_pairs])) if has_ids else Ids()
     order = rng.permutation(num_pairs)
     grown = grow_batches(graph, order, batch_size, ids)
     assert grown.dtype == np.int64

@@ -74,6 +74,14 @@ def test_symmetric_graph_joins_in_both_directions():
     )
 
 
+def test_symmetric_graph_of_limited_claims():
+    # All three others have 0 as a neighbor: 1 as the first, 2 and 3 as the second.
+    neighbors = np.int32([[-1, -1], [0, -1], [3, 0], [2, 0]])
+    graph = graphs.symmetric_graph(neighbors, max_claims=2)
+    rows, columns = scipy.sparse.triu(graph).nonzero()
+    assert set(zip(rows.tolist(), columns.tolist())) == {(0, 1), (0, 2), (2, 3)}
+
+
 def test_bandwidth_by_hand():
     # A path 0 - 1 - 2 - 3 has bandwidth 1; in the order 0, 2, 1, 3 the edge (0, 1) spans 2.
     graph = scipy.sparse.diags([1.0, 1.0], [1, -1], shape=(4, 4))
