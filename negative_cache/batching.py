@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from negative_cache import _pair_batches, _validation
 from negative_cache._batch_maker import BatchMaker, Order, Shards
-from negative_cache._compat import keras
+from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache._contrastive_order import contrastive_order, neighbor_graph
 from negative_cache._pair_ids import Ids
 from negative_cache.ops.neighbor_graph import bandwidth
@@ -295,8 +295,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     def on_epoch_end(self):
         with self._lock:
-            # Otherwise nothing has been trained, or not on all: the batches are still to be used.
-            if not self._is_due and not self._unread:
+            # Otherwise the batches are still to be used: nothing has been trained, or not on all of
+            # them. Keras 2 goes on with none, but begins with the first in its next epoch.
+            if not self._is_due and (IS_KERAS_2 or not self._unread):
                 self._is_due = self._maker.towers.have_changed(self._weights)
 
     def restart(self):
