@@ -94,6 +94,24 @@ def test_corpus_with_a_corrector():
     assert history["probe_staleness"][0] > history["probe_corrected_staleness"][0] > 0.0
 
 
+def test_batches_of_similar_pairs():
+    import negative_cache as nc
+
+    towers = TitleTower(), TitleTower()
+    task = nc.CachedRetrieval(
+        towers[1],
+        {"title": tf.io.FixedLenFeature([], tf.string)},
+        0,
+        in_batch_negatives=True,
+        candidate_id_key="title",
+    )
+    model = nc.DualEncoder(*towers, task)
+    model.compile(optimizer="adam")
+    names = {"nc": nc, "model": model, "queries": TITLES, "titles": TITLES}
+    exec(block("nc.GlobalContrastiveBatches(").replace("=256", "=64").replace("=10", "=2"), names)
+    assert int(model.optimizer.iterations) == 2 * 5
+
+
 @pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
 def test_tfrs_model():
     import tensorflow_recommenders as tfrs
