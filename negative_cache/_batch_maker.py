@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 import tensorflow as tf
 
-from negative_cache import _pair_batches, _validation
+from negative_cache import _batch_conflicts, _pair_batches, _validation
 from negative_cache._contrastive_order import (
     check_embeddings,
     check_index,
@@ -134,7 +134,7 @@ class BatchMaker:
             self.batch_size,
             group_size=self._group_size,
             random_fraction=fraction,
-            ids=ids.candidates,
+            ids=ids,
             rng=rng,
         )
 
@@ -164,7 +164,7 @@ class Shards:
         part_size = math.ceil(shard_size / self._parts_of_shard)
         self._parts = dataset.batch(part_size).prefetch(tf.data.AUTOTUNE)
         self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0) - 1
-        self._weights = None
+        self._weights, self._has_warned = None, False
 
     def __call__(self) -> Iterator:
         self._begin_pass()
@@ -173,13 +173,15 @@ class Shards:
             pairs, numbers = _pair_batches.concatenate([*rest, *parts])
             # Only the shard itself stays in memory.
             parts.clear()
-            rest = []
+            rest.clear()
             for rows in self._batches(pairs, numbers, [epoch, shard]):
                 batch = tf.nest.map_structure(lambda values: values[rows], pairs)  # noqa: B023
                 if len(rows) == self._maker.batch_size:
                     yield batch
                 else:
-                    rest = [(batch, numbers[rows])]
+                    rest.append((batch, numbers[rows]))
+            # Not kept while the next is read.
+            del pairs, numbers
         if rest and not self._maker.drop_remainder:
             yield rest[0][0]
 
@@ -196,7 +198,8 @@ class Shards:
         if self._weights is None:
             self._weights = maker.towers.weights()
         ids = Ids.of(pairs, *self._keys)
-        ids.warn_of_conflicts(maker.batch_size)
+        if not self._has_warned:
+            self._has_warned = _batch_conflicts.warn_of_conflicts(ids, maker.batch_size)
         order = Order(np.arange(len(numbers)))
         if maker.random_fraction(epoch) < 1.0:
             order = maker.order(pairs, ids, stream, numbers)

@@ -47,15 +47,16 @@ def contrastive_order(
       query_embeddings: [N, d] float, one row a pair.
       candidate_embeddings: [N, d] float; row i is the positive of query i.
       num_neighbors: the largest similarities of a row to keep, at most.
-      quantile: keep only similarities above this quantile of all, in [0, 1). None keeps
-        `num_neighbors` of every row, so that no pair is left without neighbors.
+      quantile: keep only similarities above this quantile of all with other candidates, in [0, 1).
+        None keeps `num_neighbors` of every row.
       candidate_ids: [N] integers or strings, of candidates that are in several pairs: the neighbors
         are then different candidates, each by one of its pairs. With `batch_size` no two pairs of
         one candidate are in one batch: a pair waits for a later one. Where an id is in more pairs
         than there are batches for, as few as can be share one, with a warning.
       query_ids: [N] integers or strings, of queries that are in several pairs: pairs with a
-        candidate that is a positive of the query are not its neighbors, and `grow` does not put
-        them into its batch.
+        candidate that is a positive of the query are not its neighbors, nor the reverse, and with
+        `batch_size` few of them share a batch. A query that has more than 4 · `num_neighbors`
+        positives around it is left with fewer neighbors.
       batch_size: the batches that the order will be cut into, if `candidate_ids` are to be kept
         apart in them, or for `grow`.
       grow: whether to fill batches, one after the other, with the pairs that have the most
@@ -94,12 +95,10 @@ def contrastive_order(
     if batch_size is None:
         return order
     ids = Ids.given(len(order), query_ids, candidate_ids)
-    ids.warn_of_conflicts(batch_size)
+    _batch_conflicts.warn_of_conflicts(ids, batch_size)
     if grow:
         order = grow_batches(graph, order, batch_size, ids)
-    if ids.candidates is not None:
-        order = _batch_conflicts.separate_ids(order, ids.candidates, batch_size)
-    return order
+    return _batch_conflicts.separate(order, ids, batch_size)
 
 
 def neighbor_graph(
@@ -122,8 +121,9 @@ def neighbor_graph(
     exchanged. With `candidate_ids` the entries are those of different candidates, and j is one of
     the pairs of the candidate (`_pairs_of`). Of the rows that have j among their largest entries,
     only the 4 · `num_neighbors` count that have it highest among them (*ours*): a graph with pairs
-    that are neighbors of nearly all has no order of small bandwidth. Arguments and errors are those
-    of `contrastive_order`.
+    that are neighbors of nearly all has no order of small bandwidth. Rows all of whose neighbors
+    are such have none, then: where embeddings of candidates differ much in length, many. Arguments
+    and errors are those of `contrastive_order`.
 
     Returns:
       [N, N] bool, symmetric, without a diagonal. `bandwidth(graph, order)` measures an order of it.
@@ -146,7 +146,7 @@ def neighbor_graph(
         return scipy.sparse.csr_matrix((num_pairs, num_pairs), dtype=bool)
     codes = np.arange(num_pairs) if ids.candidates is None else ids.candidates
     positives = _Positives(np.arange(num_pairs) if ids.queries is None else ids.queries, codes)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([_validation.check_count(seed, "seed", at_least=0), 1])
     threshold = -math.inf
     if quantile is not None:
         threshold = graphs.similarity_quantile(queries, candidates, quantile, rng, codes)
@@ -161,6 +161,8 @@ def neighbor_graph(
     found = _neighbors(search, queries, positives, num_neighbors, threshold, verbose)
     if len(first) < num_pairs:
         found = _pairs_of(found, codes, rng)
+    if ids.queries is not None:
+        found = np.where(positives.are_of(found), -1, found)
     return graphs.symmetric_graph(found, max_claims=4 * num_neighbors)
 
 
@@ -227,14 +229,21 @@ class _Positives:
 
     def __init__(self, queries: np.ndarray, candidates: np.ndarray):
         self.num_candidates = int(candidates.max()) + 1
-        self._queries = queries
+        self._queries, self._candidates = queries, candidates
         self._keys = np.unique(queries * self.num_candidates + candidates)
         # The most that a query has.
         self.most = int(np.bincount(self._keys // self.num_candidates).max())
 
     def include(self, rows: slice, found: np.ndarray) -> np.ndarray:
         """[B, k] bool: whether candidates [B, k], or -1, are positives of the pairs' queries."""
-        keys = self._queries[rows, np.newaxis] * self.num_candidates + found
+        return self._are_known(self._queries[rows, np.newaxis] * self.num_candidates + found)
+
+    def are_of(self, others: np.ndarray) -> np.ndarray:
+        """[N, k] bool: whether each pair's candidate is a positive of other pairs' queries [N, k]."""
+        candidates = self._candidates[:, np.newaxis]
+        return self._are_known(self._queries[others] * self.num_candidates + candidates)
+
+    def _are_known(self, keys: np.ndarray) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         return self._keys[places] == keys
 

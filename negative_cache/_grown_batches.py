@@ -9,7 +9,10 @@ import heapq
 import numpy as np
 import scipy.sparse
 
-from negative_cache._pair_ids import NOT_KNOWN, Ids
+from negative_cache._pair_ids import NOT_KNOWN, Ids, Mates
+
+# Where nobody has neighbors in a batch: how far to look for somebody who can come.
+_NUM_LOOKED_AT = 256
 
 
 def grow_batches(
@@ -22,7 +25,7 @@ def grow_batches(
 
     A batch begins with the first pair of the order that is in none yet, and takes, one by one, the
     pair with the most neighbors in it, of equals the first in the order. Where no pair left has a
-    neighbor in it, it goes on with the first of the order.
+    neighbor in it, it goes on with the first of the order, or of those after it.
 
     Args:
       graph: [N, N], symmetric.
@@ -38,7 +41,7 @@ def grow_batches(
     # Pairs are their places in the order from here on, so that the first is the smallest.
     graph = graph[order][:, order]
     starts, neighbors = graph.indptr.tolist(), graph.indices.tolist()
-    mates = _Mates(order, ids)
+    mates = Mates(ids, order)
     is_taken, places, first = [False] * num_pairs, [], 0
     while len(places) < num_pairs:
         size = min(batch_size, num_pairs - len(places))
@@ -50,7 +53,7 @@ def grow_batches(
             if place is None:
                 while is_taken[first]:
                     first += 1
-                place = first
+                place = _first_admitted(first, is_taken, mates)
             is_taken[place] = True
             mates.add(place)
             places.append(place)
@@ -61,36 +64,7 @@ def grow_batches(
     return order[np.array(places, np.int64)]
 
 
-class _Mates:
-    """The pairs of a batch, and who can come to them. Pairs are places in `order`."""
-
-    def __init__(self, order: np.ndarray, ids: Ids):
-        queries, candidates = (
-            (np.arange(len(order)) if codes is None else codes)[order].tolist()
-            for codes in (ids.queries, ids.candidates)
-        )
-        positives: dict[int, set[int]] = {}
-        for query, candidate in zip(queries, candidates):
-            positives.setdefault(query, set()).add(candidate)
-        self._candidates = candidates
-        self._positives = [positives[query] for query in queries]
-        self.clear()
-
-    def clear(self) -> None:
-        self._inside: set[int] = set()
-        self._positives_inside: set[int] = set()
-
-    def add(self, place: int) -> None:
-        self._inside.add(self._candidates[place])
-        self._positives_inside |= self._positives[place]
-
-    def admit(self, place: int) -> bool:
-        """Whether no query gets one of its positives as a negative."""
-        is_positive = self._candidates[place] in self._positives_inside
-        return not is_positive and self._positives[place].isdisjoint(self._inside)
-
-
-def _pop_best(heap, counts, is_taken, mates: _Mates) -> int | None:
+def _pop_best(heap, counts, is_taken, mates: Mates) -> int | None:
     """The pair with the most neighbors inside, if there is one that can come."""
     while heap:
         count, place = heapq.heappop(heap)
@@ -99,3 +73,11 @@ def _pop_best(heap, counts, is_taken, mates: _Mates) -> int | None:
         if is_current and mates.admit(place):
             return place
     return None
+
+
+def _first_admitted(first: int, is_taken: list[bool], mates: Mates) -> int:
+    """The first pair from one on that can come; that one where none near it can."""
+    for place in range(first, min(first + _NUM_LOOKED_AT, len(is_taken))):
+        if not is_taken[place] and mates.admit(place):
+            return place
+    return first

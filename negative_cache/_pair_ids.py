@@ -1,11 +1,11 @@
-"""Which pairs share a query or a candidate."""
+"""Which pairs share a query or a candidate, and which may therefore not share a batch."""
 
 import dataclasses
-import warnings
+from collections.abc import Mapping
 
 import numpy as np
 
-from negative_cache import _batch_conflicts, _held_out, _pair_batches
+from negative_cache import _held_out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,28 +29,64 @@ class Ids:
     @classmethod
     def of(cls, pairs, query_id_key: str | None, candidate_id_key: str | None) -> "Ids":
         """Of the features of pairs."""
-        keys = {"query": query_id_key, "candidate": candidate_id_key}
-        return cls.given(
-            _pair_batches.num_rows(pairs),
-            *(
-                None if key is None else _held_out.ids_of(pairs[name], key)
-                for name, key in keys.items()
-            ),
+        return cls(
+            _codes_of(pairs["query"], query_id_key, "query"),
+            _codes_of(pairs["candidate"], candidate_id_key, "candidate"),
         )
 
-    def warn_of_conflicts(self, batch_size: int) -> None:
-        """Warns of candidates that are in too many pairs to be in each batch only once."""
-        if self.candidates is None:
-            return
-        conflicts = _batch_conflicts.unavoidable_conflicts(self.candidates, batch_size)
-        if conflicts:
-            warnings.warn(
-                f"{conflicts} of {len(self.candidates)} pairs will share a batch with another pair"
-                f" of their candidate: one candidate is in {np.bincount(self.candidates).max()}"
-                " pairs. Smaller batches, or `remove_accidental_hits` in the task, keep it from"
-                " being its own negative.",
-                stacklevel=3,
-            )
+
+def check_key(features, key: str | None, name: str) -> None:
+    """Checks that the argument `{name}_id_key` names one of the features, tensors or specs."""
+    if key is None:
+        return
+    keys = sorted(features) if isinstance(features, Mapping) else [name]
+    if key not in keys:
+        raise ValueError(
+            f"`{name}_id_key` must be one of the features of a {name}, {keys}. Received: {key!r}."
+        )
+
+
+class Mates:
+    """The pairs of a batch in the making, and who can come to them.
+
+    Args:
+      ids: of the pairs.
+      order: [N] int; pairs are places in it from here on.
+    """
+
+    def __init__(self, ids: Ids, order: np.ndarray):
+        queries, candidates = (
+            (np.arange(len(order)) if codes is None else codes)[order].tolist()
+            for codes in (ids.queries, ids.candidates)
+        )
+        positives: dict[int, set[int]] = {}
+        for query, candidate in zip(queries, candidates):
+            positives.setdefault(query, set()).add(candidate)
+        self._candidates = candidates
+        self._positives = [positives[query] for query in queries]
+        self.clear()
+
+    def clear(self) -> None:
+        self._inside: set[int] = set()
+        self._positives_inside: set[int] = set()
+
+    def add(self, place: int) -> None:
+        self._inside.add(self._candidates[place])
+        self._positives_inside |= self._positives[place]
+
+    def admit(self, place: int) -> bool:
+        """Whether no query gets one of its positives as a negative."""
+        is_positive = self._candidates[place] in self._positives_inside
+        return not is_positive and self._positives[place].isdisjoint(self._inside)
+
+
+def _codes_of(features, key: str | None, name: str) -> np.ndarray | None:
+    """[N] int64 codes of a feature; of the only one, which is called as query or candidate is."""
+    if key is None:
+        return None
+    check_key(features, key, name)
+    values = features[key] if isinstance(features, Mapping) else features
+    return _codes(values, len(values), f"{name}_id_key={key!r}")
 
 
 def _codes(ids, num_pairs: int, name: str) -> np.ndarray | None:
@@ -60,8 +96,8 @@ def _codes(ids, num_pairs: int, name: str) -> np.ndarray | None:
     ids = _held_out.to_numpy(ids)
     if ids.shape != (num_pairs,) or ids.dtype.kind not in "iuO":
         raise ValueError(
-            f"`{name}` must be integers or strings of shape [{num_pairs}]. Received dtype"
-            f" {ids.dtype}, shape {ids.shape}."
+            f"`{name}` must be integers or strings of shape [{num_pairs}]. (A column of integers in"
+            f" which some are missing is of floats.) Received dtype {ids.dtype}, shape {ids.shape}."
         )
     return np.unique(ids, return_inverse=True)[1].astype(np.int64)
 

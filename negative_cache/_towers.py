@@ -1,6 +1,5 @@
 """The two towers as what orders pairs needs them: embeddings now, and whether training goes on."""
 
-import contextlib
 import zlib
 
 import numpy as np
@@ -15,12 +14,14 @@ class Towers:
     """Query and candidate network of a model, in inference mode, compiled once.
 
     Args:
-      model: has `query_network` and `candidate_network`, or is the pair of both.
+      model: has `query_network` and `candidate_network`, or is the pair of both; then the strategy
+        is that of the scope in which this is made.
       batch_size: features embedded at a time.
     """
 
     def __init__(self, model, batch_size: int):
-        self._model, self._batch_size = model, batch_size
+        self._batch_size = batch_size
+        self._strategy = getattr(model, "distribute_strategy", None) or tf.distribute.get_strategy()
         self._encoders = dict(zip(("query", "candidate"), evaluation.encoders_of(model)))
         self._networks = model
         if not isinstance(model, (tuple, list)):
@@ -30,7 +31,7 @@ class Towers:
     def build(self, pairs) -> None:
         """Makes the variables of towers that have seen no features yet."""
         if not self._is_built:
-            with self._scope():
+            with self._strategy.scope():
                 for name, network in zip(("query", "candidate"), self._networks):
                     first = _pair_batches.take(pairs[name], np.zeros([1], np.int64))
                     _networks.embed(network, first, training=False)
@@ -48,7 +49,7 @@ class Towers:
                 rows = np.arange(start, min(start + self._batch_size, num_pairs))
                 yield _pair_batches.take(pairs[name], rows)
 
-        with self._scope():
+        with self._strategy.scope():
             return tuple(
                 encoder(batches(name), None if bar is None else lambda _: bar.add(1))
                 for name, encoder in self._encoders.items()
@@ -57,7 +58,7 @@ class Towers:
     def weights(self) -> list[int]:
         """A checksum of each weight that is trained."""
         return [
-            zlib.crc32(tf.convert_to_tensor(weight).numpy().view(np.uint8).data)
+            zlib.crc32(tf.convert_to_tensor(weight).numpy().tobytes())
             for network in self._networks
             for weight in getattr(network, "trainable_variables", ())
         ]
@@ -66,7 +67,3 @@ class Towers:
         """Whether the towers are not those of `weights()`. They never are if they have none."""
         now = self.weights()
         return not now or now != weights
-
-    def _scope(self):
-        strategy = getattr(self._model, "distribute_strategy", None)
-        return contextlib.nullcontext() if strategy is None else strategy.scope()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _pair_batches, _validation
+from negative_cache import _batch_conflicts, _pair_batches, _validation
 from negative_cache._batch_maker import BatchMaker, Order, Shards
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache._contrastive_order import contrastive_order, neighbor_graph
@@ -37,9 +37,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     The loss and the task stay as they are: a cache brings more negatives to such batches as to any
     other. See docs/contrastive_batches.md for where they help and where they do not.
 
-    Batches are made in the thread that reads them, one at a time. A new epoch begins after Keras
-    has announced the end of one, if every batch has been read and the weights of the towers have
-    changed; so only `fit` should read them while it trains. Leave `workers` at 1 (Keras 2: in
+    Batches are made in the thread that reads them, one at a time. A new epoch begins where every
+    batch has been read and the weights of the towers have changed; so only `fit`, or a loop of your
+    own, should read them while it trains. Leave `workers` at 1 (Keras 2: in
     `fit`): more threads read ahead into the next epoch, whose order they would make with unfinished
     weights. Processes cannot share the towers.
 
@@ -47,11 +47,11 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     Args:
       model: has `query_network` and `candidate_network`, as a `DualEncoder` has, or is the pair of
-        both.
+        both; under a strategy, in its scope.
       pairs: `{"query": …, "candidate": …}`: arrays or tensors of N rows, strings too, or nests of
         them. Other entries, such as "negative", come along.
       batch_size: B.
-      num_neighbors: see `contrastive_order`; a quarter of B is a good start.
+      num_neighbors: see `contrastive_order`.
       quantile: see `contrastive_order`.
       start_epoch: the first epoch with ordered batches; those before are shuffled.
       initial_epoch: how many epochs were trained before, if this goes on with an earlier training:
@@ -66,11 +66,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         some hard negatives and many easy ones, see docs/contrastive_batches.md.
       grow: see `contrastive_order`; grown groups are much harder. They begin at another place of
         the order in each epoch.
-      candidate_id_key: name of the candidate feature that identifies candidates. Pairs that share
-        one are kept apart, as by `contrastive_order` with `candidate_ids`.
+      candidate_id_key: name of the candidate feature that identifies candidates, "candidate" where
+        there is only one. Pairs that share one are kept apart, as by `contrastive_order` with
+        `candidate_ids`. If nothing is given, that of `model.task`.
       candidate_ids: [N] ids of candidates that are not one of their features.
       query_id_key: name of the query feature that identifies queries, such as a user's id, where
-        they have several positives; see `query_ids` of `contrastive_order`.
+        they have several positives, "query" where there is only one; see `query_ids` of
+        `contrastive_order`.
       query_ids: [N] ids of queries that are not one of their features.
       drop_remainder: whether to leave out the last, smaller batch, of other pairs in each epoch.
       batches_per_epoch: how many batches to have in an epoch of Keras, where it is not all of them.
@@ -88,7 +90,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     Example:
       >>> pairs = {"query": queries, "candidate": {"title": titles}}
-      >>> batches = GlobalContrastiveBatches(model, pairs, 256, candidate_id_key="title")
+      >>> batches = GlobalContrastiveBatches(
+      ...     model, pairs, 256, group_size=8, candidate_id_key="title"
+      ... )
       >>> model.fit(batches, epochs=10)
     """
 
@@ -144,19 +148,17 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                     f"Of `{name}_id_key` and `{name}_ids` only one can be given. Received: {key!r}"
                     f" and {given!r}."
                 )
+        if candidate_ids is None:
+            candidate_id_key = candidate_id_key or _task_key(model)
         of_features = Ids.of(self._pairs, query_id_key, candidate_id_key)
         given = Ids.given(num_pairs, query_ids, candidate_ids)
         self._ids = Ids(
             given.queries if query_id_key is None else of_features.queries,
             given.candidates if candidate_id_key is None else of_features.candidates,
         )
-        self._ids.warn_of_conflicts(batch_size)
+        _batch_conflicts.warn_of_conflicts(self._ids, batch_size)
+        _check_not_empty(self._maker, num_pairs)
         self._num_batches = self._maker.num_batches(num_pairs)
-        if not self._num_batches:
-            raise ValueError(
-                "`drop_remainder` leaves out everything where there are fewer pairs than in a"
-                f" batch. Received: {num_pairs} pairs and `batch_size={batch_size}`."
-            )
         if batches_per_epoch is not None:
             self._num_batches = _validation.check_count(batches_per_epoch, "batches_per_epoch")
         self._lock = threading.Lock()
@@ -167,7 +169,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         self._order, self._ordered_at = None, None
         # The weights when the epoch of Keras began, and when the pairs were ordered.
         self._weights, self._ordered_by = None, None
-        self._is_due, self._num_read, self._unread = True, 0, set()
+        self._is_due, self._is_trained, self._unread = True, False, set()
         self._before = self._state()
 
     @staticmethod
@@ -189,14 +191,14 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         drop_remainder: bool = False,
         embedding_batch_size: int = 1024,
         seed: int = 0,
-        verbose: int = 1,
+        verbose: int = 0,
     ) -> tf.data.Dataset:
         """A dataset of batches of similar pairs, from single pairs too many to hold in memory.
 
         At each pass, `shard_size` pairs at a time are read, embedded with the towers as they are
         then, ordered, and yielded as batches in random sequence. The rest of a shard that fills no
-        batch goes to the next shard. Only one shard is in memory, and the part of the next that is
-        being read. Shards are consecutive pairs: where neighbors in the file are alike, shuffle the
+        batch goes to the next shard. In memory are a shard and its copy while it is put together.
+        Shards are consecutive pairs: where neighbors in the file are alike, shuffle the
         dataset first, so that shards are samples of all pairs; a `shuffle` that reshuffles makes
         other shards at each pass.
 
@@ -223,7 +225,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
           drop_remainder: see the class.
           embedding_batch_size: see the class.
           seed: see the class.
-          verbose: see the class.
+          verbose: 1 shows the progress bars of every shard.
 
         Returns:
           A dataset of batches, re-iterable.
@@ -231,7 +233,8 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         Raises:
           ValueError: where an argument is out of range, or an element is not such a pair.
         """
-        spec = _pair_batches.check_dataset(dataset)
+        candidate_id_key = candidate_id_key or _task_key(model)
+        spec = _pair_batches.check_dataset(dataset, query_id_key, candidate_id_key)
         maker = BatchMaker(
             model,
             batch_size,
@@ -269,6 +272,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         )
         num_pairs = int(dataset.cardinality())
         if num_pairs >= 0:
+            _check_not_empty(maker, num_pairs)
             batches = batches.apply(
                 tf.data.experimental.assert_cardinality(maker.num_batches(num_pairs))
             )
@@ -280,50 +284,54 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     def __getitem__(self, index: int):
         """Batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
         with self._lock:
-            if self._is_due:
+            if self._is_due or (
+                not self._unread and self._maker.towers.have_changed(self._weights)
+            ):
                 self._begin_epoch()
+            elif not self._unread:
+                # Another look at the same batches.
+                self._unread = set(range(self._num_batches))
             rows = self._batches[index]
-            self._num_read += 1
-            self._unread.discard(index)
+            self._unread.discard(index % self._num_batches)
         return _pair_batches.take(self._pairs, rows)
 
     def on_epoch_begin(self):
         # Keras 3 only. It has looked at batches, and then callbacks may have loaded weights.
         with self._lock:
-            if self._is_only_looked_at() and self._maker.towers.have_changed(self._weights):
+            if self._is_due or self._is_trained:
+                return
+            self._unread = set(range(self._num_batches))
+            if self._maker.towers.have_changed(self._weights):
                 self._restart()
 
     def on_epoch_end(self):
         with self._lock:
-            # Otherwise the batches are still to be used: nothing has been trained, or not on all of
-            # them. Keras 2 goes on with none, but begins with the first in its next epoch.
-            if not self._is_due and (IS_KERAS_2 or not self._unread):
-                self._is_due = self._maker.towers.have_changed(self._weights)
+            if self._is_due or not self._maker.towers.have_changed(self._weights):
+                # Nothing has been trained: the batches are still to be used.
+                return
+            self._is_trained = True
+            # With `steps_per_epoch` Keras 3 goes on with what is left, Keras 2 with a new iterator.
+            self._is_due = IS_KERAS_2 or not self._unread
 
     def restart(self):
-        """Makes the next batch begin a new epoch, ordered by the weights of then.
+        """Makes the next batch begin the epoch anew, ordered by the weights of then.
 
         For the cases that are not noticed: `fit` was interrupted in the middle of an epoch and is
         called again; or, under Keras 2, a callback such as `BackupAndRestore` has loaded weights
         when training began. Then it belongs into a callback after it:
-        `LambdaCallback(on_train_begin=lambda logs: batches.restart())`.
+        `LambdaCallback(on_train_begin=lambda logs: batches.restart())`. Training that a callback
+        stops in the middle of an epoch is interrupted, too.
         """
         with self._lock:
             self._restart()
 
     def _restart(self):
-        if self._is_only_looked_at():
-            self._epoch, self._left, self._order, self._ordered_at = self._before
-        else:
-            self._left, self._order = [], None
-        self._is_due = True
-
-    def _is_only_looked_at(self) -> bool:
-        """Whether Keras has only looked at batches, Keras 3 at two and Keras 2 at one."""
-        return not self._is_due and self._num_read <= 2
+        if not self._is_due:
+            self._epoch, self._left, self._order, self._ordered_at, self._ordered_by = self._before
+            self._is_due = True
 
     def _state(self) -> tuple:
-        return self._epoch, self._left, self._order, self._ordered_at
+        return self._epoch, self._left, self._order, self._ordered_at, self._ordered_by
 
     def embed(self) -> tuple[np.ndarray, np.ndarray]:
         """[N, d] float32 embeddings of the queries and of the candidates, by the towers of now."""
@@ -331,7 +339,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     @property
     def order(self) -> np.ndarray | None:
-        """[N] int64, the last order of the pairs; None where there was none yet."""
+        """[N] int64, the last order of the pairs; None where there is none, as before the first."""
         return None if self._order is None else self._order.rows
 
     def _begin_epoch(self):
@@ -341,12 +349,12 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             batches = [*batches, *self._pass()]
         self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
         self._weights = self._maker.towers.weights()
-        self._is_due, self._num_read, self._unread = False, 0, set(range(self._num_batches))
+        self._is_due, self._is_trained = False, False
+        self._unread = set(range(self._num_batches))
 
     def _pass(self) -> list[np.ndarray]:
         """Rows of the batches of the next pass over all pairs."""
-        epoch, self._epoch = self._epoch, self._epoch + 1
-        maker = self._maker
+        epoch, maker = self._epoch, self._maker
         maker.towers.build(self._pairs)
         order = Order(np.arange(_pair_batches.num_rows(self._pairs)))
         if maker.random_fraction(epoch) < 1.0:
@@ -355,8 +363,22 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                 self._ordered_at, self._ordered_by = epoch, maker.towers.weights()
             order = self._order
         batches = maker.batches(order, self._ids, epoch, [epoch])
+        self._epoch += 1
         return batches[: maker.num_batches(len(order.rows))]
 
     def _must_order(self, epoch: int) -> bool:
         is_old = epoch - self._ordered_at >= self._every
         return is_old and self._maker.towers.have_changed(self._ordered_by)
+
+
+def _task_key(model) -> str | None:
+    """The `candidate_id_key` of a model's task, if it has one."""
+    return getattr(getattr(model, "task", None), "candidate_id_key", None)
+
+
+def _check_not_empty(maker: BatchMaker, num_pairs: int) -> None:
+    if not maker.num_batches(num_pairs):
+        raise ValueError(
+            "There is no batch: `drop_remainder` leaves out everything where there are fewer pairs"
+            f" than in a batch. Received: {num_pairs} pairs and `batch_size={maker.batch_size}`."
+        )

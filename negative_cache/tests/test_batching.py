@@ -1,12 +1,13 @@
 """Tests of the batches of `GlobalContrastiveBatches`, and of its arguments."""
 
+import types
 import warnings
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import GlobalContrastiveBatches, TreeIndex
+from negative_cache import GlobalContrastiveBatches, TreeIndex, _batch_maker, _pair_batches
 from negative_cache.batching import neighbor_graph
 from negative_cache.tests.contrastive_pairs import (
     DIM,
@@ -94,11 +95,31 @@ def test_groups_of_similar_pairs(grow):
         assert_each_once(epoch, 160)
         # A batch is of two groups, of which each is of one cluster or, where cut, of two.
         num_clusters = [len(set(labels[batch])) for batch in epoch]
-        assert np.mean(num_clusters) < 4.5
+        assert np.mean(num_clusters) < (2.5 if grow else 4.5)
         # Groups of different places in the order come together.
         places = np.argsort(batches.order)
         spans = [np.ptp(places[batch]) for batch in epoch]
         assert np.median(spans) > 30
+
+
+def test_groups_of_the_rest_move_too():
+    in_rest = set()
+    for seed in range(20):
+        cut = _pair_batches.cut_batches(
+            np.arange(22), 8, group_size=2, rng=np.random.default_rng(seed)
+        )
+        assert [len(batch) for batch in cut] == [8, 8, 6]
+        assert_each_once(cut, 22)
+        assert all(np.all(batch[1::2] == batch[::2] + 1) for batch in cut)
+        in_rest |= set(cut[-1].tolist())
+    assert in_rest == set(range(22))
+
+
+def test_a_small_random_fraction_mixes_two_batches():
+    cut = _pair_batches.cut_batches(
+        np.arange(40), 4, random_fraction=0.01, rng=np.random.default_rng(0)
+    )
+    assert sum(np.ptp(batch) != 3 for batch in cut) == 2
 
 
 def test_batches_come_in_random_sequence():
@@ -138,6 +159,54 @@ def test_arguments_of_the_order_come_through():
         assert is_same == (not given)
 
 
+def test_grown_batches_know_the_ids():
+    # Pairs of one cluster are of one query: none can share a batch.
+    towers, labels = clusters(num_clusters=30, size=4)
+    batches = GlobalContrastiveBatches(
+        towers, pairs_of(120), 4, num_neighbors=3, grow=True, query_ids=labels, verbose=0
+    )
+    maker, seen = batches._maker, []
+    grow = _batch_maker.grow_batches
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _batch_maker, "grow_batches", lambda *given: seen.append(given) or grow(*given)
+        )
+        epoch = read(batches)
+    assert seen[0][3] is batches._ids and seen[0][2] == maker.batch_size
+    assert sum(len(set(labels[batch])) < 4 for batch in epoch) <= 2
+
+
+def test_an_epoch_that_fails_to_begin_is_begun_again():
+    towers, _ = clusters()
+    fails, epochs = [True], []
+
+    def fraction(epoch):
+        epochs.append(epoch)
+        if fails:
+            raise RuntimeError("not yet")
+        return 0.5
+
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, random_fraction=fraction, verbose=0)
+    with pytest.raises(RuntimeError):
+        batches[0]
+    fails.clear()
+    read(batches)
+    assert set(epochs) == {0} and batches._epoch == 1
+
+
+def test_restart_keeps_what_is_left_of_a_pass():
+    towers, _ = clusters()
+    batches = GlobalContrastiveBatches(towers, pairs_of(24), 4, batches_per_epoch=4, verbose=0)
+    first = read(batches)
+    batches.on_epoch_end()
+    batches[0]
+    batches.restart()
+    second = read(batches)
+    # The second epoch begins with the two batches that the first pass has left.
+    seen = np.concatenate([*first, *second])
+    assert np.all(np.bincount(seen, minlength=24) >= 1)
+
+
 def test_an_index_is_filled_at_every_ordering():
     model = make_model(learning_rate=1.0)
     index = TreeIndex(NUM_PAIRS, DIM)
@@ -164,6 +233,28 @@ def test_pairs_of_one_candidate_share_no_batch(options):
                 batch_ids = batches[i]["candidate"]["id"].numpy()
                 assert len(set(batch_ids)) == len(batch_ids)
             batches.on_epoch_end()
+
+
+def test_ids_of_a_single_feature_and_of_the_task():
+    pairs = {"query": np.arange(24) // 3, "candidate": np.arange(24) % 12}
+    towers = (lambda ids: tf.one_hot(ids, 24),) * 2
+    batches = GlobalContrastiveBatches(
+        towers, pairs, 4, query_id_key="query", candidate_id_key="candidate", verbose=0
+    )
+    np.testing.assert_array_equal(batches._ids.queries, pairs["query"])
+    np.testing.assert_array_equal(batches._ids.candidates, pairs["candidate"])
+
+    model = types.SimpleNamespace(
+        query_network=towers[0],
+        candidate_network=towers[1],
+        task=types.SimpleNamespace(candidate_id_key="candidate"),
+    )
+    batches = GlobalContrastiveBatches(model, pairs, 4, verbose=0)
+    for i in range(6):
+        assert len(set(batches[i]["candidate"].numpy())) == 4
+    dataset = tf.data.Dataset.from_tensor_slices(pairs)
+    for batch in GlobalContrastiveBatches.from_dataset(model, dataset, 4):
+        assert len(set(batch["candidate"].numpy())) == 4
 
 
 @pytest.mark.parametrize("batch_size", [22, 30])
@@ -250,7 +341,13 @@ def test_out_of_range():
             {"pairs": {"query": tf.ragged.constant([[1]]), "candidate": np.arange(1)}},
             "`pairs` must be dense. Received: RaggedTensor",
         ),
-        ({"candidate_id_key": "id"}, "`candidate_id_key` names one of several features"),
+        ({"candidate_id_key": "id"}, r"`candidate_id_key` must be .* \['candidate'\]. .*'id'"),
+        ({"query_id_key": "id"}, r"`query_id_key` must be one of .* a query, \['query'\]. .*'id'"),
+        ({"pairs": tf.data.Dataset.range(3)}, "from_dataset` takes a `tf.data.Dataset`"),
+        (
+            {"pairs": {"query": np.array(["a", None, np.nan], object), "candidate": np.arange(3)}},
+            "objects with 2 others, the first of them None",
+        ),
         ({"batch_size": 25, "drop_remainder": True}, "24 pairs and `batch_size=25`"),
     ],
 )

@@ -1,5 +1,7 @@
 """Tests of `GlobalContrastiveBatches` in `fit`: when epochs begin, and with which weights."""
 
+import types
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -11,6 +13,7 @@ from negative_cache import (
     GlobalContrastiveBatches,
 )
 from negative_cache._compat import IS_KERAS_2, keras
+from negative_cache._towers import Towers
 from negative_cache.tests.contrastive_pairs import (
     PAIRS,
     TITLES,
@@ -162,6 +165,8 @@ def test_a_killed_training_goes_on(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         model.fit(batches, epochs=4, verbose=0, shuffle=False, callbacks=[backup, Interrupt(12)])
     model, batches = make(initial_epoch=2)
+    # A look at the batches before: the order of weights that are not restored yet.
+    model(batches[0])
     backup = BackupAndRestore(tmp_path / "backup", save_freq="epoch")
     resumed = Orders(batches)
     callbacks = [backup, resumed]
@@ -182,27 +187,105 @@ def test_restart_after_an_interrupt():
     with pytest.raises(KeyboardInterrupt):
         model.fit(batches, epochs=2, verbose=0, callbacks=[Interrupt(8)])
     batches.restart()
-    # Twice is as once: the weights are the same.
+    # Twice is as once. The interrupted epoch, the second, begins anew.
     batches.restart()
-    assert batches._epoch == 2
+    assert batches._epoch == 1
     orders = Orders(batches)
-    model.fit(batches, initial_epoch=2, epochs=3, verbose=0, callbacks=[orders])
+    model.fit(batches, initial_epoch=1, epochs=3, verbose=0, callbacks=[orders])
     np.testing.assert_array_equal(orders.orders, orders.expected)
     assert batches._epoch == 3
 
 
-def test_weights_of_constant_norm_are_seen_to_change():
+def test_a_loop_of_ones_own():
+    model = make_model(learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, num_neighbors=2, verbose=0)
+    orders = []
+    for _ in range(3):
+        seen = []
+        for batch in batches:
+            seen.append(batch["query"]["id"].numpy())
+            model.train_on_batch(batch)
+        assert_each_once(seen)
+        orders.append(batches.order)
+    assert batches._epoch == 3
+    assert np.any(orders[0] != orders[1])
+
+
+@pytest.mark.parametrize("steps_per_epoch", [1, 2])
+def test_steps_per_epoch_orders_once_a_pass(steps_per_epoch):
+    model = make_model(learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 4, verbose=0)
+    embed, calls = batches._maker.embed, []
+    batches._maker.embed = lambda pairs: calls.append(1) or embed(pairs)
+    recorder = Recorder(model)
+    model.fit(batches, epochs=12 // steps_per_epoch, steps_per_epoch=steps_per_epoch, verbose=0)
+    if not IS_KERAS_2:
+        assert len(calls) <= 3
+        assert_each_once(recorder.batches[:6])
+        assert_each_once(recorder.batches[6:12])
+
+
+def test_restored_weights_order_the_epoch_on_two_replicas():
+    with two_replicas().scope():
+        model = make_model(run_eagerly=False, learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 6, num_neighbors=2, verbose=0)
+    table = model.query_network.table
+    values = np.random.default_rng(5).normal(size=table.shape)
+    callbacks = [keras.callbacks.LambdaCallback(on_train_begin=lambda logs: table.assign(values))]
+    if IS_KERAS_2:
+        callbacks.append(
+            keras.callbacks.LambdaCallback(on_train_begin=lambda logs: batches.restart())
+        )
+    expected = []
+
+    class AtEpoch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            towers = [Tower(embeddings) for embeddings in batches.embed()]
+            alone = GlobalContrastiveBatches(towers, PAIRS, 6, num_neighbors=2, verbose=0)
+            read(alone)
+            expected.append(alone.order)
+
+    model.fit(batches, epochs=1, verbose=0, callbacks=[*callbacks, AtEpoch()])
+    np.testing.assert_array_equal(batches.order, expected[0])
+
+
+@pytest.mark.parametrize("network", ["query_network", "candidate_network"])
+def test_any_weight_that_changes_is_seen(network):
     model = make_model(learning_rate=0.0)
+    table = getattr(model, network).table
     batches = GlobalContrastiveBatches(model, PAIRS, 5, verbose=0)
     read(batches)
     batches.on_epoch_end()
     read(batches)
     assert batches._epoch == 1
-    table = model.query_network.table
+    # The norm is the same.
     table.assign(tf.convert_to_tensor(table)[:, ::-1])
     batches.on_epoch_end()
     read(batches)
     assert batches._epoch == 2
+
+
+def test_weights_of_any_shape_and_dtype():
+    model = make_model()
+    scalar, empty = tf.Variable(1.0), tf.Variable(tf.zeros([0, 4]))
+    low = tf.Variable(tf.ones([3], tf.bfloat16))
+    towers = Towers(model, 8)
+    towers._networks = (types.SimpleNamespace(trainable_variables=[scalar, empty, low]),)
+    weights = towers.weights()
+    assert not towers.have_changed(weights)
+    low.assign([1.0, 1.0, 1.0078125])
+    assert towers.have_changed(weights)
+
+
+def test_restart_orders_by_the_weights_of_then():
+    model = make_model(learning_rate=1.0)
+    batches = GlobalContrastiveBatches(model, PAIRS, 5, num_neighbors=2, verbose=0)
+    model.fit(batches, epochs=2, verbose=0)
+    batches[0]
+    order = batches.order
+    batches.restart()
+    batches[0]
+    np.testing.assert_array_equal(batches.order, order)
 
 
 def test_several_passes_in_an_epoch_are_of_one_order():

@@ -114,11 +114,42 @@ def test_passes_over_shards_are_counted_when_trained():
 
 
 def test_embeddings_that_are_not_finite_are_named_by_their_place_in_the_dataset():
-    tower = lambda ids: 1.0 / tf.cast(ids[:, tf.newaxis] != 17, tf.float32)  # noqa: E731
-    # The second shard begins with what is left of the first.
+    broken = tf.Variable(17, dtype=tf.int64)
+    tower = lambda ids: 1.0 / tf.cast(ids[:, tf.newaxis] != broken, tf.float32)  # noqa: E731
     dataset = shards((tower, tower), 24, batch_size=4, shard_size=10)
     with pytest.raises(tf.errors.InvalidArgumentError, match="query embeddings .* row 17"):
         list(dataset)
+    # The second shard begins with the two pairs that are left of the first.
+    broken.assign(-1)
+    iterator = iter(dataset)
+    seen = np.concatenate([next(iterator)["query"].numpy() for _ in range(2)])
+    left = sorted(set(range(10)) - set(seen.tolist()))
+    assert len(left) == 2
+    broken.assign(left[1])
+    with pytest.raises(tf.errors.InvalidArgumentError, match=f"embeddings .* row {left[1]}:"):
+        next(iterator)
+
+
+def test_shards_differ_in_what_is_drawn_and_know_queries():
+    towers, labels = clusters(num_clusters=12)
+    dataset = shards(towers, 48, batch_size=4, shard_size=24, start_epoch=9)
+    batches = [batch["query"].numpy() for batch in dataset]
+    first, second = np.concatenate(batches[:6]), np.concatenate(batches[6:])
+    assert np.any(first != second - 24)
+
+    pairs = tf.data.Dataset.from_tensor_slices(
+        {"query": {"row": np.arange(48), "user": labels}, "candidate": {"row": np.arange(48)}}
+    )
+    tower = lambda features: towers[0](features["row"])  # noqa: E731
+    options = {"shard_size": 48, "num_neighbors": 3, "grow": True}
+    shared = []
+    for key in (None, "user"):
+        dataset = GlobalContrastiveBatches.from_dataset(
+            (tower, tower), pairs, 4, query_id_key=key, **options
+        )
+        users = [batch["query"]["user"].numpy() for batch in dataset]
+        shared.append(sum(4 - len(set(batch)) for batch in users))
+    assert shared[1] <= 2 < 20 < shared[0]
 
 
 def test_shards_warn_of_frequent_candidates():
@@ -156,6 +187,17 @@ def test_shards_warn_of_frequent_candidates():
             },
             "`dataset` must be dense",
         ),
+        (
+            {
+                "dataset": tf.data.Dataset.from_tensor_slices(pairs_of(24)).batch(
+                    4, drop_remainder=True
+                ),
+                "candidate_id_key": "candidate",
+            },
+            "`dataset` must hold single pairs",
+        ),
+        ({"candidate_id_key": "id"}, r"`candidate_id_key` must be .* \['candidate'\]. .*'id'"),
+        ({"batch_size": 30, "drop_remainder": True}, "24 pairs and `batch_size=30`"),
         ({"group_size": 3}, "`group_size` must divide `batch_size`. Received: 3 and 5"),
         ({"initial_epoch": -1}, "`initial_epoch` must be an integer >= 0. Received: -1"),
         ({"shard_size": 4}, "`shard_size` must be at least `batch_size`. Received: 4 and 5"),

@@ -143,7 +143,7 @@ def test_positives_of_the_query_are_no_neighbors():
     )
     rows, columns = graph.nonzero()
     assert len(rows) and all(
-        (users[i], items[j]) not in known or (users[j], items[i]) not in known
+        (users[i], items[j]) not in known and (users[j], items[i]) not in known
         for i, j in zip(rows, columns)
     )
     arguments = {"num_neighbors": 4, "batch_size": 10, "grow": True, "candidate_ids": items}
@@ -151,6 +151,17 @@ def test_positives_of_the_query_are_no_neighbors():
     order = contrastive_order(queries, candidates, query_ids=users, **arguments)
     assert_permutation(order, 300)
     assert share_of_known(order, 10) < 0.2 * share_of_known(without, 10)
+
+
+def test_neighbors_are_found_behind_the_positives():
+    # The ten candidates of a query are nearest to it; those of the next query come after them.
+    users = np.repeat(np.arange(6), 10)
+    angles = users + 0.01 * np.random.default_rng(0).uniform(size=60)
+    embeddings = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    graph = neighbor_graph(embeddings, embeddings, num_neighbors=3, query_ids=users)
+    rows, columns = graph.nonzero()
+    assert set(rows.tolist()) == set(range(60))
+    assert np.all(np.isin(np.abs(users[rows] - users[columns]), [1, 5]))
 
 
 def test_a_pair_that_all_are_near_does_not_spoil_the_order():
@@ -313,6 +324,7 @@ def test_progress_bar(capsys):
         ({"block_size": 0}, "`block_size` must be an integer >= 1. Received: 0"),
         ({"index": 5}, "`index` must be a `TreeIndex`. Received: 5"),
         ({"query_ids": np.arange(9)}, r"`query_ids` must be .* shape \[10\].*\(9,\)"),
+        ({"seed": -1}, "`seed` must be an integer >= 0. Received: -1"),
         ({"grow": True}, "`grow` needs `batch_size`"),
         ({"batch_size": 0}, "`batch_size` must be an integer >= 1. Received: 0"),
         ({"candidate_ids": np.arange(9)}, r"`candidate_ids` must be .* shape \[10\].*\(9,\)"),
