@@ -239,7 +239,7 @@ class _Positives:
         return self._are_known(self._queries[rows, np.newaxis] * self.num_candidates + found)
 
     def are_of(self, others: np.ndarray) -> np.ndarray:
-        """[N, k] bool: whether each pair's candidate is a positive of other pairs' queries [N, k]."""
+        """[N, k] bool: whether each pair's candidate is a positive of other pairs' queries."""
         candidates = self._candidates[:, np.newaxis]
         return self._are_known(self._queries[others] * self.num_candidates + candidates)
 

@@ -125,7 +125,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             return
         # Keras has read the first epoch, and has just reset the metrics.
         _compat.set_first_epoch(self.model, None)
-        for variable, value in self._metrics:
+        # Those of an epoch that had come to its end are not those of the next.
+        for variable, value in self._metrics if self._num_saved else ():
             variable.assign(value)
         self._metrics = None
         is_stream = self.steps_per_epoch is not None

@@ -233,9 +233,14 @@ class Encoder:
         self._embed = tf.function(
             lambda features: tf.cast(network(features, **kwargs), tf.float32), reduce_retracing=True
         )
+        self._is_traced = False
 
     def embed(self, features) -> np.ndarray:
         """Embeds one batch of features: [n, d] float32."""
+        if not self._is_traced:
+            # Once for batches of any size: the last one is smaller.
+            self._embed.get_concrete_function(tf.nest.map_structure(_spec_of_any_size, features))
+            self._is_traced = True
         embeddings = self._embed(features).numpy()
         if embeddings.ndim != 2:
             raise ValueError(
@@ -259,6 +264,13 @@ class Encoder:
         return np.concatenate(embeddings)
 
 
+def _spec_of_any_size(values):
+    """The specification of a feature whose first dimension is any."""
+    if not isinstance(values, tf.Tensor) or not values.shape.rank:
+        return values
+    return tf.TensorSpec([None, *values.shape[1:]], values.dtype)
+
+
 def encoders_of(model) -> tuple[Encoder, Encoder]:
     """The encoders of queries and of candidates, of what `evaluate` takes as `model`.
 
@@ -270,8 +282,8 @@ def encoders_of(model) -> tuple[Encoder, Encoder]:
         networks = [getattr(model, f"{name}_network", None) for name in ("query", "candidate")]
     if len(networks) != 2 or not all(callable(network) for network in networks):
         raise ValueError(
-            "A model must have `query_network` and `candidate_network`, or be the pair of both."
-            f" Received: {model!r}."
+            "A model must have `query_network` and `candidate_network`, or be the pair of both, as"
+            f" `(model.query_model, model.candidate_model)` is. Received: {model!r}."
         )
     query, candidate = (
         network if isinstance(network, Encoder) else Encoder(network) for network in networks
