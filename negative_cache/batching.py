@@ -8,6 +8,7 @@ one another, and cuts the order into batches. The model and the loss stay as the
 the batches of every epoch of `fit`.
 """
 
+import dataclasses
 import threading
 from collections.abc import Callable, Mapping
 
@@ -150,12 +151,12 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                 )
         if candidate_ids is None:
             candidate_id_key = candidate_id_key or _task_key(model)
-        of_features = Ids.of(self._pairs, query_id_key, candidate_id_key)
+        self._ids = Ids.of(self._pairs, query_id_key, candidate_id_key)
         given = Ids.given(num_pairs, query_ids, candidate_ids)
-        self._ids = Ids(
-            given.queries if query_id_key is None else of_features.queries,
-            given.candidates if candidate_id_key is None else of_features.candidates,
-        )
+        if query_ids is not None:
+            self._ids = dataclasses.replace(self._ids, queries=given.queries)
+        if candidate_ids is not None:
+            self._ids = dataclasses.replace(self._ids, candidates=given.candidates)
         _batch_conflicts.warn_of_conflicts(self._ids, batch_size)
         _check_not_empty(self._maker, num_pairs)
         self._num_batches = self._maker.num_batches(num_pairs)
@@ -284,16 +285,17 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     def __getitem__(self, index: int):
         """Batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
         with self._lock:
-            if self._is_due or (
-                not self._unread and self._maker.towers.have_changed(self._weights)
-            ):
+            if self._is_due:
                 self._begin_epoch()
-            elif not self._unread:
-                # Another look at the same batches.
-                self._unread = set(range(self._num_batches))
             rows = self._batches[index]
             self._unread.discard(index % self._num_batches)
         return _pair_batches.take(self._pairs, rows)
+
+    def __iter__(self):
+        """The batches of an epoch, for a loop of your own; the next one begins another epoch."""
+        for index in range(self._num_batches):
+            yield self[index]
+        self.on_epoch_end()
 
     def on_epoch_begin(self):
         # Keras 3 only. It has looked at batches, and then callbacks may have loaded weights.
