@@ -156,8 +156,10 @@ def save(options, record: dict) -> None:
     """Writes the record and a plot of MRR against steps."""
     path = options.output
     if path is None:
-        name = f"contrastive_b{options.batch_size}_t{options.temperature}_{options.steps}steps"
+        name = f"contrastive_training_t{options.temperature}"
+        name += f"_b{options.batch_size}" if options.batch_size != 64 else ""
         name += f"_d{options.duplicates}" if options.duplicates else ""
+        name += f"_{options.steps}steps" if options.steps != 2000 else ""
         path = pathlib.Path(f"benchmarks/results/{name}.json")
     settings = {key: value for key, value in vars(options).items() if key != "output"}
     _measure.save(path, {"options": settings, **record})

@@ -32,8 +32,8 @@ def nearest_candidates(
     """Finds the k largest of each row of f(X) g(Y)ᵀ, exactly.
 
     A candidate among the k best is in a group of candidates whose best is among the k best of
-    groups. So the groups' maxima are all that is kept of the scores, and the k best groups are
-    scored again: for many candidates this is a third of the time of `top_k_scores`.
+    groups. So the groups' maxima are all that is kept of the scores, the k best groups are scored
+    again, and rows of C scores are never sorted.
 
     Args:
       query_embeddings: [B, d] float.
