@@ -1,11 +1,10 @@
-"""Pairs, model and losses that the benchmarks of contrastive batches share."""
+"""Pairs and losses that the benchmarks of contrastive batches share."""
 
 import numpy as np
 import tensorflow as tf
 
 import negative_cache as nc
 from negative_cache import demo
-from negative_cache._compat import keras
 
 SHUFFLED, ORDERED, GROWN = "shuffled", "ordered", "grown"
 
@@ -21,29 +20,6 @@ class Pairs:
         candidates = {"ids": data.code_ids[rows], "row": ids}
         self.features = {"query": data.query_ids[rows], "candidate": candidates}
         self.num_pairs = len(rows)
-
-
-def make_model(data: demo.Data, settings: demo.Settings, cache_size: int) -> nc.DualEncoder:
-    """The demo's model."""
-    keras.utils.set_random_seed(settings.seed)
-    words = keras.layers.Embedding(data.vocabulary_size, settings.dim, mask_zero=True)
-    query_tower, candidate_tower = demo.TextTower(words), demo.TextTower(words)
-    task = nc.CachedRetrieval(
-        candidate_tower,
-        {
-            "ids": tf.io.FixedLenFeature([demo.CODE_LENGTH], tf.int64),
-            "row": tf.io.FixedLenFeature([], tf.int32),
-        },
-        cache_size,
-        temperature=settings.temperature,
-        exact_query_gradient=settings.exact_query_gradient,
-        in_batch_negatives=True,
-        candidate_id_key="row",
-        remove_accidental_hits=True,
-    )
-    model = nc.DualEncoder(query_tower, candidate_tower, task)
-    model.compile(optimizer=keras.optimizers.Adam(settings.learning_rate))
-    return model
 
 
 def loss_of_all(queries, candidates, positives, temperature: float) -> float:

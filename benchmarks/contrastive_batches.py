@@ -26,7 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import _measure
 import numpy as np
 import tensorflow as tf
-from _contrastive import GROWN, ORDERED, SHUFFLED, Pairs, loss_of_all, make_model
+from _contrastive import GROWN, ORDERED, SHUFFLED, Pairs, loss_of_all
 
 import negative_cache as nc
 from negative_cache import _batch_conflicts, demo
@@ -62,7 +62,7 @@ def measure_gap(options) -> dict:
     pairs = Pairs(data, options)
     rows = []
     settings = demo.Settings(batch_size=options.batch_size, temperature=options.temperature)
-    model, trained = make_model(data, settings, 0), 0
+    model, trained = demo.make_model(data, 0, settings), 0
     for steps in options.gap_steps:
         batches = nc.GlobalContrastiveBatches(
             model, pairs.features, options.batch_size, start_epoch=10**6, seed=trained, verbose=0,

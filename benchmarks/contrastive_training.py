@@ -19,7 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import _measure
 import numpy as np
-from _contrastive import GROWN, ORDERED, SHUFFLED, Pairs, loss_of_all, make_model
+from _contrastive import GROWN, ORDERED, SHUFFLED, Pairs, loss_of_all
 
 import negative_cache as nc
 from negative_cache import demo
@@ -77,7 +77,7 @@ def train(data: demo.Data, pairs: Pairs, name: str, seed: int, options) -> dict:
         temperature=options.temperature,
         seed=seed,
     )
-    model = make_model(data, settings, settings.cache_size if with_cache else 0)
+    model = demo.make_model(data, settings.cache_size if with_cache else 0, settings)
     steps_per_epoch = options.steps // options.evaluations
     batches = nc.GlobalContrastiveBatches(
         model,

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 
 from negative_cache._pair_ids import Ids, Mates
+from negative_cache.ops._occurrences import occurrence_numbers
 
 # How many pairs that wait are asked, for one that comes to a batch, if queries are known.
 _NUM_ASKED = 4
@@ -104,10 +105,7 @@ def _without_surplus(ids: np.ndarray, num_full: int, rest: int) -> np.ndarray:
     """Ids of which the surplus, the last pairs of each, have got ids of their own."""
     counts = np.bincount(ids)
     allowed = counts - _surplus(counts, num_full, rest)
-    by_id = np.argsort(ids, kind="stable")
-    number = np.empty(len(ids), np.int64)
-    number[by_id] = np.arange(len(ids)) - (np.cumsum(counts) - counts)[ids[by_id]]
-    is_surplus = number >= allowed[ids]
+    is_surplus = occurrence_numbers(ids) >= allowed[ids]
     return np.where(is_surplus, len(counts) + np.cumsum(is_surplus), ids)
 
 

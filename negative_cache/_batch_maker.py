@@ -101,9 +101,10 @@ class BatchMaker:
         self, pairs, ids: Ids, stream: Sequence[int], numbers: np.ndarray | None = None
     ) -> Order:
         """The order of pairs by the embeddings of now; errors name pairs by their numbers [N]."""
-        embeddings = self.embed(pairs)
-        for values, name in zip(embeddings, ("query", "candidate")):
+        embeddings = [
             check_embeddings(values, f"{name} embeddings", numbers)
+            for values, name in zip(self.embed(pairs), ("query", "candidate"))
+        ]
         seed = int(self._rng(stream).integers(2**31))
         graph = neighbor_graph(
             *embeddings,

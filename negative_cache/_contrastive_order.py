@@ -19,6 +19,7 @@ from negative_cache._grown_batches import grow_batches
 from negative_cache._pair_ids import Ids
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import neighbor_graph as graphs
+from negative_cache.ops._occurrences import occurrence_numbers
 
 
 def contrastive_order(
@@ -317,10 +318,10 @@ def _pairs_of(neighbors: np.ndarray, codes: np.ndarray, rng: np.random.Generator
       rng: numbers the pairs.
     """
     shuffled = rng.permutation(len(codes))
-    pairs = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    numbers = np.empty(len(codes), np.int64)
+    numbers[shuffled] = occurrence_numbers(codes[shuffled])
+    pairs = np.lexsort([numbers, codes])
     counts = np.bincount(codes)
     starts = np.cumsum(counts) - counts
-    numbers = np.empty(len(codes), np.int64)
-    numbers[pairs] = np.arange(len(codes)) - starts[codes[pairs]]
     found = pairs[starts[neighbors] + numbers[:, np.newaxis] % counts[neighbors]]
     return np.where(neighbors >= 0, found, -1)

@@ -64,6 +64,10 @@ class Towers:
         ]
 
     def have_changed(self, weights: list[int]) -> bool:
-        """Whether the towers are not those of `weights()`. They never are if they have none."""
-        now = self.weights()
-        return not now or now != weights
+        """Whether the towers are not those of `weights()`."""
+        return differ(self.weights(), weights)
+
+
+def differ(weights: list[int], others: list[int]) -> bool:
+    """Whether `Towers.weights()` of two times differ; without weights it is taken that they do."""
+    return not weights or weights != others

@@ -20,6 +20,7 @@ from negative_cache._batch_maker import BatchMaker, Order, Shards
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache._contrastive_order import contrastive_order, neighbor_graph
 from negative_cache._pair_ids import Ids
+from negative_cache._towers import differ
 from negative_cache.ops.neighbor_graph import bandwidth
 
 __all__ = ["GlobalContrastiveBatches", "bandwidth", "contrastive_order", "neighbor_graph"]
@@ -346,23 +347,23 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     def _begin_epoch(self):
         self._before = self._state()
+        self._maker.towers.build(self._pairs)
+        self._weights = self._maker.towers.weights()
         batches = self._left
         while len(batches) < self._num_batches:
             batches = [*batches, *self._pass()]
         self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
-        self._weights = self._maker.towers.weights()
         self._is_due, self._is_trained = False, False
         self._unread = set(range(self._num_batches))
 
     def _pass(self) -> list[np.ndarray]:
         """Rows of the batches of the next pass over all pairs."""
         epoch, maker = self._epoch, self._maker
-        maker.towers.build(self._pairs)
         order = Order(np.arange(_pair_batches.num_rows(self._pairs)))
         if maker.random_fraction(epoch) < 1.0:
             if self._order is None or self._must_order(epoch):
                 self._order = maker.order(self._pairs, self._ids, [epoch])
-                self._ordered_at, self._ordered_by = epoch, maker.towers.weights()
+                self._ordered_at, self._ordered_by = epoch, self._weights
             order = self._order
         batches = maker.batches(order, self._ids, epoch, [epoch])
         self._epoch += 1
@@ -370,7 +371,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     def _must_order(self, epoch: int) -> bool:
         is_old = epoch - self._ordered_at >= self._every
-        return is_old and self._maker.towers.have_changed(self._ordered_by)
+        return is_old and differ(self._weights, self._ordered_by)
 
 
 def _task_key(model) -> str | None:

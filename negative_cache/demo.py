@@ -103,8 +103,8 @@ class Data:
         )
 
 
-def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
-    """Trains a model, without a cache where `cache_size` is 0, and evaluates it as it goes."""
+def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncoder:
+    """A new model, without a cache where `cache_size` is 0."""
     keras.utils.set_random_seed(settings.seed)
     words = keras.layers.Embedding(data.vocabulary_size, settings.dim, mask_zero=True)
     query_tower, candidate_tower = TextTower(words), TextTower(words)
@@ -124,7 +124,12 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
     )
     model = nc.DualEncoder(query_tower, candidate_tower, task)
     model.compile(optimizer=keras.optimizers.Adam(settings.learning_rate))
+    return model
 
+
+def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
+    """Trains a model, without a cache where `cache_size` is 0, and evaluates it as it goes."""
+    model = make_model(data, cache_size, settings)
     corpus = data.corpus
     order = np.random.default_rng(settings.seed).permutation(corpus.train)
     batches = data.pairs(order).shuffle(len(order), seed=settings.seed).repeat()

@@ -13,6 +13,7 @@ import scipy.sparse
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._occurrences import occurrence_numbers
 
 # Candidates scored at a time; see `softmax_sampling` for why it is bounded from both sides.
 _BLOCK_SIZE = 2048
@@ -128,15 +129,12 @@ def symmetric_graph(
         place among their neighbors.
     """
     num_rows, k = neighbors.shape
-    # The nearest of all first, so that a stable sort leaves them in front.
+    # The nearest of all first: their claims come first.
     columns, rows = neighbors.T.reshape([-1]), np.tile(np.arange(num_rows), k)
     rows, columns = rows[columns >= 0], columns[columns >= 0]
     if max_claims is not None:
-        by_column = np.argsort(columns, kind="stable")
-        rows, columns = rows[by_column], columns[by_column]
-        counts = np.bincount(columns, minlength=num_rows)
-        number = np.arange(len(columns)) - (np.cumsum(counts) - counts)[columns]
-        rows, columns = rows[number < max_claims], columns[number < max_claims]
+        is_claimed = occurrence_numbers(columns) < max_claims
+        rows, columns = rows[is_claimed], columns[is_claimed]
     ones = np.ones(len(rows), bool)
     graph = scipy.sparse.csr_matrix((ones, (rows, columns)), shape=(num_rows, num_rows))
     return graph.maximum(graph.T).tocsr()
