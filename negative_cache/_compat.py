@@ -49,9 +49,10 @@ if IS_KERAS_2:
         for layer in model._flatten_layers():
             if not getattr(layer, "supports_jit", True):
                 raise ValueError(
-                    "XLA has no strings, and no `TreeIndex`. Compile without `jit_compile=True`,"
-                    " draw without an index, and look strings up before they enter the model."
-                    f" Received `jit_compile=True` and the layer {layer.name!r}."
+                    "XLA has no strings, nothing that is kept `on_host`, and on a CPU no use for a"
+                    " `TreeIndex`. Compile without `jit_compile=True`, and look strings up before"
+                    " they enter the model. Received `jit_compile=True` and the layer"
+                    f" {layer.name!r}."
                 )
 
     class Model(keras.Model):

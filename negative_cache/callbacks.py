@@ -221,7 +221,7 @@ class CacheRefresh(keras.callbacks.Callback):
 
 
 def _has_aged(cache) -> bool:
-    waits = tf.convert_to_tensor(cache.filled) & (cache.age > 0)
+    waits = cache.filled & (cache.age > 0)
     return bool(tf.reduce_any(waits))
 
 

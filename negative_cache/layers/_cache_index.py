@@ -1,6 +1,6 @@
 """How an index over a cache's embeddings follows the updates of the cache."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -9,7 +9,11 @@ from negative_cache.ops.tree_statistics import Groups
 
 
 def check_index(
-    index: TreeIndex, cache_size: int, embedding: tf.io.FixedLenFeature, saved: bool
+    index: TreeIndex,
+    cache_size: int,
+    embedding: tf.io.FixedLenFeature,
+    saved: bool,
+    is_filled_at_once: bool,
 ) -> None:
     """Checks that `index` is for rows of a cache."""
     if not isinstance(index, TreeIndex):
@@ -20,10 +24,10 @@ def check_index(
             "`index` must have the capacity and the dimension of the cache. Received: capacity ="
             f" {received[0]}, embedding_dim = {received[1]}. Wanted: {wanted[0]} and {wanted[1]}."
         )
-    if not index.store_embeddings:
+    if not index.store_embeddings and not is_filled_at_once:
         raise ValueError(
-            "An index over the rows of a cache must store embeddings: without, it cannot grow from"
-            " an empty cache. Received an index with store_embeddings=False."
+            "An index over the rows of a cache that streams must store embeddings: without, it"
+            " cannot grow from an empty cache. Received an index with store_embeddings=False."
         )
     if index.get_config()["saved"] != saved:
         raise ValueError(
@@ -35,7 +39,7 @@ def check_index(
 def follow(
     index: TreeIndex,
     embeddings: tf.Variable,
-    filled: tf.Variable,
+    is_filled: Callable[[tf.Tensor], tf.Tensor],
     changed: Sequence[tuple[tf.Tensor, tf.Tensor]],
 ) -> None:
     """Brings `index` up to date with rows whose embeddings have changed.
@@ -43,7 +47,7 @@ def follow(
     Args:
       index: over the rows.
       embeddings: [C, d] variable, the rows as they are now.
-      filled: [C] bool variable, which of them hold a candidate.
+      is_filled: rows [n] -> [n] bool, which of them hold a candidate.
       changed: pairs of rows [n] int and [n] bool, which of them have changed; a row may come
         several times.
     """
@@ -51,5 +55,5 @@ def follow(
     mask = tf.concat([mask for _, mask in changed], axis=0)
     mask &= Groups.of(rows, mask).rank == 0
     rows = tf.where(mask, rows, 0)
-    mask &= tf.gather(filled, rows)
+    mask &= is_filled(rows)
     index.update(rows, tf.gather(embeddings, rows), mask)

@@ -19,6 +19,7 @@ from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import SoftmaxSample, contrastive, sample_softmax_with_gradient
+from negative_cache.ops.cache_rows import take_rows
 
 # What a row holds besides the candidate's own features.
 CANDIDATE_ID = "candidate_id_key"
@@ -288,7 +289,9 @@ class CachedNegatives:
     def update(self, items: Mapping[str, tf.Tensor], refreshed: Refreshed | None) -> None:
         """Ends a training step: writes draws back, lets a batch's `items` enter, and reports."""
         self._write(items, refreshed)
-        self._metrics.fill.update_state(self._cache.num_filled / self._cache.cache_size)
+        self._metrics.fill.update_state(
+            tf.cast(self._cache.num_filled, tf.float32) / self._cache.cache_size
+        )
         self._metrics.skipped_rows.update_state(self._cache.num_skipped)
 
     def add(self, items: Mapping[str, tf.Tensor]) -> None:
@@ -355,7 +358,7 @@ class CachedNegatives:
         examples = drawn
         if self._cache.row_key is not None:
             rows = self._rows_of(items)
-            is_known = (rows >= 0) & tf.gather(self._cache.filled, tf.maximum(rows, 0))
+            is_known = (rows >= 0) & self._cache.is_filled(tf.maximum(rows, 0))
             positives = Refreshed(tf.maximum(rows, 0), items[EMBEDDING], is_known)
             examples = examples.and_those(positives)
         if oldest is not None:
@@ -369,7 +372,7 @@ class CachedNegatives:
         to_encode = self._corrector.rows_to_encode(self._cache.embeddings, self._cache.filled, seed)
         if to_encode is not None:
             landmarks, are_there = to_encode
-            are_there &= tf.gather(self._cache.filled, landmarks)
+            are_there &= self._cache.is_filled(landmarks)
             own = tf.zeros_like(landmarks)
             features = self._features_of(landmarks, are_there, items, own)
             fresh = tf.stop_gradient(self._encode(features, training=False))
@@ -393,7 +396,7 @@ class CachedNegatives:
             return None
         count = max(round(per_step), 1)
         rows = self._cache.oldest(count)
-        filled = tf.gather(self._cache.filled, rows)
+        filled = self._cache.is_filled(rows)
 
         def encode():
             own = tf.zeros_like(rows)
@@ -445,7 +448,7 @@ class CachedNegatives:
         features = {}
         for key, values in self._features_at(rows).items():
             mask = tf.reshape(is_there, [-1] + [1] * (values.shape.rank - 1))
-            features[key] = tf.where(mask, values, tf.gather(items[key], substitutes))
+            features[key] = tf.where(mask, values, take_rows(items[key], substitutes))
         return features
 
 

@@ -9,12 +9,8 @@ from negative_cache import _validation
 from negative_cache._compat import RunningMean, keras
 from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks
 from negative_cache.layers._corpus import ONE_FEATURE, Corpus
-from negative_cache.layers._state import (
-    StateLayer,
-    make_state_variable,
-    next_seed,
-    on_every_replica,
-)
+from negative_cache.layers._state import StateLayer, next_seed, on_every_replica
+from negative_cache.layers._variables import is_on_host, make_state_variable
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import build_corrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -55,10 +51,11 @@ class CachingLayer(StateLayer):
         self._cache = cache
         if cache is not None:
             self._count(cache.num_filled)
-        # XLA has no strings, and no index. Keras 3 asks before it compiles by itself.
-        self.supports_jit = index is None and not any(
-            tf.as_dtype(spec.dtype) == tf.string for spec in self.feature_specs.values()
-        )
+        # Of strings, and of what is kept on the host, XLA knows nothing. Keras 3 asks before it
+        # compiles by itself.
+        is_apart = cache is not None and not cache.supports_jit
+        is_apart |= any(is_on_host(spec.dtype) for spec in self.feature_specs.values())
+        self.supports_jit = not is_apart and (index is None or index.supports_jit)
         self.built = True
         # The cache's, once there is one: Keras is to find it there only.
         self._untracked.index = index
@@ -191,7 +188,7 @@ class CachingLayer(StateLayer):
                 "A refresh makes rows young, and would change which are replaced first. Received:"
                 " use_lru=False."
             )
-        filled = np.flatnonzero(tf.convert_to_tensor(self._cache.filled).numpy())
+        filled = np.flatnonzero(self._cache.filled.numpy())
         bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
         for start in range(0, len(filled), batch_size):
             rows = filled[start : start + batch_size]

@@ -7,7 +7,8 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache.layers import _networks
-from negative_cache.layers._state import make_state_variable
+from negative_cache.layers._variables import make_state_variable
+from negative_cache.ops import _execution
 
 # The name of the only feature of a tower that takes a single tensor.
 ONE_FEATURE = "candidate"
@@ -64,11 +65,27 @@ class RowsById:
     def find(variables: Mapping[str, tf.Variable], ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of `ids` [n]; -1 for those that there are not."""
         wanted = fingerprint(tf.convert_to_tensor(ids))
-        place = tf.searchsorted(tf.convert_to_tensor(variables["fingerprints"]), wanted)
-        place = tf.minimum(place, variables["rows"].shape[0] - 1)
+        place = _lower_bound(variables["fingerprints"], wanted)
         is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
         rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
         return tf.where(is_there, rows, -1)
+
+
+def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:
+    """[n] int32, the first place in `ascending` [C] with no less than `wanted` [n]; C - 1 at most.
+
+    XLA would compare all with all.
+    """
+    size = ascending.shape[0]
+    if not _execution.is_in_xla():
+        return tf.minimum(tf.searchsorted(tf.convert_to_tensor(ascending), wanted), size - 1)
+    place = tf.zeros_like(wanted, tf.int32)
+    for bit in reversed(range((size - 1).bit_length())):
+        # How many are less: of the numbers below `size`, one bit after the other.
+        further = place + 2**bit
+        is_less = tf.gather(ascending, tf.minimum(further, size) - 1) < wanted
+        place = tf.where((further < size) & is_less, further, place)
+    return place
 
 
 class Corpus:

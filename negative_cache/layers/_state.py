@@ -1,7 +1,7 @@
-"""State of layers that every replica of a `tf.distribute` strategy holds for itself.
+"""Layers with state that every replica of a `tf.distribute` strategy holds for itself.
 
-It lives in raw variables: the `add_weight` of Keras can make neither per-replica variables nor,
-where they must be saved, strings. `StateLayer` puts them into files of every format.
+It lives in raw variables (`_variables`): the `add_weight` of Keras can make neither per-replica
+variables nor, where they must be saved, strings. `StateLayer` puts them into files of every format.
 """
 
 import json
@@ -12,29 +12,12 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache._compat import keras
+from negative_cache.layers._variables import StateVariable, by_replica, kept_variable
 
 _DESCRIPTION = "description"
 _LENGTHS = "_lengths"
-
-
-def make_state_variable(initial_value: Callable[[], tf.Tensor], name: str) -> tf.Variable:
-    """Makes a non-trainable variable with an independent value on every replica."""
-    with tf.init_scope():
-        return tf.Variable(
-            initial_value,
-            trainable=False,
-            synchronization=tf.VariableSynchronization.ON_READ,
-            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
-            name=name,
-        )
-
-
-def scatter_rows(variable: tf.Variable, rows: tf.Tensor, values: tf.Tensor) -> None:
-    """Writes `values` [n, ...] into `rows` [n] of `variable` [C, ...] in place.
-
-    Unlike `Variable.scatter_nd_update` it takes every dtype, and works inside a replica context.
-    """
-    tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
+# In the descriptions of layers whose variables once had other dtypes, which files may still have.
+LAYOUT = {"layout": 2}
 
 
 def on_every_replica(function: Callable[..., None], *args) -> None:
@@ -103,16 +86,19 @@ class StateLayer(keras.layers.Layer):
         holder = tf.__internal__.tracking.AutoTrackable()
         holder.description = _Description(self)
         # A variable of all replicas would be saved with the value of the first only.
-        parts = [_by_replica(variable) for variable in tf.nest.flatten(fields)]
+        parts = [
+            [kept_variable(part) for part in by_replica(variable)]
+            for variable in tf.nest.flatten(fields)
+        ]
         holder.replicas = [tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)]
         self._untracked = types.SimpleNamespace(state=holder)
         if saved:
             self._checkpointed = holder
 
-    def _saved_variables(self) -> Iterator[tuple[str, tf.Variable]]:
+    def _saved_variables(self) -> Iterator[tuple[str, StateVariable]]:
         """Names in Keras files, and the variables of single replicas."""
         for i, variable in enumerate(tf.nest.flatten(vars(self._state))):
-            for j, component in enumerate(_by_replica(variable)):
+            for j, component in enumerate(by_replica(variable)):
                 yield f"{i}_{j}", component
 
     @property
@@ -157,6 +143,11 @@ class StateLayer(keras.layers.Layer):
                 f"The state in the file does not fit the layer {self.name!r}. Received: {received}."
                 f" Wanted: {self._description}."
             )
+            if LAYOUT.keys() & json.loads(self._description).keys() - json.loads(received).keys():
+                self._mismatch += (
+                    " The file was written by an earlier version of negative_cache, which kept this"
+                    " state in other dtypes: load it there, or train and fill the layer again."
+                )
             raise ValueError(self._mismatch)
         self._mismatch = None
 
@@ -174,14 +165,7 @@ class _Description(tf.train.experimental.PythonState):
         self._layer._check_description(string_value.decode())
 
 
-def _by_replica(variable: tf.Variable) -> tuple[tf.Variable, ...]:
-    """The variables of the single replicas."""
-    if isinstance(variable, tf.distribute.DistributedValues):
-        return variable.distribute_strategy.experimental_local_results(variable)
-    return (variable,)
-
-
-def _to_arrays(variable: tf.Variable) -> dict[str, np.ndarray]:
+def _to_arrays(variable: StateVariable) -> dict[str, np.ndarray]:
     """Suffix of a name -> an array that HDF5 can hold."""
     value = variable.numpy()
     if variable.dtype == tf.bfloat16:
@@ -193,7 +177,7 @@ def _to_arrays(variable: tf.Variable) -> dict[str, np.ndarray]:
     return {"": value}
 
 
-def _from_arrays(arrays: Mapping[str, np.ndarray], like: tf.Variable) -> np.ndarray | tf.Tensor:
+def _from_arrays(arrays: Mapping[str, np.ndarray], like: StateVariable) -> np.ndarray | tf.Tensor:
     """The inverse of `_to_arrays`."""
     value = arrays[""]
     if like.dtype == tf.bfloat16:

@@ -3,8 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._state import make_state_variable, scatter_rows
 from negative_cache.layers._tree_state import write_rows
+from negative_cache.layers._variables import make_state_variable, scatter_rows
 from negative_cache.ops.tree_statistics import candidate_stats, combine
 
 _WRITTEN_AT_ONCE = 2**16

@@ -3,8 +3,8 @@
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._state import make_state_variable
 from negative_cache.layers._tree_state import write_nodes, write_rows
+from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops.product_quantizer import (
     dequantize,
     lookup_scores,

@@ -12,6 +12,7 @@ import functools
 import tensorflow as tf
 
 from negative_cache.layers._tree_state import tree_levels, write_nodes, write_rows
+from negative_cache.ops import _execution
 from negative_cache.ops.tree_cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
 from negative_cache.ops.tree_routing import nearest, route
 from negative_cache.ops.tree_shape import TreeShape
@@ -104,14 +105,13 @@ class TreeMaintenance:
         """Places the `pending` [m] candidates; returns how many there was no room for."""
 
         def place_some(pending, is_stuck, num_refused):
-            # As many as there are: routing them is what takes longest.
-            chosen = tf.where(pending)[:_PLACED_AT_ONCE, 0]
+            chosen, is_one = _first_pending(pending)
             some_ids, some = tf.gather(ids, chosen), tf.gather(vectors, chosen)
             leaf = tf.cond(
                 is_stuck, lambda: self._nearest_with_room(some), lambda: route(self.tree, some)
             )
-            placed = self._place(some_ids, some, leaf)
-            waiting = ~placed
+            placed = self._place(some_ids, some, leaf, is_one)
+            waiting = is_one & ~placed
             has_split = tf.cond(
                 tf.reduce_any(waiting),
                 lambda: self._split_leaves(leaf, waiting),
@@ -121,7 +121,7 @@ class TreeMaintenance:
             is_now_stuck = ~tf.reduce_any(placed) & ~has_split
             refused = waiting & is_stuck & is_now_stuck
             num_refused += tf.math.count_nonzero(refused, dtype=tf.int32)
-            is_left = ~(placed | refused)
+            is_left = waiting & ~refused
             pending = tf.tensor_scatter_nd_update(pending, chosen[:, tf.newaxis], is_left)
             return pending, is_now_stuck, num_refused
 
@@ -133,10 +133,11 @@ class TreeMaintenance:
         )
         return num_refused
 
-    def _place(self, ids, vectors, leaf):
-        """Puts candidates into the free slots of their leaves; returns which of them fitted."""
-        rank = Groups.of(leaf, tf.ones_like(leaf, tf.bool)).rank
+    def _place(self, ids, vectors, leaf, mask):
+        """Puts those with True in `mask` into free slots of their leaves; which have fitted."""
+        rank = Groups.of(leaf, mask).rank
         slot, placed = _free_place(tf.gather(self._state.members, leaf), rank)
+        placed &= mask
         position = leaf * self._shape.leaf_size + slot
         write_nodes(self._state.members, position, ids, placed)
         write_rows(self._state.position, ids, position, placed)
@@ -149,7 +150,8 @@ class TreeMaintenance:
         """[n] int32, for each of `vectors` the nearest of the leaves that have most room."""
         occupied = tf.convert_to_tensor(self._state.members) >= 0
         room = self._shape.leaf_size - tf.math.count_nonzero(occupied, axis=1, dtype=tf.int32)
-        room = tf.where(self._state.owners[str(self._last + 1)] >= 0, room, 0)
+        is_owned = tf.convert_to_tensor(self._state.owners[str(self._last + 1)]) >= 0
+        room = tf.where(is_owned, room, 0)
         most, leaves = tf.math.top_k(room, k=min(_PLACED_AT_ONCE, self._shape.num_leaves))
         means = take_nodes(self.tree.levels[-1].mean, self._owner(self._last + 1, leaves))
         choice = nearest(vectors, tf.cast(means, tf.float32), most > 0)
@@ -177,7 +179,7 @@ class TreeMaintenance:
         write_nodes(self._state.children[str(depth - 1)], node, tf.fill(tf.shape(node), -1), mask)
         write_rows(self._state.owners[level], blocks, tf.fill(tf.shape(node), -1), mask)
         top = self._state.num_free[level]
-        place = top + tf.cumsum(tf.cast(mask, tf.int32)) - 1
+        place = tf.convert_to_tensor(top) + tf.cumsum(tf.cast(mask, tf.int32)) - 1
         write_rows(self._state.free[level], tf.maximum(place, 0), blocks, mask)
         top.assign_add(tf.math.count_nonzero(mask, dtype=tf.int32))
         if depth == 1:
@@ -306,6 +308,16 @@ class TreeMaintenance:
         return tf.maximum(tf.gather(self._state.owners[str(depth)], blocks), 0)
 
 
+def _first_pending(pending: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Places of the first few True in `pending` [m], and which of them are of one."""
+    if _execution.is_in_xla():
+        # Its shapes are fixed.
+        return _first(tf.range(tf.size(pending)), pending, _PLACED_AT_ONCE)
+    # As many as there are: to route them is what takes longest.
+    chosen = tf.cast(tf.where(pending)[:_PLACED_AT_ONCE, 0], tf.int32)
+    return chosen, tf.ones_like(chosen, tf.bool)
+
+
 def _free_place(taken: tf.Tensor, rank: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """The `rank`-th [n] place of each block [n, width] that holds -1, and whether there is one."""
     is_free = taken < 0
@@ -314,7 +326,9 @@ def _free_place(taken: tf.Tensor, rank: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor
     return tf.argmax(is_it, axis=1, output_type=tf.int32), tf.reduce_any(is_it, axis=1)
 
 
-def _first(blocks: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The first few of the blocks with True in `mask`."""
-    chosen = tf.argsort(tf.cast(~mask, tf.int32), stable=True)[:_SPLIT_AT_ONCE]
-    return tf.gather(blocks, chosen), tf.gather(mask, chosen)
+def _first(
+    numbers: tf.Tensor, mask: tf.Tensor, count: int = _SPLIT_AT_ONCE
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The first few of the numbers with True in `mask`, then others, and what is which."""
+    chosen = tf.argsort(tf.cast(~mask, tf.int32), stable=True)[:count]
+    return tf.gather(numbers, chosen), tf.gather(mask, chosen)

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._state import make_state_variable, scatter_rows
+from negative_cache.layers._variables import make_state_variable, scatter_nodes, scatter_rows
 from negative_cache.ops import masked_rows
 from negative_cache.ops.tree_cut import NUM_STATS, TreeLevel, take_nodes
 from negative_cache.ops.tree_shape import TreeShape
@@ -112,10 +112,11 @@ def write_nodes(
     """
     rows = masked_rows(addresses, mask)
     values = tf.cast(tf.gather(values, rows.sources), variable.dtype)
-    values = tf.cond(rows.any_written, lambda: values, lambda: take_nodes(variable, rows.rows))
+    # Where nothing is to be written, all write what the first node has.
+    values = tf.where(rows.any_written, values, take_nodes(variable, tf.zeros_like(rows.rows[:1])))
     width = variable.shape[1]
     indices = tf.stack([rows.rows // width, rows.rows % width], axis=-1)
-    tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=indices, updates=values)
+    scatter_nodes(variable, indices, values)
 
 
 def write_rows(variable: tf.Variable, rows: tf.Tensor, values: tf.Tensor, mask: tf.Tensor) -> None:

@@ -1,6 +1,7 @@
 """`Cache`: the rows of a negative cache as variables that are updated in place."""
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -9,22 +10,24 @@ from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers import _cache_index
 from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById
+from negative_cache.layers._row_times import RowTimes
 from negative_cache.layers._state import (
+    LAYOUT,
     StateLayer,
     describe_specs,
-    make_state_variable,
     on_every_replica,
-    scatter_rows,
     specs_of,
+)
+from negative_cache.layers._variables import (
+    StateVariable,
+    is_on_host,
+    make_state_variable,
+    scatter_rows,
 )
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
-from negative_cache.ops import OldestRows, insertion_rows, masked_rows, oldest_rows
+from negative_cache.ops import _execution, insertion_rows, masked_rows
 from negative_cache.ops.tree_statistics import Groups
-
-# A larger cache keeps a queue of its oldest rows. Making the queue anew takes a pass over all rows,
-# once in about (queue size / batch size) updates; using it takes a pass over the queue.
-_QUEUE_SIZE = 2**15
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -57,10 +60,15 @@ class Cache(StateLayer):
         `Cache.from_dataset`, row i stays that of the i-th candidate, and new items are written to
         the rows of their ids. Of an item whose id is not in the corpus nothing is written; it
         counts in `num_skipped`.
+      on_host: names of features that stay in host memory where the layer computes on an
+        accelerator, the embedding among them if an `index` is there to draw from. A step copies the
+        rows that it uses. Strings are always there. Not under a `tf.distribute` strategy of several
+        replicas.
 
     Raises:
       ValueError: where the specs do not describe an embedding under `embedding_key`, and an id
-        under a given `row_key`; where `cache_size` is not positive, or `index` is for others.
+        under a given `row_key`; where `cache_size` is not positive, `index` is for others, or
+        `on_host` names what cannot be there.
 
     Example:
       >>> cache = Cache(
@@ -84,6 +92,7 @@ class Cache(StateLayer):
         saved: bool = True,
         index: TreeIndex | None = None,
         row_key: str | None = None,
+        on_host: Sequence[str] = (),
         **kwargs,
     ):
         super().__init__(**kwargs)
@@ -93,34 +102,46 @@ class Cache(StateLayer):
         self.embedding_key = embedding_key
         self.use_lru = use_lru
         if index is not None:
-            _cache_index.check_index(index, self.cache_size, self.specs[embedding_key], saved)
+            _cache_index.check_index(
+                index, self.cache_size, self.specs[embedding_key], saved, row_key is not None
+            )
         self.index = index
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
-        self._has_queue = self.cache_size > _QUEUE_SIZE
+        self.on_host = self._check_on_host(on_host)
+        self._times = RowTimes(self.cache_size)
         self._hold_state(
-            description={"cache_size": self.cache_size, "specs": describe_specs(self.specs)},
+            description={
+                **LAYOUT,
+                "cache_size": self.cache_size,
+                "specs": describe_specs(self.specs),
+            },
             saved=saved,
             data={
-                key: self._make_rows(spec.shape, spec.dtype, key)
+                key: self._make_rows(spec.shape, spec.dtype, key, key in self.on_host)
                 for key, spec in self.specs.items()
             },
-            last_touched=self._make_rows([], tf.int32, "last_touched"),
-            filled=self._make_rows([], tf.bool, "filled"),
-            num_filled=make_state_variable(lambda: tf.zeros([], tf.int32), "num_filled"),
-            step=make_state_variable(lambda: tf.zeros([], tf.int32), "step"),
+            times=self._times.variables,
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
-            queue=self._make_queue() if self._has_queue else {},
             rows_by_id=RowsById.make_variables(self.cache_size) if row_key is not None else {},
         )
+        # Not all of a step is where XLA could reach it, which Keras 3 asks before it compiles.
+        self.supports_jit = not self.host_keys
         self.built = True
 
     @property
-    def data(self) -> dict[str, tf.Variable]:
+    def host_keys(self) -> frozenset[str]:
+        """The features in host memory: those asked for, and what can be nowhere else."""
+        strings = (key for key, spec in self.specs.items() if is_on_host(spec.dtype))
+        return frozenset((*self.on_host, *strings))
+
+    @property
+    def data(self) -> dict[str, StateVariable]:
         """Feature name -> variable [C, ...].
 
-        Read rows of them with `tf.gather`: a slice copies the whole variable.
+        Read rows of them with `tf.gather`: a slice copies the whole variable. An int32 feature is
+        an `Int32Variable`, which is read and assigned like any other.
         """
         return dict(self._state.data)
 
@@ -132,11 +153,11 @@ class Cache(StateLayer):
     @property
     def age(self) -> tf.Tensor:
         """[C] int32, the number of updates since each row was touched."""
-        return self._state.step - self._state.last_touched
+        return self._times.age
 
     def age_of(self, rows: tf.Tensor) -> tf.Tensor:
         """[n] int32, `age` of `rows` [n]."""
-        return self._state.step - tf.gather(self._state.last_touched, rows)
+        return self._times.age_of(rows)
 
     @property
     def saved(self) -> bool:
@@ -145,18 +166,22 @@ class Cache(StateLayer):
 
     @property
     def step(self) -> tf.Variable:
-        """Scalar int32, the number of updates so far."""
-        return self._state.step
+        """Scalar int64, the number of updates so far."""
+        return self._times.step
 
     @property
-    def filled(self) -> tf.Variable:
+    def filled(self) -> tf.Tensor:
         """[C] bool, whether each row holds a candidate."""
-        return self._state.filled
+        return self._times.filled
+
+    def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
+        """[n] bool, whether each of `rows` [n] holds a candidate."""
+        return self._times.is_filled(rows)
 
     @property
     def num_filled(self) -> tf.Variable:
-        """Scalar int32, the number of rows that hold a candidate."""
-        return self._state.num_filled
+        """Scalar int64, the number of rows that hold a candidate."""
+        return self._times.num_filled
 
     @property
     def num_skipped(self) -> tf.Variable:
@@ -175,6 +200,7 @@ class Cache(StateLayer):
         embedding_dtype: str | tf.DType = tf.float32,
         index: TreeIndex | None = None,
         saved: bool = True,
+        on_host: Sequence[str] = (),
         verbose: int = 1,
         **kwargs,
     ) -> "Cache":
@@ -193,6 +219,7 @@ class Cache(StateLayer):
           embedding_dtype: of the cached embeddings: float32, bfloat16 or float16.
           index: as in `Cache`.
           saved: likewise.
+          on_host: likewise; the embedding's name is "embedding".
           verbose: 1 for a progress bar, 0 for none.
           **kwargs: of the layer.
 
@@ -210,6 +237,7 @@ class Cache(StateLayer):
             saved=saved,
             index=index,
             row_key=corpus.id_key,
+            on_host=on_host,
             **kwargs,
         )
         cache.fill(corpus.items(), verbose=verbose)
@@ -237,7 +265,7 @@ class Cache(StateLayer):
             on_every_replica(self._forget)
             raise
         if self.index is not None:
-            is_filled = tf.convert_to_tensor(self.filled).numpy()
+            is_filled = self.filled.numpy()
             embeddings = tf.cast(tf.convert_to_tensor(self.embeddings), tf.float32).numpy()
             # What is not filled is left out by the index as it is here.
             embeddings[~is_filled] = np.nan
@@ -275,33 +303,7 @@ class Cache(StateLayer):
 
     def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
-        last_touched = self._state.last_touched
-        if not self._has_queue:
-            return oldest_rows(self.age, count)
-        rows, touched = self._state.queue["rows"], self._state.queue["last_touched"]
-        queue = OldestRows(tf.convert_to_tensor(rows), touched)
-        usable = queue.untouched(last_touched)
-
-        def from_queue():
-            return queue.first(usable, count)
-
-        def from_new_queue():
-            size = (
-                tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
-            )
-            new = OldestRows.of(tf.convert_to_tensor(last_touched), size)
-            # Rows touched in this very update may be needed now, but tie with rows that it is yet
-            # to touch: they are not kept.
-            is_old = new.last_touched < self._state.step
-            rows.assign(new.rows[:_QUEUE_SIZE])
-            touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
-            return new.rows[:count]
-
-        if not tf.is_tensor(count) and count > _QUEUE_SIZE:
-            # A branch that could not run could not be traced either.
-            return from_new_queue()
-        num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
-        return tf.cond(num_usable >= count, from_queue, from_new_queue)
+        return self._times.oldest(count)
 
     def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
         """Writes embeddings that were computed anew, outside of the sequence of updates.
@@ -359,76 +361,89 @@ class Cache(StateLayer):
         on_every_replica(self._update, new_items, new_items_mask, updates)
 
     def _update(self, new_items, new_items_mask, updates):
-        # A batch whose size was unknown until now is refused before anything changes.
-        fits = tf.debugging.assert_less_equal(
-            tf.size(new_items_mask),
-            self.cache_size,
-            "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
-            " `cache_size`, or make the batches smaller.",
-        )
+        fits = None
+        if new_items_mask.shape[0] is None:
+            # A batch whose size was unknown until now is refused before anything changes.
+            fits = tf.debugging.assert_less_equal(
+                tf.size(new_items_mask),
+                self.cache_size,
+                "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
+                " `cache_size`, or make the batches smaller.",
+            )
         with tf.control_dependencies([] if fits is None else [fits]):
-            self._state.step.assign_add(1)
-        changed = []
+            self.step.assign_add(1)
+        # Rows of ids are looked up here: of strings, an accelerator knows nothing.
+        rows = None if self.row_key is None else self.rows_of(new_items[self.row_key])
+        update = functools.partial(
+            _execution.as_constant, self._update_device, like=self._times.stamps
+        )
+        known = None
+        if updates is not None:
+            known = (self._numeric(updates[0]), *updates[1:])
+        inserted, updated, changed = update(self._numeric(new_items), new_items_mask, rows, known)
+        if updates is not None:
+            self._write(updated, self._part(updates[0], on_host=True))
+        self._write(inserted, self._part(new_items, on_host=True))
+        self._follow(changed)
+
+    def _update_device(self, new_items, new_items_mask, rows, updates):
+        """An update but for what is on the host, and the index.
+
+        Returns:
+          The `MaskedRows` of new items and of updates; and pairs of rows and masks, those whose
+          embeddings have changed.
+        """
+        changed, updated = [], None
         if updates is not None:
             items, indices, mask = updates
             mask = self._admit(items, mask)
             updated = masked_rows(indices, mask)
-            self._write(updated, items)
+            self._write(updated, self._part(items, on_host=False))
             if self.embedding_key in items:
                 changed.append((indices, mask))
             if self.use_lru:
-                self._touch(updated)
+                self._times.touch(updated)
         mask = self._admit(new_items, new_items_mask)
-        inserted, mask = self._rows_for(new_items, mask)
-        self._write(inserted, new_items)
-        self._touch(inserted)
-        self._mark_filled(inserted, mask)
-        if self.index is not None:
-            changed.append((inserted.rows, mask))
-            _cache_index.follow(self.index, self.embeddings, self._state.filled, changed)
-
-    def _rows_for(self, items, mask):
-        """The rows that new items go to, and which of the items there is a row for."""
-        if self.row_key is None:
+        if rows is None:
             size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
-            return insertion_rows(self.oldest(size), mask), mask
-        rows = self.rows_of(items[self.row_key])
-        is_known = mask & (rows >= 0)
-        self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
-        return masked_rows(rows, is_known), is_known
+            inserted = insertion_rows(self.oldest(size), mask)
+        else:
+            is_known = mask & (rows >= 0)
+            self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
+            inserted, mask = masked_rows(rows, is_known), is_known
+        self._write(inserted, self._part(new_items, on_host=False))
+        self._fill_times(inserted, mask)
+        return inserted, updated, [*changed, (inserted.rows, mask)]
 
-    def _mark_filled(self, rows, mask):
-        filled = self._state.filled
-        is_more = mask & ~tf.gather(filled, rows.rows)
+    def _fill_times(self, rows, mask):
+        """Makes `rows` young and filled; entries of which there are none have False in `mask`."""
         if self.row_key is not None:
             # A batch may bring a candidate twice.
-            is_more &= Groups.of(tf.cast(rows.rows, tf.int32), mask).rank == 0
-        self._state.num_filled.assign_add(tf.math.count_nonzero(is_more, dtype=tf.int32))
-        scatter_rows(filled, rows.rows, rows.values(tf.ones_like(mask), filled))
+            mask &= Groups.of(tf.cast(rows.rows, tf.int32), mask).rank == 0
+        self._times.fill(rows, mask)
 
     def _forget(self):
-        for variable in (self._state.filled, self._state.num_filled):
-            variable.assign(tf.zeros(variable.shape, variable.dtype))
-        # What is not there is not to be encoded again, however long it waits.
-        last_touched = self._state.last_touched
-        last_touched.assign(tf.fill(last_touched.shape, last_touched.dtype.max))
+        self._times.forget()
         RowsById.clear(self._state.rows_by_id)
 
     def _fill_rows(self, start, items):
         mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))
         rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
         self._write(rows, items)
-        self._touch(rows)
-        self._mark_filled(rows, mask)
+        self._fill_times(rows, mask)
 
     def _rewrite(self, rows, items, mask):
         mask = self._admit(items, mask)
         written = masked_rows(rows, mask)
         self._write(written, items)
-        self._touch(written)
+        self._times.touch(written)
+        self._follow([(rows, mask)])
+
+    def _follow(self, changed):
+        """Brings the index up to date with rows whose embeddings have changed."""
         if self.index is not None:
-            changed = [(rows, mask)]
-            _cache_index.follow(self.index, self.embeddings, self._state.filled, changed)
+            follow = functools.partial(_cache_index.follow, self.index, self.embeddings)
+            _execution.as_constant(follow, self.is_filled, changed, like=self.embeddings)
 
     def get_config(self):
         return {
@@ -440,6 +455,7 @@ class Cache(StateLayer):
             "saved": self._is_saved,
             "index": keras.utils.serialize_keras_object(self.index),
             "row_key": self.row_key,
+            "on_host": list(self.on_host),
         }
 
     @classmethod
@@ -464,31 +480,46 @@ class Cache(StateLayer):
         self._state.num_skipped.assign_add(skipped)
         return mask & finite
 
+    def _numeric(self, items):
+        """What of `items` an accelerator can be given."""
+        return {key: values for key, values in items.items() if not is_on_host(values.dtype)}
+
+    def _part(self, items, *, on_host):
+        """What of `items` is kept in host memory, or what is not."""
+        return {key: v for key, v in items.items() if (key in self.host_keys) == on_host}
+
     def _write(self, rows, items):
         for key, values in items.items():
             variable = self._state.data[key]
             scatter_rows(variable, rows.rows, rows.values(tf.stop_gradient(values), variable))
 
-    def _touch(self, rows):
-        now = tf.fill(tf.shape(rows.rows), self._state.step)
-        scatter_rows(
-            self._state.last_touched, rows.rows, rows.values(now, self._state.last_touched)
-        )
-
-    def _make_queue(self):
-        """Variables of an `OldestRows` without a usable entry."""
-        size = [_QUEUE_SIZE]
-        return {
-            "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
-            "last_touched": make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
-        }
-
-    def _make_rows(self, shape, dtype, name):
+    def _make_rows(self, shape, dtype, name, on_host):
         shape = [self.cache_size, *shape]
         dtype = tf.as_dtype(dtype)
-        return make_state_variable(
-            lambda: tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype), name
-        )
+
+        def nothing():
+            return tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype)
+
+        return make_state_variable(nothing, name, on_host=on_host)
+
+    def _check_on_host(self, on_host):
+        names = tuple(on_host)
+        if isinstance(on_host, str) or not set(names) <= set(self.specs):
+            raise ValueError(
+                f"`on_host` must be names of features in `specs`, {sorted(self.specs)}. Received:"
+                f" {on_host!r}."
+            )
+        if self.embedding_key in names and self.index is None:
+            raise ValueError(
+                "Without an `index` the embeddings are all read at every step, and cannot be"
+                f" `on_host`. Received: {on_host!r}."
+            )
+        if names and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "Of several replicas each keeps its rows on its own device. Received:"
+                f" on_host={on_host!r} under a strategy."
+            )
+        return names
 
     @staticmethod
     def _check_embedding(specs, embedding_key):

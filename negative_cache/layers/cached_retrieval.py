@@ -411,7 +411,7 @@ class CachedRetrieval(CachingLayer):
         # The number of draws from the stream that are negatives now.
         num_negatives = tf.shape(items[EMBEDDING])[0] if self.in_batch_negatives else 0
         if self.cache_size:
-            num_negatives += self._cache.num_filled
+            num_negatives += tf.cast(self._cache.num_filled, tf.int32)
         return _cached_negatives.log_expected_occurrences(
             self._cache.data if of_rows else items,
             num_negatives,

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache.layers._state import StateLayer, make_state_variable
+from negative_cache.layers._state import StateLayer
+from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import contrastive
 
 # Steps that the estimates of a typical age, and of how far to trust the correction, look back.

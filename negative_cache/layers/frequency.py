@@ -4,12 +4,8 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers._state import (
-    StateLayer,
-    make_state_variable,
-    on_every_replica,
-    scatter_rows,
-)
+from negative_cache.layers._state import StateLayer, on_every_replica
+from negative_cache.layers._variables import make_state_variable, scatter_rows
 
 
 @keras.utils.register_keras_serializable("negative_cache")

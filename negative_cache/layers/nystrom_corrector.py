@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers._state import make_state_variable, scatter_rows
+from negative_cache.layers._variables import make_state_variable, scatter_rows
 from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
 from negative_cache.ops import landmarks as _landmarks
 from negative_cache.ops.cache_rows import insertion_rows

@@ -10,13 +10,15 @@ import tensorflow as tf
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers import _tree_checks
-from negative_cache.layers._state import StateLayer, make_state_variable, on_every_replica
+from negative_cache.layers._state import LAYOUT, StateLayer, on_every_replica
 from negative_cache.layers._tree_candidates import StoredEmbeddings
 from negative_cache.layers._tree_codes import CodedResiduals
 from negative_cache.layers._tree_maintenance import TreeMaintenance
 from negative_cache.layers._tree_state import assign_topology, empty_topology, make_tree_variables
 from negative_cache.layers._tree_tightening import tighten
-from negative_cache.ops import SoftmaxSample
+from negative_cache.layers._variables import make_state_variable
+from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops.softmax_sampling import seed_or_random
 from negative_cache.ops.tree_build import build_topology
 from negative_cache.ops.tree_cut import (
     COUNT,
@@ -69,8 +71,8 @@ class TreeIndex(StateLayer):
     leaves then move only when a leaf splits: after a large drift of the embeddings, call `index`
     again.
 
-    Updates, draws and searches run in graphs, without retracing, though not under XLA, which cannot
-    gather single nodes out of blocks: Keras is told not to compile what holds an index with it.
+    Updates, draws and searches run in graphs, without retracing, and on an accelerator under XLA.
+    On a CPU that is slower, and Keras is told not to compile what holds an index with it.
 
     A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
     finite, or longer than 1e15; an index out of range, or for the second time in one update; a
@@ -153,6 +155,7 @@ class TreeIndex(StateLayer):
             )
         self._hold_state(
             description={
+                **LAYOUT,
                 "capacity": self.capacity,
                 "embedding_dim": self.embedding_dim,
                 "leaf_size": self.leaf_size,
@@ -169,9 +172,17 @@ class TreeIndex(StateLayer):
         )
         self._strategy = tf.distribute.get_strategy()
         self._maintenance = TreeMaintenance(self._shape, self._state, self._candidates)
-        self.supports_jit = False
+        # A thousand small operations are as many kernels on an accelerator, unless they are
+        # compiled. On a CPU, where shapes need not be fixed, they are faster as they are, and
+        # Keras, which asks this before it compiles by itself, is not to.
+        self.supports_jit = _execution.is_on_accelerator(self._state.max_norm)
         # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
-        compiled = functools.partial(tf.function, autograph=False, reduce_retracing=True)
+        compiled = functools.partial(
+            tf.function,
+            autograph=False,
+            reduce_retracing=True,
+            jit_compile=self.supports_jit or None,
+        )
         self._compiled_update = compiled(self._update)
         self._compiled_remove = compiled(self._remove)
         self._compiled_tighten = compiled(self._tighten)
@@ -478,15 +489,17 @@ class TreeIndex(StateLayer):
             positive_ids=positive_ids,
             max_scores=max_scores,
         )
-        return sample_tree(
+        draw = functools.partial(
+            sample_tree,
             self._transformed(row_transform),
             scoring,
             num_samples=_validation.check_count(num_samples, "num_samples"),
             beam=self._checked_beam(beam),
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
-            seed=seed,
+            seed=seed_or_random(seed),
             compute_gradient=compute_gradient,
         )
+        return _execution.as_constant(draw, like=self._state.max_norm)
 
     def _transformed(self, row_transform) -> Tree:
         """The tree as draws see it whose candidates, and means of them, are corrected."""

@@ -5,6 +5,8 @@
 
 import tensorflow as tf
 
+from negative_cache.ops import _execution
+
 # The score of a candidate that is not admissible: exp of it is zero beside any other score, and,
 # unlike -inf, it stays finite where no candidate is admissible.
 INADMISSIBLE = -1e30
@@ -23,6 +25,7 @@ class BlockScorer:
       num_queries: B, an int where it is known and a scalar tensor otherwise.
       num_candidates: C, likewise.
       dim: d.
+      has_known_size: whether C is known.
     """
 
     def __init__(
@@ -68,20 +71,29 @@ class BlockScorer:
                 f" {self._ids.dtype.name} and {self._positive_ids.dtype.name}."
             )
         self.dim = candidate_embeddings.shape[1]
+        self.has_known_size = num_candidates is not None
         self.num_queries = tf.shape(queries)[0] if num_queries is None else num_queries
         self.num_candidates = num_candidates
         if num_candidates is None:
             self.num_candidates = tf.shape(candidate_embeddings)[0]
 
-    def read_block(self, start, size) -> tf.Tensor:
-        """[size, d] float32, the (transformed) embeddings of `size` candidates from `start` on."""
+    def read_block(self, start, size, *, as_kept=False) -> tf.Tensor:
+        """[size, d], the (transformed) embeddings of `size` candidates from `start` on.
+
+        They are float32; or, where `as_kept` and XLA can multiply them so, of the 16 bits in which
+        they are kept.
+        """
         rows = start + tf.range(size)
-        if self._is_variable:
+        if self._is_variable and not _execution.is_in_xla():
             # A slice of a variable that scatters have touched copies all of it, at every read; a
-            # gather copies these rows only.
+            # gather copies these rows only. XLA does neither.
             block = tf.gather(self._candidates, rows)
         else:
-            block = tf.slice(self._candidates, [start, 0], [size, self.dim])
+            candidates = tf.convert_to_tensor(self._candidates)
+            block = tf.slice(candidates, [start, 0], [size, self.dim])
+        is_short = block.dtype in (tf.bfloat16, tf.float16) and not self._is_transformed
+        if as_kept and is_short and _execution.is_in_xla():
+            return block
         return self._embed(block, rows)
 
     def score_block(self, block, start, size, *, with_slopes=False):
@@ -92,7 +104,7 @@ class BlockScorer:
           slopes: [B, size] float32, the derivatives of the score by the inner product; None where
             they are all one, or not asked for.
         """
-        products = tf.matmul(self._queries, block, transpose_b=True)
+        products = _matmul(self._queries, block, transpose=True)
         slopes = None
         if with_slopes and self._score_transform is not None:
             with tf.GradientTape() as tape:
@@ -104,6 +116,10 @@ class BlockScorer:
             return tf.slice(values, [start], [size])[tf.newaxis]
 
         return self._admit(products, take, self._max_scores), slopes
+
+    def combine(self, weights, block) -> tf.Tensor:
+        """[B, d] float32, the sums of a block's embeddings in proportion to weights [B, size]."""
+        return _matmul(weights, block)
 
     def score_rows(self, rows) -> tf.Tensor:
         """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
@@ -121,6 +137,10 @@ class BlockScorer:
             max_scores += _RESCORING_TOLERANCE * tf.maximum(tf.abs(max_scores), 1.0)
         scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
         return tf.where(exists, scores, INADMISSIBLE)
+
+    @property
+    def _is_transformed(self):
+        return self._embedding_transform is not None or self._row_transform is not None
 
     def _embed(self, block, rows):
         if self._embedding_transform is not None:
@@ -143,6 +163,19 @@ class BlockScorer:
             is_positive = tf.equal(take(self._ids), self._positive_ids[:, tf.newaxis])
             scores = tf.where(is_positive, INADMISSIBLE, scores)
         return scores
+
+
+def _matmul(one, block, transpose=False):
+    """Float32 product of `one` [n, m] float32 with [m, k], or [k, m] where `transpose`.
+
+    A block of 16 bits is multiplied as such, by `one` rounded to them, and summed in 32 bits, which
+    only XLA can do.
+    """
+    if block.dtype == tf.float32:
+        return tf.matmul(one, block, transpose_b=transpose)
+    return tf.raw_ops.BatchMatMulV3(
+        x=tf.cast(one, block.dtype), y=block, Tout=tf.float32, adj_y=transpose
+    )
 
 
 def is_admissible(scores: tf.Tensor) -> tf.Tensor:

@@ -12,13 +12,16 @@ last step.
 one rule.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tensorflow as tf
 
+from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
+from negative_cache.ops._large_blocks import draw_from_large_blocks
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 Seed = int | tf.Tensor | Sequence[int] | None
@@ -148,11 +151,43 @@ def sample_softmax_with_gradient(
     scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
     if num_samples < 1:
         raise ValueError(f"`num_samples` must be at least 1. Received: {num_samples}.")
-    block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:
         return _sample_of_nothing(scorer, num_samples, compute_gradient)
+    seed = seed_or_random(seed)
+    like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
+    is_for_accelerator = _execution.is_on_accelerator(like) and scorer.has_known_size
+    draw = _draw_from_large_blocks if is_for_accelerator else _draw_from_small_blocks
+    draw = functools.partial(draw, scorer, num_samples, block_size, compute_gradient)
+    indices, scores, log_partition, gradient = _execution.as_constant(
+        draw, seed, like=like, may_compile=scorer.has_known_size
+    )
+    # Not the opposite of "is admissible": what is NaN must stay NaN.
+    is_empty = log_partition <= 0.5 * INADMISSIBLE
+    sample = SoftmaxSample(
+        tf.cast(indices, tf.int64), scores, tf.where(is_empty, -math.inf, log_partition)
+    )
+    if compute_gradient:
+        gradient = tf.where(is_empty[:, tf.newaxis], 0.0, gradient)
+    return _without_draws_from_nothing(sample), gradient
 
-    blocks = _scan_blocks(scorer, block_size, group_size, compute_gradient)
+
+def _draw_from_large_blocks(scorer, num_samples, block_size, with_mean, seed):
+    draws = draw_from_large_blocks(
+        scorer,
+        lambda shape: draw_uniforms(shape, seed),
+        num_samples=num_samples,
+        block_size=block_size,
+        with_mean=with_mean,
+    )
+    return (*draws[:3], draws.mean if with_mean else None)
+
+
+def _draw_from_small_blocks(scorer, num_samples, block_size, with_mean, seed):
+    """As `_large_blocks.Draws`, whose mean is None where it is not wanted."""
+    block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
+    blocks = _scan_blocks(scorer, block_size, group_size, with_mean)
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
 
     random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
@@ -166,17 +201,12 @@ def sample_softmax_with_gradient(
     scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
     pick = inverse_cdf(tf.nn.softmax(scores), random[2][..., tf.newaxis])
 
-    # Not the opposite of "is admissible": what is NaN must stay NaN.
-    is_empty = log_partition <= 0.5 * INADMISSIBLE
-    sample = SoftmaxSample(
-        tf.cast(tf.gather(rows, pick, batch_dims=2)[..., 0], tf.int64),
+    return (
+        tf.gather(rows, pick, batch_dims=2)[..., 0],
         tf.gather(scores, pick, batch_dims=2)[..., 0],
-        tf.where(is_empty, -math.inf, log_partition),
+        log_partition,
+        blocks.mean if with_mean else None,
     )
-    gradient = None
-    if compute_gradient:
-        gradient = tf.where(is_empty[:, tf.newaxis], 0.0, blocks.mean)
-    return _without_draws_from_nothing(sample), gradient
 
 
 def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> SoftmaxSample:
@@ -265,7 +295,7 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         )
         if with_mean:
             weights = probability[:, :size]
-            block_mean = tf.matmul(weights if slopes is None else weights * slopes, embeddings)
+            block_mean = scorer.combine(weights if slopes is None else weights * slopes, embeddings)
             new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
             share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
             mean += share * (block_mean - mean)
@@ -308,8 +338,6 @@ def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None)
     read brings into the processor's cache is still there when it is scored, and at most 2^21
     scores; within these limits it is as large as can be, because every block costs some operations.
     """
-    if block_size is not None and block_size < 1:
-        raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else _LIKELY_QUERIES
     num_candidates = scorer.num_candidates
     if not isinstance(num_candidates, int):
@@ -382,6 +410,13 @@ def draw_uniforms(shape, seed: Seed) -> tf.Tensor:
         seed = [0, seed]
     # A fixed algorithm, where the default depends on the device. XLA has its own stream of it.
     return tf.random.stateless_uniform(shape, seed, alg="philox")
+
+
+def seed_or_random(seed: Seed) -> Seed:
+    """`seed`, or where None a random one, for what XLA compiles: it has no `tf.random.set_seed`."""
+    if seed is None:
+        return tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
+    return seed
 
 
 def _or_zero(maxima: tf.Tensor) -> tf.Tensor:

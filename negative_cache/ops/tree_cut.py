@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
+from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import INADMISSIBLE
 from negative_cache.ops.tree_shape import TreeShape
 
@@ -137,14 +138,16 @@ class Scoring:
         exponentials' sum the part Φ((max - ⟨x, c_n⟩ - σ²) / σ) is left, with their variance σ².
         """
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
-        norms = self._like(tf.norm(self.queries, axis=1), products)
+        # The derivative of a square root has to be kept from zero.
+        squares = tf.reduce_sum(tf.square(self.queries), axis=1)
+        norms = self._like(tf.sqrt(tf.maximum(squares, 1e-30)), products)
         scores, slopes = self._transformed(products)
         reach = slopes * norms * radius
         variance = (slopes * norms) ** 2 * spread / self.queries.shape[1]
         log_masses = scores + tf.minimum(0.5 * variance, reach)
         log_masses += tf.math.log(tf.maximum(count, 1.0))
         if self._max_scores is not None:
-            deviation = tf.maximum(tf.sqrt(variance), 1e-6)
+            deviation = tf.sqrt(tf.maximum(variance, 1e-12))
             room = (self._like(self._max_scores, products) - scores - variance) / deviation
             log_masses += _log_normal_cdf(room)
         return tf.where(count > 0.0, log_masses, INADMISSIBLE)
@@ -333,6 +336,9 @@ def without_nothing(log_partition: tf.Tensor) -> tf.Tensor:
 def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:
     """The values [blocks, width, ...] of the nodes at `addresses`, whatever their shape."""
     width = values.shape[1]
+    if _execution.is_in_xla():
+        # It has no kernel for the nodes of a variable, and reads a tensor of it without a copy.
+        values = tf.convert_to_tensor(values)
     return tf.gather_nd(values, tf.stack([addresses // width, addresses % width], axis=-1))
 
 

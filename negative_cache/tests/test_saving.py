@@ -287,7 +287,8 @@ def test_every_cache_of_a_handler_is_saved(tmp_path):
         np.testing.assert_array_equal(
             fresh.handler.cache[source].age, model.handler.cache[source].age
         )
-    assert fresh.handler.cache["b"].data["id"].numpy().tolist() == [3, 5, 0, 0, 0, 0]
+    # Which rows they are in depends on the rows that the loss has drawn, which are young.
+    assert sorted(fresh.handler.cache["b"].data["id"].numpy()) == [0, 0, 0, 0, 3, 5]
 
 
 def test_a_model_of_two_replicas_is_saved(tmp_path):

@@ -42,7 +42,7 @@ def check_tree(index, vectors: dict[int, np.ndarray], *, spread_tolerance: float
         nodes = np.flatnonzero(children >= 0)
         np.testing.assert_array_equal(owners[children[nodes]], nodes)
         assert np.sum(owners >= 0) == len(nodes), "an owned block has one owner"
-        free = state.free[below].numpy()[: int(state.num_free[below])]
+        free = state.free[below].numpy()[: int(state.num_free[below].numpy())]
         np.testing.assert_array_equal(np.sort(free), np.flatnonzero(owners < 0))
 
         means = state.mean[str(depth)].numpy().astype(np.float64).reshape(-1, shape.dim)

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from negative_cache._compat import keras
-from negative_cache.layers import Cache
-from negative_cache.layers import cache as cache_module
+from negative_cache.layers import Cache, _row_times
+from negative_cache.layers._variables import by_replica
 from negative_cache.negative_cache import CacheManager
 from negative_cache.ops import OldestRows
 from negative_cache.tests.replicas import two_replicas
@@ -193,7 +193,7 @@ def test_two_replicas_have_rows_of_their_own():
 
     ages, filled = step()
     for key in SPECS:
-        rows = strategy.experimental_local_results(cache.data[key])
+        rows = by_replica(cache.data[key])
         np.testing.assert_array_equal(rows[0].numpy(), first[key])
         np.testing.assert_array_equal(rows[1].numpy(), second[key])
     for age, is_filled in zip(
@@ -323,9 +323,9 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
     manager = CacheManager(specs, size, use_lru=use_lru)
     expected = manager.init_cache()
-    with mock.patch.object(cache_module, "_QUEUE_SIZE", queue_size):
+    with mock.patch.object(_row_times, "_QUEUE_SIZE", queue_size):
         cache = Cache(specs, size, use_lru=use_lru)
-        assert cache._has_queue == (size > queue_size)
+        assert bool(cache._times.variables["queue"]) == (size > queue_size)
         for step, (new_mask, rows, mask) in enumerate(updates):
             update = {
                 "new_items": {"embedding": 100.0 * step + np.arange(len(new_mask))[:, None]},
@@ -344,7 +344,7 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
 def test_a_queue_does_not_prefer_rows_that_were_touched_in_the_update_that_made_it():
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
     one = {"new_items": {"embedding": [[5.0]]}}
-    with mock.patch.object(cache_module, "_QUEUE_SIZE", 3):
+    with mock.patch.object(_row_times, "_QUEUE_SIZE", 3):
         cache = Cache(specs, 4)
         # Rows 2 and 3 are refreshed, and the queue is 0, 1, 2 as row 0 is replaced.
         cache.update(
@@ -362,7 +362,7 @@ def test_a_queue_does_not_prefer_rows_that_were_touched_in_the_update_that_made_
 @pytest.mark.parametrize("rows", [8, None])
 def test_a_batch_larger_than_the_queue_compiles(rows):
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
-    with mock.patch.object(cache_module, "_QUEUE_SIZE", 6):
+    with mock.patch.object(_row_times, "_QUEUE_SIZE", 6):
         cache = Cache(specs, 20)
 
         @tf.function(input_signature=[tf.TensorSpec([rows, 1])])
@@ -378,7 +378,7 @@ def test_a_batch_larger_than_the_queue_compiles(rows):
 
 def test_a_queue_is_used_and_made_anew_as_it_runs_out():
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
-    with mock.patch.object(cache_module, "_QUEUE_SIZE", 6):
+    with mock.patch.object(_row_times, "_QUEUE_SIZE", 6):
         cache = Cache(specs, 20)
         with mock.patch.object(OldestRows, "of", wraps=OldestRows.of) as made:
             for step in range(9):

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from negative_cache.ops import (
     SoftmaxSample,
+    _execution,
     merge_samples,
     sample_softmax,
     sample_softmax_with_gradient,
@@ -16,6 +17,13 @@ from negative_cache.ops import (
 from negative_cache.tests.statistics import assert_draws_follow
 
 QUERIES, CANDIDATES, DIM = 3, 50, 4
+
+
+@pytest.fixture(autouse=True, params=["CPU", "GPU"])
+def device_type(request, monkeypatch):
+    """Draws as on a CPU, and as on a GPU: by other code, of the same law."""
+    monkeypatch.setattr(_execution, "device_type", lambda like=None: request.param)
+    return request.param
 
 
 def random_problem(seed=0, queries=QUERIES, candidates=CANDIDATES, dim=DIM):

@@ -1,0 +1,129 @@
+"""When the rows of a cache were last touched, which of them are filled, and which are oldest."""
+
+import tensorflow as tf
+
+from negative_cache.layers._variables import Int32Variable, make_state_variable, scatter_rows
+from negative_cache.ops import OldestRows, _execution, cache_rows, oldest_rows
+from negative_cache.ops.cache_rows import MaskedRows, times_of
+
+# On a CPU a larger cache keeps a queue of its oldest rows. Making the queue anew takes a pass over
+# all rows, once in about (queue size / batch size) updates; using it takes a pass over the queue.
+_QUEUE_SIZE = 2**15
+
+
+class RowTimes:
+    """The state of a cache's rows that is not theirs: times, and what follows from them.
+
+    Whether a row is filled and when it was last touched are one number, its stamp; see
+    `ops.cache_rows`. Time is the number of updates.
+
+    Args:
+      num_rows: C.
+    """
+
+    def __init__(self, num_rows: int):
+        self._stamps = make_state_variable(lambda: tf.fill([num_rows], -1), "stamps")
+        self.step = make_state_variable(lambda: tf.zeros([], tf.int64), "step")
+        self.num_filled = make_state_variable(lambda: tf.zeros([], tf.int64), "num_filled")
+        self._queue = _make_queue() if num_rows > _QUEUE_SIZE else {}
+
+    @property
+    def variables(self) -> dict:
+        """What a file holds."""
+        return {
+            "stamps": self._stamps,
+            "step": self.step,
+            "num_filled": self.num_filled,
+            "queue": self._queue,
+        }
+
+    @property
+    def stamps(self) -> Int32Variable:
+        """[C] int32."""
+        return self._stamps
+
+    @property
+    def now(self) -> tf.Tensor:
+        """Scalar int32, the time."""
+        return tf.cast(self.step, tf.int32)
+
+    @property
+    def filled(self) -> tf.Tensor:
+        """[C] bool."""
+        return cache_rows.is_filled(tf.convert_to_tensor(self._stamps))
+
+    def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
+        """[n] bool, `filled` of `rows` [n]."""
+        return cache_rows.is_filled(tf.gather(self._stamps, rows))
+
+    @property
+    def age(self) -> tf.Tensor:
+        """[C] int32, the number of updates since each row was touched."""
+        return self.now - times_of(tf.convert_to_tensor(self._stamps))
+
+    def age_of(self, rows: tf.Tensor) -> tf.Tensor:
+        """[n] int32, `age` of `rows` [n]."""
+        return self.now - times_of(tf.gather(self._stamps, rows))
+
+    def touch(self, rows: MaskedRows) -> None:
+        """Makes rows young; those that are empty stay so."""
+        self._write(rows, cache_rows.touched_at(self.now, tf.gather(self._stamps, rows.rows)))
+
+    def fill(self, rows: MaskedRows, is_first: tf.Tensor) -> None:
+        """Makes rows young and filled.
+
+        Args:
+          rows: n of them.
+          is_first: [n] bool, False where an entry is none, or its row's second.
+        """
+        is_more = is_first & ~self.is_filled(rows.rows)
+        self.num_filled.assign_add(tf.math.count_nonzero(is_more))
+        self._write(rows, tf.fill(tf.shape(rows.rows), self.now))
+
+    def forget(self) -> None:
+        """Makes all rows empty."""
+        self.num_filled.assign(0)
+        # What is not there is not to be encoded again, however long it waits: its time never comes.
+        self._stamps.assign(tf.fill(self._stamps.shape, tf.int32.min))
+
+    def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
+        """[count] int64, the rows touched longest ago, the smallest first among equals."""
+        # One sort is nothing to an accelerator. A queue would have to tell the host how full it is.
+        if not self._queue or _execution.is_on_accelerator(self._stamps):
+            return oldest_rows(self.age, count)
+        rows, touched = self._queue["rows"], self._queue["last_touched"]
+        queue = OldestRows(tf.convert_to_tensor(rows), tf.convert_to_tensor(touched))
+        usable = queue.untouched(times_of(tf.gather(self._stamps, queue.rows)))
+
+        def from_queue():
+            return queue.first(usable, count)
+
+        def from_new_queue():
+            size = (
+                tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
+            )
+            new = OldestRows.of(times_of(tf.convert_to_tensor(self._stamps)), size)
+            # Rows touched in this very update may be needed now, but tie with rows that it is yet
+            # to touch: they are not kept.
+            is_old = new.last_touched < self.now
+            rows.assign(new.rows[:_QUEUE_SIZE])
+            touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
+            return new.rows[:count]
+
+        if not tf.is_tensor(count) and count > _QUEUE_SIZE:
+            # A branch that could not run could not be traced either.
+            return from_new_queue()
+        num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
+        return tf.cond(num_usable >= count, from_queue, from_new_queue)
+
+    def _write(self, rows, stamps):
+        scatter_rows(self._stamps, rows.rows, rows.values(stamps, self._stamps))
+
+
+def _make_queue():
+    """Variables of an `OldestRows` without a usable entry."""
+    size = [_QUEUE_SIZE]
+    return {
+        "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
+        "last_touched": make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
+    }

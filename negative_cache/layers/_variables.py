@@ -1,0 +1,186 @@
+"""State variables: what every replica holds for itself, where a training step can reach it.
+
+TensorFlow keeps int32 variables in host memory, where a step that XLA compiles for an accelerator
+cannot reach them, and every other one pays a transfer for each access. So no state variable is
+int32: `Int32Variable` keeps the same bits as uint32, for which everything that is done to a
+variable has a kernel on every device. Strings exist in host memory only.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+# Dtypes of variables that an accelerator can hold, with all that a cache does to them.
+_ON_ACCELERATORS = (
+    tf.float16,
+    tf.bfloat16,
+    tf.float32,
+    tf.float64,
+    tf.bool,
+    tf.int8,
+    tf.int16,
+    tf.int32,
+    tf.int64,
+    tf.uint8,
+    tf.uint16,
+    tf.uint32,
+    tf.uint64,
+)
+
+
+def is_on_host(dtype: tf.DType) -> bool:
+    """Whether variables of a dtype are in host memory wherever a step runs."""
+    return tf.as_dtype(dtype) not in _ON_ACCELERATORS
+
+
+class Int32Variable:
+    """An int32 variable, kept as uint32 of the same bits.
+
+    `tf.gather`, `tf.gather_nd` and `tf.convert_to_tensor` read int32 out of it. Gathers read the
+    rows they return and nothing else.
+
+    Args:
+      variable: uint32 variable that holds the bits.
+    """
+
+    dtype = tf.int32
+
+    def __init__(self, variable: tf.Variable):
+        self.variable = variable
+
+    @property
+    def shape(self) -> tf.TensorShape:
+        """That of the variable."""
+        return self.variable.shape
+
+    @property
+    def name(self) -> str:
+        """That of the variable."""
+        return self.variable.name
+
+    @property
+    def device(self) -> str:
+        """That of the variable."""
+        return self.variable.device
+
+    def assign(self, value) -> None:
+        """Assigns int32 values of the whole shape."""
+        self.variable.assign(_to_bits(tf.convert_to_tensor(value, tf.int32)))
+
+    def assign_add(self, value) -> None:
+        """Adds int32 values. Of two's complement numbers the bits add up to those of the sum."""
+        self.variable.assign_add(_to_bits(tf.convert_to_tensor(value, tf.int32)))
+
+    def assign_sub(self, value) -> None:
+        """Subtracts int32 values."""
+        self.variable.assign_sub(_to_bits(tf.convert_to_tensor(value, tf.int32)))
+
+    def read_value(self) -> tf.Tensor:
+        """The whole value, int32."""
+        return _from_bits(self.variable)
+
+    def numpy(self):
+        """The whole value as an array; outside of a `tf.function`."""
+        return self.read_value().numpy()
+
+    def sparse_read(self, indices, name=None) -> tf.Tensor:
+        """What `tf.gather` along the first axis calls, as it does on a `tf.Variable`."""
+        return _from_bits(tf.gather(self.variable, indices, name=name))
+
+    def gather_nd(self, indices, name=None) -> tf.Tensor:
+        """What `tf.gather_nd` calls, likewise."""
+        return _from_bits(tf.gather_nd(self.variable, indices, name=name))
+
+    def __tf_tensor__(self, dtype=None, name=None):
+        return tf.convert_to_tensor(self.read_value(), dtype, name=name)
+
+    def __array__(self, dtype=None, copy=None):
+        return self.numpy() if dtype is None else self.numpy().astype(dtype)
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, key):
+        return self.read_value()[key]
+
+    def __repr__(self):
+        return f"<Int32Variable {self.name!r} shape={self.shape}>"
+
+
+StateVariable = tf.Variable | Int32Variable
+
+
+def make_state_variable(
+    initial_value: Callable[[], tf.Tensor], name: str, *, on_host: bool = False
+) -> StateVariable:
+    """Makes a non-trainable variable with an independent value on every replica.
+
+    Args:
+      initial_value: returns it. Int32 makes an `Int32Variable`.
+      name: of the variable.
+      on_host: whether the variable stays in host memory where the replica computes on an
+        accelerator. Steps then cannot be compiled as a whole, and move the rows they use.
+    """
+    dtypes = set()
+
+    def initial_bits():
+        value = tf.convert_to_tensor(initial_value())
+        dtypes.add(value.dtype)
+        return _to_bits(value) if value.dtype == tf.int32 else value
+
+    with tf.init_scope(), tf.device("CPU:0") if on_host else contextlib.nullcontext():
+        variable = tf.Variable(
+            initial_bits,
+            trainable=False,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
+            name=name,
+        )
+    return Int32Variable(variable) if dtypes == {tf.int32} else variable
+
+
+def scatter_rows(variable: StateVariable, rows: tf.Tensor, values: tf.Tensor) -> None:
+    """Writes `values` [n, ...] into `rows` [n] of `variable` [C, ...] in place.
+
+    Unlike `Variable.scatter_nd_update` it takes every dtype, and works inside a replica context.
+    """
+    variable, values = _as_kept(variable, values)
+    if variable.dtype == tf.bool:
+        # The kernel that accelerators have.
+        rows = tf.cast(rows, tf.int32)
+    tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=rows, updates=values)
+
+
+def scatter_nodes(variable: StateVariable, indices: tf.Tensor, values: tf.Tensor) -> None:
+    """Writes `values` [n, ...] at `indices` [n, k] of the first k axes of `variable` in place."""
+    variable, values = _as_kept(variable, values)
+    tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=indices, updates=values)
+
+
+def kept_variable(variable: StateVariable) -> tf.Variable:
+    """The variable that holds a state variable's bits, for files."""
+    return variable.variable if isinstance(variable, Int32Variable) else variable
+
+
+def by_replica(variable: StateVariable) -> Sequence[StateVariable]:
+    """The variables of the single replicas."""
+    kept = kept_variable(variable)
+    if not isinstance(kept, tf.distribute.DistributedValues):
+        return (variable,)
+    parts = kept.distribute_strategy.experimental_local_results(kept)
+    return tuple(Int32Variable(part) for part in parts) if kept is not variable else parts
+
+
+def _as_kept(variable, values):
+    if isinstance(variable, Int32Variable):
+        return variable.variable, _to_bits(values)
+    return variable, values
+
+
+def _to_bits(values):
+    return tf.bitcast(values, tf.uint32)
+
+
+def _from_bits(bits):
+    return tf.bitcast(tf.convert_to_tensor(bits), tf.int32)

@@ -1,0 +1,233 @@
+"""Tests that training steps run on a GPU, on a machine that has none.
+
+`on_gpu` lets functions be traced as they are on a GPU. What XLA compiles then runs on the CPU.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import TreeIndex
+from negative_cache._compat import keras
+from negative_cache.layers import _row_times
+from negative_cache.layers._variables import Int32Variable, make_state_variable, scatter_rows
+from negative_cache.ops import _execution
+from negative_cache.tests import gpu_kernels
+from negative_cache.tests.training_steps import (
+    BATCH,
+    NUM_ROWS,
+    SPECS,
+    TASKS,
+    TASKS_WITH_BRANCHES,
+    batch_of,
+    candidates,
+    covering,
+    model_of,
+    published_step,
+    streaming,
+)
+from negative_cache.tests.tree_invariants import check_tree
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    monkeypatch.setattr(_execution, "device_type", lambda like=None: "GPU")
+    # A large cache's queue of rows, that a CPU needs, is there and not used.
+    monkeypatch.setattr(_row_times, "_QUEUE_SIZE", NUM_ROWS // 2)
+
+
+def examine(model):
+    """Reports of a training step in a graph, and of one that XLA compiles."""
+    step = tf.function(model.train_step).get_concrete_function((batch_of(range(BATCH)),))
+    return gpu_kernels.examine(step), gpu_kernels.examine(step, compiled=True)
+
+
+def assert_runs_on_a_gpu(report, *, branches=False):
+    assert report.without_kernel == []
+    assert report.host_variables == []
+    assert bool(report.control_flow) == branches, report.control_flow
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_operation_of_a_step_has_a_kernel_on_a_gpu(name, on_gpu):
+    model = model_of(TASKS[name]())
+    report, compiled = examine(model)
+    assert_runs_on_a_gpu(report)
+    # Draws, and the update of the cache.
+    assert report.compiled >= 2
+    assert compiled.without_kernel == []
+
+
+@pytest.mark.parametrize("name", TASKS_WITH_BRANCHES)
+def test_every_operation_of_a_branch_has_a_kernel_on_a_gpu(name, on_gpu):
+    model = model_of(TASKS_WITH_BRANCHES[name]())
+    report, compiled = examine(model)
+    assert_runs_on_a_gpu(report, branches=True)
+    assert compiled.without_kernel == []
+
+
+def test_every_operation_of_a_published_step_has_a_kernel_on_a_gpu(on_gpu):
+    step = tf.function(published_step())
+    features = batch_of(range(BATCH))["candidate"]
+    assert_runs_on_a_gpu(gpu_kernels.examine(step.get_concrete_function(features)))
+
+
+def test_the_registry_shows_what_a_gpu_refuses():
+    flags = tf.Variable([False] * 4)
+    counts = tf.Variable([0] * 4)
+    nodes = tf.Variable(tf.zeros([4, 2, 3]))
+
+    @tf.function
+    def step(rows):
+        tf.raw_ops.ResourceScatterUpdate(
+            resource=flags.handle, indices=tf.cast(rows, tf.int64), updates=rows > 0
+        )
+        counts.assign_add([1] * 4)
+        tf.raw_ops.ResourceGatherNd(
+            resource=nodes.handle, indices=rows[:, tf.newaxis], dtype=tf.float32
+        )
+        return tf.cond(rows[0] > 0, lambda: rows, lambda: -rows)
+
+    function = step.get_concrete_function(tf.constant([1, 2]))
+    report = gpu_kernels.examine(function)
+    assert [text.split()[0] for text in report.without_kernel] == ["ResourceScatterUpdate"]
+    assert len(report.host_variables) == 1 and "int32" in report.host_variables[0]
+    assert len(report.control_flow) == 1
+    in_xla = gpu_kernels.examine(function, compiled=True)
+    assert [text.split()[0] for text in in_xla.without_kernel] == ["ResourceGatherNd"]
+    assert in_xla.control_flow == []
+
+
+def run(function, *args, device, monkeypatch, jit_compile=None):
+    """`function(*args)` in a graph, as on a device."""
+    monkeypatch.setattr(_execution, "device_type", lambda like=None: device)
+    return tf.function(function, jit_compile=jit_compile)(*args)
+
+
+def items_of(ids, offset=0.0):
+    features = {key: tf.constant(values) for key, values in candidates(ids).items()}
+    return {**features, "embedding": features["x"] + offset}
+
+
+@pytest.mark.parametrize("jit_compile", [None, True])
+@pytest.mark.parametrize("make", [streaming, covering])
+def test_a_compiled_update_is_that_of_a_cpu(make, jit_compile, monkeypatch):
+    caches = []
+    for _ in range(2):
+        # One tower for both.
+        keras.utils.set_random_seed(0)
+        caches.append(make().cache)
+    extra = {"log_sampling_probability", "candidate_id_key"} & set(caches[0].specs)
+
+    def update(cache, new, old, mask):
+        items = items_of(new)
+        items |= {key: tf.zeros([len(new)], cache.specs[key].dtype) for key in extra}
+        refreshed = {"embedding": items_of(old, offset=1.0)["embedding"]}
+        cache.update(
+            new_items=items,
+            new_items_mask=mask,
+            updated_item_data=refreshed,
+            updated_item_indices=tf.constant(old),
+            updated_item_mask=~mask[: len(old)],
+        )
+
+    rng = np.random.default_rng(0)
+    for count in (BATCH, BATCH, BATCH):
+        new, old = (rng.choice(NUM_ROWS, count, replace=False) for _ in range(2))
+        mask = tf.constant(rng.random(count) < 0.5)
+        for cache, device in zip(caches, ("CPU", "GPU")):
+            run(
+                lambda mask, cache=cache: update(cache, new, old, mask),  # noqa: B023
+                mask,
+                device=device,
+                monkeypatch=monkeypatch,
+                jit_compile=jit_compile if device == "GPU" else None,
+            )
+    for key in caches[0].specs:
+        np.testing.assert_array_equal(caches[0].data[key], caches[1].data[key], err_msg=key)
+    np.testing.assert_array_equal(caches[0].age, caches[1].age)
+    np.testing.assert_array_equal(caches[0].filled, caches[1].filled)
+    assert int(caches[0].num_filled) == int(caches[1].num_filled) > 0
+
+
+@pytest.mark.parametrize(
+    ["name", "jit_compile"],
+    [
+        ("in-batch", None),
+        ("bfloat16", True),
+        ("corrector, cross-entropy", None),
+        ("index, corrector", None),
+        ("index", True),
+        ("corpus, refreshed and corrected", True),
+        ("corpus, coded index", None),
+    ],
+)
+def test_a_model_trains_as_on_a_gpu(name, jit_compile, on_gpu):
+    model = model_of(TASKS[name]())
+    step = tf.function(model.train_step, jit_compile=jit_compile)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        logs = step((batch_of(rng.choice(NUM_ROWS, BATCH, replace=False)),))
+    assert all(np.isfinite(float(value)) for value in tf.nest.flatten(logs)), logs
+    cache = model.task.cache
+    assert int(cache.step) == 6 and int(cache.num_filled) == np.count_nonzero(cache.filled) > BATCH
+    # Every row is one candidate's: its features go with its id.
+    rows = np.flatnonzero(cache.filled)
+    expected = candidates(cache.data["id"].numpy()[rows])
+    for key in SPECS:
+        np.testing.assert_array_equal(cache.data[key].numpy()[rows], expected[key], err_msg=key)
+    if cache.index is not None:
+        assert int(cache.index.num_candidates) == len(rows)
+    if cache.index is not None and cache.index.store_embeddings:
+        check_tree(cache.index, {int(row): cache.embeddings.numpy()[row] for row in rows})
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_draws_of_a_tree_are_the_same_under_xla(limited):
+    rng = np.random.default_rng(0)
+    index = TreeIndex(300, 8, leaf_size=8, branching=4, beam=4)
+    # Leaves of one candidate among them, which have no spread.
+    index.index(rng.normal(size=[80, 8]).astype(np.float32), verbose=0)
+    # One query scores everything alike.
+    queries = tf.constant(rng.normal(size=[6, 8]) * np.arange(6)[:, np.newaxis], tf.float32)
+    options = {"max_scores": np.full(6, 2.0, np.float32)} if limited else {}
+    (plain, gradient), (compiled, compiled_gradient) = (
+        tf.function(
+            lambda: index.sample_with_gradient(queries, 3, seed=(1, 2), **options),
+            jit_compile=jit_compile,
+        )()
+        for jit_compile in (None, True)
+    )
+    np.testing.assert_array_equal(plain.indices, compiled.indices)
+    np.testing.assert_allclose(plain.log_partition, compiled.log_partition, rtol=1e-5)
+    np.testing.assert_allclose(gradient, compiled_gradient, rtol=1e-3, atol=1e-5)
+
+
+class TestInt32Variable:
+    def test_it_reads_as_int32_and_is_kept_as_unsigned(self):
+        values = np.array([[-5, 0], [7, tf.int32.min], [tf.int32.max, -1]], np.int32)
+        variable = make_state_variable(lambda: tf.constant(values), "counts")
+        assert isinstance(variable, Int32Variable) and variable.variable.dtype == tf.uint32
+        assert variable.dtype == tf.int32 and variable.shape == [3, 2] and len(variable) == 3
+        for read in (
+            variable.numpy(),
+            np.asarray(variable),
+            tf.convert_to_tensor(variable),
+            tf.gather(variable, [0, 1, 2]),
+            tf.function(lambda: tf.gather(variable, [0, 1, 2]))(),
+            tf.gather_nd(variable, [[0], [1], [2]]),
+            variable[:],
+        ):
+            assert read.dtype == np.int32
+            np.testing.assert_array_equal(read, values)
+        assert repr(variable) == "<Int32Variable 'counts:0' shape=(3, 2)>"
+
+    def test_it_is_written_as_int32(self):
+        variable = make_state_variable(lambda: tf.zeros([4], tf.int32), "counts")
+        variable.assign([1, -2, 3, -4])
+        variable.assign_add([-3, -3, -3, -3])
+        np.testing.assert_array_equal(variable, [-2, -5, 0, -7])
+        variable.assign_sub([-1, 1, -1, 1])
+        np.testing.assert_array_equal(variable, [-1, -6, 1, -8])
+        scatter_rows(variable, tf.constant([2, 0]), tf.constant([-100, 200]))
+        np.testing.assert_array_equal(variable, [200, -6, -100, -8])
