@@ -18,7 +18,12 @@ from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.ops import SoftmaxSample, contrastive, sample_softmax_with_gradient
+from negative_cache.ops import (
+    SoftmaxSample,
+    _execution,
+    contrastive,
+    sample_softmax_with_gradient,
+)
 from negative_cache.ops.cache_rows import take_rows
 
 # What a row holds besides the candidate's own features.
@@ -380,10 +385,13 @@ class CachedNegatives:
             self._corrector.learn_landmarks(
                 correction.encoded(Refreshed(landmarks, fresh, are_there), self._stale(landmarks))
             )
-        return self._corrector.learn(
+        return _execution.compiled(
+            lambda encoded: self._corrector.learn(
+                encoded,
+                correction.displacement,
+                lambda embeddings: self._scores.of_all_pairs_as_given(queries, embeddings),
+            ),
             correction.encoded(examples, self._stale(examples.rows)),
-            correction.displacement,
-            score_fn=lambda embeddings: self._scores.of_all_pairs_as_given(queries, embeddings),
         )
 
     def _encode_oldest(self, items) -> Refreshed | None:

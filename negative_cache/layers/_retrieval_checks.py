@@ -1,6 +1,6 @@
 """What `CachedRetrieval` checks of its arguments. Nothing here computes."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -108,7 +108,7 @@ def check_schedule(task, cache) -> None:
             "There is no `frequency_correction` with a `cache`: it holds every candidate once."
         )
     if task.corrector is not None:
-        check_corrector(task.corrector, task)
+        check_corrector(task.corrector, task, () if cache is None else cache.host_keys)
 
 
 def check_probabilities(are_given: bool, cache: Cache | None) -> None:
@@ -120,8 +120,8 @@ def check_probabilities(are_given: bool, cache: Cache | None) -> None:
         )
 
 
-def check_corrector(corrector, task) -> None:
-    """Checks the `corrector` of a task with a cache."""
+def check_corrector(corrector, task, host_keys: Container[str]) -> None:
+    """Checks the `corrector` of a task whose cache has `host_keys` in host memory."""
     if not isinstance(corrector, DriftCorrector):
         raise ValueError(
             f"`corrector` must be a `Corrector` or a `NystromCorrector`. Received: {corrector!r}."
@@ -141,6 +141,11 @@ def check_corrector(corrector, task) -> None:
             "The `content_key` of a corrector must be one of the features in `feature_specs`,"
             f" floating point of shape [size]. Received: {key!r}, and specs:"
             f" {describe_specs(task.feature_specs)}."
+        )
+    if key in host_keys:
+        raise ValueError(
+            "The `content_key` of a corrector is looked at of every row, and cannot be `on_host`."
+            f" Received: {key!r}."
         )
 
 

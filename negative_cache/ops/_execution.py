@@ -33,14 +33,10 @@ def is_in_xla() -> bool:
 
 
 def as_constant(function: Callable, *args, like=None, may_compile=True):
-    """`function(*args)`, of which no gradient tape keeps anything, compiled on accelerators.
+    """`compiled`, and of what happens inside no gradient tape keeps anything.
 
-    Whatever happens inside is a constant to every tape. A `tf.stop_gradient` of the result would
-    not do: the tape would keep the function's inner values until it is asked for the gradient. On
-    an accelerator XLA compiles the function, whether or not it compiles what is around it: one more
-    operation is little there next to launching its kernel, and XLA makes few kernels of many.
-
-    Outside of graphs the function is called as it is: there is nowhere to keep what was compiled.
+    It all is a constant to every tape. A `tf.stop_gradient` of the result would not do: the tape
+    would keep the function's inner values until it is asked for the gradient.
 
     Args:
       function: takes `args`, tensors or nests of them, and returns such a nest.
@@ -51,8 +47,22 @@ def as_constant(function: Callable, *args, like=None, may_compile=True):
     if tf.executing_eagerly():
         return function(*args)
     is_compiled = may_compile and is_on_accelerator(like) and not is_in_xla()
-    traced = tf.function(
-        lambda: function(*args), autograph=False, jit_compile=is_compiled or None
-    ).get_concrete_function()
+    traced = _trace(function, args, is_compiled).get_concrete_function()
     with record.stop_recording():
         return traced()
+
+
+def compiled(function: Callable, *args, like=None):
+    """`function(*args)`, compiled by XLA where it is traced for an accelerator.
+
+    That is whether or not XLA compiles what is around it: one more operation is little there next
+    to launching its kernel, and XLA makes few kernels of many. Outside of graphs the function is
+    called as it is: there is nowhere to keep what was compiled. Arguments are as of `as_constant`.
+    """
+    if tf.executing_eagerly() or is_in_xla() or not is_on_accelerator(like):
+        return function(*args)
+    return _trace(function, args, True)()
+
+
+def _trace(function, args, is_compiled):
+    return tf.function(lambda: function(*args), autograph=False, jit_compile=is_compiled or None)

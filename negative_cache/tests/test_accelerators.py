@@ -165,10 +165,14 @@ def test_a_compiled_update_is_that_of_a_cpu(make, jit_compile, monkeypatch):
 def test_a_model_trains_as_on_a_gpu(name, jit_compile, on_gpu):
     model = model_of(TASKS[name]())
     step = tf.function(model.train_step, jit_compile=jit_compile)
+    before = [weight.numpy() for weight in model.trainable_variables]
     rng = np.random.default_rng(0)
     for _ in range(6):
         logs = step((batch_of(rng.choice(NUM_ROWS, BATCH, replace=False)),))
     assert all(np.isfinite(float(value)) for value in tf.nest.flatten(logs)), logs
+    # Those of a corrector too.
+    for old, weight in zip(before, model.trainable_variables):
+        assert np.any(old != weight.numpy()), weight.name
     cache = model.task.cache
     assert int(cache.step) == 6 and int(cache.num_filled) == np.count_nonzero(cache.filled) > BATCH
     # Every row is one candidate's: its features go with its id.

@@ -91,6 +91,23 @@ def test_what_is_left_out_is_never_drawn_and_the_threshold_holds_for_the_very_sc
     assert np.all(sample.scores - weights[indices] <= limits[:, np.newaxis] + 1e-6)
 
 
+@pytest.fixture
+def tf32():
+    """As TensorFlow is where nobody has changed it; of consequence on a GPU only."""
+    tf.config.experimental.enable_tensor_float_32_execution(True)
+    yield
+    tf.config.experimental.enable_tensor_float_32_execution(False)
+
+
+def test_the_law_holds_with_tf32(tf32):
+    queries, candidates = random_problem(3000)
+    sample, _ = in_graph(
+        np.repeat(queries, 100, axis=0), candidates, num_samples=200, block_size=256, seed=4
+    )
+    for drawn, law in zip(sample.indices.numpy().reshape([3, -1]), softmax(queries @ candidates.T)):
+        assert_draws_follow(drawn, law)
+
+
 def test_the_law_holds_under_products_that_round_like_tf32(monkeypatch):
     # Scores of few digits: what scores a candidate a second time, and not alike, would fail.
     product = tf.matmul
