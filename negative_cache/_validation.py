@@ -38,6 +38,24 @@ def check_count(value: int, name: str, *, at_least: int = 1) -> int:
     return count
 
 
+def check_embedding(key: str, specs: Mapping[str, tf.io.FixedLenFeature]) -> None:
+    """Checks that the feature `key` of `specs` is an embedding.
+
+    Raises:
+      ValueError: where it is none of them, or not floating point of rank 1.
+    """
+    if key not in specs:
+        raise ValueError(
+            "`embedding_key` must be one of the features in `specs`. Received:"
+            f" {key!r}, and specs for {sorted(specs)}."
+        )
+    spec = specs[key]
+    if len(spec.shape) != 1 or not tf.as_dtype(spec.dtype).is_floating:
+        raise ValueError(
+            f"The embedding must be floating point of shape [dim]. Received the spec: {spec}."
+        )
+
+
 def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, where: str) -> None:
     """Checks that the argument `name` is the `key` of a feature in `where` that can be an id."""
     if key not in specs:

@@ -1,13 +1,15 @@
 """A corpus of candidates: read from a dataset, encoded, and found again by id."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
+from negative_cache._compat import keras
 from negative_cache.layers import _networks
-from negative_cache.layers._variables import make_state_variable
+from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.ops import _execution
 
 # The name of the only feature of a tower that takes a single tensor.
@@ -23,13 +25,12 @@ class RowsById:
     """
 
     @staticmethod
-    def make_variables(num_rows: int) -> dict[str, tf.Variable]:
+    def make_variables(num_rows: int, *, on_host: bool) -> dict[str, StateVariable]:
         """Variables without any id in them."""
+        make = functools.partial(make_state_variable, on_host=on_host)
         return {
-            "fingerprints": make_state_variable(
-                lambda: tf.fill([num_rows], tf.int64.max), "fingerprints"
-            ),
-            "rows": make_state_variable(lambda: tf.fill([num_rows], -1), "rows"),
+            "fingerprints": make(lambda: tf.fill([num_rows], tf.int64.max), "fingerprints"),
+            "rows": make(lambda: tf.fill([num_rows], -1), "rows"),
         }
 
     @staticmethod
@@ -168,6 +169,48 @@ class Corpus:
             if self._takes_one_tensor and not isinstance(features, Mapping):
                 features = {ONE_FEATURE: features}
             yield _validation.check_items(features, self.specs, what="dataset", exact=True)
+
+
+def write_in_order(
+    batches: Iterable[Mapping[str, tf.Tensor]],
+    specs: Mapping[str, tf.io.FixedLenFeature],
+    id_key: str,
+    num_rows: int,
+    write: Callable[[tf.Tensor, Mapping[str, tf.Tensor]], None],
+    *,
+    verbose: int,
+) -> np.ndarray:
+    """Writes a corpus from row 0 on, and returns its ids.
+
+    Args:
+      batches: of candidates, with all features of `specs`.
+      specs: feature name -> spec.
+      id_key: the feature that identifies a candidate.
+      num_rows: as many candidates as fit.
+      write: (first row, items) writes a batch.
+      verbose: 1 for a progress bar, 0 for none.
+
+    Raises:
+      ValueError: where there are more candidates than rows, or none; where features do not match.
+    """
+    bar = keras.utils.Progbar(num_rows, unit_name="candidate", verbose=verbose)
+    ids, start = [], 0
+    for items in batches:
+        items = _validation.check_items(items, specs, what="batches", exact=True)
+        ids.append(items[id_key].numpy())
+        if start + len(ids[-1]) > num_rows:
+            raise ValueError(
+                "There are more candidates than rows. Received at least"
+                f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows}."
+            )
+        write(tf.constant(start, tf.int64), items)
+        start += len(ids[-1])
+        bar.update(start)
+    if not start:
+        raise ValueError("There are no candidates to fill the cache with.")
+    if start < num_rows:
+        bar.update(start, finalize=True)
+    return np.concatenate(ids)
 
 
 def fingerprint(ids: tf.Tensor) -> tf.Tensor:

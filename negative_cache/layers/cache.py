@@ -9,7 +9,8 @@ import tensorflow as tf
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers import _cache_index
-from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById
+from negative_cache.layers._cache_rows import CacheRows
+from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById, write_in_order
 from negative_cache.layers._row_times import RowTimes
 from negative_cache.layers._state import (
     LAYOUT,
@@ -18,12 +19,7 @@ from negative_cache.layers._state import (
     on_every_replica,
     specs_of,
 )
-from negative_cache.layers._variables import (
-    StateVariable,
-    is_on_host,
-    make_state_variable,
-    scatter_rows,
-)
+from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import _execution, insertion_rows, masked_rows
@@ -98,7 +94,7 @@ class Cache(StateLayer):
         super().__init__(**kwargs)
         self.specs = _validation.check_specs(specs)
         self.cache_size = _validation.check_count(cache_size, "cache_size")
-        self._check_embedding(self.specs, embedding_key)
+        _validation.check_embedding(embedding_key, self.specs)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
         if index is not None:
@@ -109,8 +105,20 @@ class Cache(StateLayer):
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
-        self.on_host = self._check_on_host(on_host)
+        if embedding_key in on_host and index is None:
+            raise ValueError(
+                "Without an `index` the embeddings are all read at every step, and cannot be"
+                f" `on_host`. Received: {on_host!r}."
+            )
+        self._rows = CacheRows(self.specs, self.cache_size, on_host)
+        self.on_host = tuple(on_host)
         self._times = RowTimes(self.cache_size)
+        rows_by_id = {}
+        if row_key is not None:
+            # Ids are looked up where they are.
+            rows_by_id = RowsById.make_variables(
+                self.cache_size, on_host=row_key in self._rows.host_keys
+            )
         self._hold_state(
             description={
                 **LAYOUT,
@@ -118,13 +126,10 @@ class Cache(StateLayer):
                 "specs": describe_specs(self.specs),
             },
             saved=saved,
-            data={
-                key: self._make_rows(spec.shape, spec.dtype, key, key in self.on_host)
-                for key, spec in self.specs.items()
-            },
+            data=self._rows.variables,
             times=self._times.variables,
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
-            rows_by_id=RowsById.make_variables(self.cache_size) if row_key is not None else {},
+            rows_by_id=rows_by_id,
         )
         # Not all of a step is where XLA could reach it, which Keras 3 asks before it compiles.
         self.supports_jit = not self.host_keys
@@ -133,8 +138,7 @@ class Cache(StateLayer):
     @property
     def host_keys(self) -> frozenset[str]:
         """The features in host memory: those asked for, and what can be nowhere else."""
-        strings = (key for key, spec in self.specs.items() if is_on_host(spec.dtype))
-        return frozenset((*self.on_host, *strings))
+        return self._rows.host_keys
 
     @property
     def data(self) -> dict[str, StateVariable]:
@@ -256,40 +260,28 @@ class Cache(StateLayer):
         """
         if self.row_key is None:
             raise ValueError("`fill` is for a cache with a `row_key`. Received: row_key=None.")
-        bar = keras.utils.Progbar(self.cache_size, unit_name="candidate", verbose=verbose)
+        write = tf.function(self._fill_rows, reduce_retracing=True)
         on_every_replica(self._forget)
         try:
-            self._fill(batches, bar)
+            ids = write_in_order(
+                batches,
+                self.specs,
+                self.row_key,
+                self.cache_size,
+                lambda start, items: on_every_replica(write, start, items),
+                verbose=verbose,
+            )
+            on_every_replica(RowsById.assign, self._state.rows_by_id, ids)
         except Exception:
             # Rows without their ids would be negatives of their own queries.
             on_every_replica(self._forget)
             raise
         if self.index is not None:
-            is_filled = self.filled.numpy()
-            embeddings = tf.cast(tf.convert_to_tensor(self.embeddings), tf.float32).numpy()
+            # In host memory, where they may not all fit elsewhere.
+            embeddings = tf.convert_to_tensor(self.embeddings).numpy().astype(np.float32)
             # What is not filled is left out by the index as it is here.
-            embeddings[~is_filled] = np.nan
+            embeddings[~self.filled.numpy()] = np.nan
             self.index.index(embeddings, verbose=verbose)
-
-    def _fill(self, batches, bar):
-        write = tf.function(self._fill_rows, reduce_retracing=True)
-        ids, start = [], 0
-        for items in batches:
-            items = _validation.check_items(items, self.specs, what="batches", exact=True)
-            ids.append(items[self.row_key].numpy())
-            if start + len(ids[-1]) > self.cache_size:
-                raise ValueError(
-                    "There are more candidates than rows. Received at least"
-                    f" {start + len(ids[-1])} candidates for a `cache_size` of {self.cache_size}."
-                )
-            on_every_replica(write, tf.constant(start, tf.int64), items)
-            start += len(ids[-1])
-            bar.update(start)
-        if not start:
-            raise ValueError("There are no candidates to fill the cache with.")
-        if start < self.cache_size:
-            bar.update(start, finalize=True)
-        on_every_replica(RowsById.assign, self._state.rows_by_id, np.concatenate(ids))
 
     def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of the candidates with `ids` [n]; -1 for an id that is not there.
@@ -379,11 +371,13 @@ class Cache(StateLayer):
         )
         known = None
         if updates is not None:
-            known = (self._numeric(updates[0]), *updates[1:])
-        inserted, updated, changed = update(self._numeric(new_items), new_items_mask, rows, known)
+            known = (CacheRows.for_device(updates[0]), *updates[1:])
+        inserted, updated, changed = update(
+            CacheRows.for_device(new_items), new_items_mask, rows, known
+        )
         if updates is not None:
-            self._write(updated, self._part(updates[0], on_host=True))
-        self._write(inserted, self._part(new_items, on_host=True))
+            self._rows.write_on_host(updated, updates[0])
+        self._rows.write_on_host(inserted, new_items)
         self._follow(changed)
 
     def _update_device(self, new_items, new_items_mask, rows, updates):
@@ -398,7 +392,7 @@ class Cache(StateLayer):
             items, indices, mask = updates
             mask = self._admit(items, mask)
             updated = masked_rows(indices, mask)
-            self._write(updated, self._part(items, on_host=False))
+            self._rows.write_on_device(updated, items)
             if self.embedding_key in items:
                 changed.append((indices, mask))
             if self.use_lru:
@@ -411,7 +405,7 @@ class Cache(StateLayer):
             is_known = mask & (rows >= 0)
             self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
             inserted, mask = masked_rows(rows, is_known), is_known
-        self._write(inserted, self._part(new_items, on_host=False))
+        self._rows.write_on_device(inserted, new_items)
         self._fill_times(inserted, mask)
         return inserted, updated, [*changed, (inserted.rows, mask)]
 
@@ -429,13 +423,13 @@ class Cache(StateLayer):
     def _fill_rows(self, start, items):
         mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))
         rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
-        self._write(rows, items)
+        self._rows.write(rows, items)
         self._fill_times(rows, mask)
 
     def _rewrite(self, rows, items, mask):
         mask = self._admit(items, mask)
         written = masked_rows(rows, mask)
-        self._write(written, items)
+        self._rows.write(written, items)
         self._times.touch(written)
         self._follow([(rows, mask)])
 
@@ -479,57 +473,3 @@ class Cache(StateLayer):
         skipped = tf.math.count_nonzero(mask & ~finite)
         self._state.num_skipped.assign_add(skipped)
         return mask & finite
-
-    def _numeric(self, items):
-        """What of `items` an accelerator can be given."""
-        return {key: values for key, values in items.items() if not is_on_host(values.dtype)}
-
-    def _part(self, items, *, on_host):
-        """What of `items` is kept in host memory, or what is not."""
-        return {key: v for key, v in items.items() if (key in self.host_keys) == on_host}
-
-    def _write(self, rows, items):
-        for key, values in items.items():
-            variable = self._state.data[key]
-            scatter_rows(variable, rows.rows, rows.values(tf.stop_gradient(values), variable))
-
-    def _make_rows(self, shape, dtype, name, on_host):
-        shape = [self.cache_size, *shape]
-        dtype = tf.as_dtype(dtype)
-
-        def nothing():
-            return tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype)
-
-        return make_state_variable(nothing, name, on_host=on_host)
-
-    def _check_on_host(self, on_host):
-        names = tuple(on_host)
-        if isinstance(on_host, str) or not set(names) <= set(self.specs):
-            raise ValueError(
-                f"`on_host` must be names of features in `specs`, {sorted(self.specs)}. Received:"
-                f" {on_host!r}."
-            )
-        if self.embedding_key in names and self.index is None:
-            raise ValueError(
-                "Without an `index` the embeddings are all read at every step, and cannot be"
-                f" `on_host`. Received: {on_host!r}."
-            )
-        if names and tf.distribute.get_strategy().num_replicas_in_sync > 1:
-            raise ValueError(
-                "Of several replicas each keeps its rows on its own device. Received:"
-                f" on_host={on_host!r} under a strategy."
-            )
-        return names
-
-    @staticmethod
-    def _check_embedding(specs, embedding_key):
-        if embedding_key not in specs:
-            raise ValueError(
-                "`embedding_key` must be one of the features in `specs`. Received:"
-                f" {embedding_key!r}, and specs for {sorted(specs)}."
-            )
-        spec = specs[embedding_key]
-        if len(spec.shape) != 1 or not tf.as_dtype(spec.dtype).is_floating:
-            raise ValueError(
-                f"The embedding must be floating point of shape [dim]. Received the spec: {spec}."
-            )

@@ -213,16 +213,13 @@ class LookAtBegin(keras.callbacks.Callback):
     """Looks at the cache before the first step."""
 
     def on_train_begin(self, logs=None):
-        self.embeddings = self.model.task.cache.embeddings.numpy()
+        cache, strategy = self.model.task.cache, self.model.distribute_strategy
+        self.embeddings = cache.embeddings.numpy()
         self.cached = [
             rows.numpy()[filled.numpy()].tolist()
             for rows, filled in zip(
-                self.model.distribute_strategy.experimental_local_results(
-                    self.model.task.cache.data["id"]
-                ),
-                self.model.distribute_strategy.experimental_local_results(
-                    self.model.task.cache.filled
-                ),
+                strategy.experimental_local_results(cache.data["id"]),
+                strategy.experimental_local_results(strategy.run(lambda: cache.filled)),
             )
         ]
 

@@ -32,12 +32,15 @@ def test_rows_are_where_the_cache_is_made_but_for_what_is_asked_for_on_the_host(
     # The second of two CPUs stands for an accelerator.
     with tf.device("CPU:1"):
         cache = Cache(SPECS, 6, on_host=["tokens"])
+        covering = Cache(SPECS, 6, on_host=["id"], row_key="id")
     variables = {**cache.data, "step": cache.step, "num_filled": cache.num_filled}
     places = {key: tf.DeviceSpec.from_string(v.device) for key, v in variables.items()}
     assert {key: place.device_index for key, place in places.items()} == {
         **dict.fromkeys(variables, 1),
         "tokens": 0,
     }
+    lookup = covering._state.rows_by_id.values()
+    assert {tf.DeviceSpec.from_string(v.device).device_index for v in lookup} == {0}
 
 
 def test_what_is_on_the_host_is_written_with_the_rest(monkeypatch):

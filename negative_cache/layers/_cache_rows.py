@@ -1,0 +1,77 @@
+"""The features of a cache's rows as variables, each where it belongs."""
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+from negative_cache.layers._variables import (
+    StateVariable,
+    is_on_host,
+    make_state_variable,
+    scatter_rows,
+)
+from negative_cache.ops.cache_rows import MaskedRows
+
+Items = Mapping[str, tf.Tensor]
+
+
+class CacheRows:
+    """Variables [C, ...] of the features, in host memory or where the layer computes.
+
+    Args:
+      specs: feature name -> spec.
+      num_rows: C.
+      on_host: features that stay in host memory. Strings always do.
+
+    Raises:
+      ValueError: where `on_host` names something else, or several replicas share the host.
+    """
+
+    def __init__(
+        self, specs: Mapping[str, tf.io.FixedLenFeature], num_rows: int, on_host: Sequence[str]
+    ):
+        if isinstance(on_host, str) or not set(on_host) <= set(specs):
+            raise ValueError(
+                f"`on_host` must be names of features in `specs`, {sorted(specs)}. Received:"
+                f" {on_host!r}."
+            )
+        if on_host and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+            raise ValueError(
+                "Of several replicas each keeps its rows on its own device. Received:"
+                f" on_host={on_host!r} under a strategy."
+            )
+        strings = (key for key, spec in specs.items() if is_on_host(spec.dtype))
+        self.host_keys = frozenset((*on_host, *strings))
+        self.variables: dict[str, StateVariable] = {
+            key: _make(key, [num_rows, *spec.shape], tf.as_dtype(spec.dtype), key in on_host)
+            for key, spec in specs.items()
+        }
+
+    @staticmethod
+    def for_device(items: Items) -> Items:
+        """What of `items` a device can be given, whatever it keeps of them."""
+        return {key: values for key, values in items.items() if not is_on_host(values.dtype)}
+
+    def write_on_device(self, rows: MaskedRows, items: Items) -> None:
+        """Writes what of `items` is kept where the layer computes."""
+        self._write(rows, items, set(items) - self.host_keys)
+
+    def write_on_host(self, rows: MaskedRows, items: Items) -> None:
+        """Writes what of `items` is kept in host memory."""
+        self._write(rows, items, self.host_keys.intersection(items))
+
+    def write(self, rows: MaskedRows, items: Items) -> None:
+        """Writes all `items`."""
+        self._write(rows, items, items)
+
+    def _write(self, rows, items, keys):
+        for key in sorted(keys):
+            variable, values = self.variables[key], tf.stop_gradient(items[key])
+            scatter_rows(variable, rows.rows, rows.values(values, variable))
+
+
+def _make(name, shape, dtype, on_host):
+    def nothing():
+        return tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype)
+
+    return make_state_variable(nothing, name, on_host=on_host)
