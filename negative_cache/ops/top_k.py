@@ -4,9 +4,11 @@ import math
 
 import tensorflow as tf
 
+from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._large_blocks import SCORES_AT_ONCE
 
-# Candidates of a block at the most: see `softmax_sampling` for why it is bounded from both sides.
+# On a CPU, a block at the most: see `softmax_sampling` for why it is bounded from both sides.
 _BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**21
 
 
@@ -55,12 +57,15 @@ def top_k_scores(
             f"`k` must lie between 1 and the number of candidates. Received: k = {k} and"
             f" {num_candidates} candidates."
         )
+    like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
     if block_size is None:
         num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else 256
-        block_size = min(_BLOCK_EMBEDDINGS // scorer.dim, _BLOCK_SCORES // max(num_queries, 1))
-    block_size = max(block_size, 1)
+        if _execution.is_on_accelerator(like):
+            block_size = SCORES_AT_ONCE // max(num_queries, 1)
+        else:
+            block_size = min(_BLOCK_EMBEDDINGS // scorer.dim, _BLOCK_SCORES // max(num_queries, 1))
     best = _best_of_runs if approximate else _best_of_all
-    scores, indices = best(scorer, k, block_size)
+    scores, indices = _execution.as_constant(lambda: best(scorer, k, max(block_size, 1)), like=like)
     found = is_admissible(scores)
     nothing = tf.constant(-1, tf.int64)
     return tf.where(found, scores, -math.inf), tf.where(found, indices, nothing)

@@ -66,8 +66,9 @@ def test_every_operation_of_a_branch_has_a_kernel_on_a_gpu(name, on_gpu):
     assert compiled.without_kernel == []
 
 
-def test_every_operation_of_a_published_step_has_a_kernel_on_a_gpu(on_gpu):
-    step = tf.function(published_step())
+@pytest.mark.parametrize("kwargs", [{}, {"top_k": 10}])
+def test_every_operation_of_a_published_step_has_a_kernel_on_a_gpu(kwargs, on_gpu):
+    step = tf.function(published_step(**kwargs))
     features = batch_of(range(BATCH))["candidate"]
     assert_runs_on_a_gpu(gpu_kernels.examine(step.get_concrete_function(features)))
 

@@ -145,11 +145,11 @@ TASKS_WITH_BRANCHES: dict[str, Callable[[], CachedRetrieval]] = {
 }
 
 
-def published_step() -> Callable:
-    """A step of the published handler: features -> loss, and its gradient."""
+def published_step(**kwargs) -> Callable:
+    """A step of the published handler, whose loss takes `kwargs`: features -> loss, gradient."""
     specs = {**SPECS, "embedding": tf.io.FixedLenFeature([DIM], tf.float32)}
     tower, keys = Tower(), list(SPECS)
-    loss = losses.CacheClassificationLoss("embedding", keys)
+    loss = losses.CacheClassificationLoss("embedding", keys, **kwargs)
     handler = handlers.CacheLossHandler(CacheManager(specs, NUM_ROWS), loss, "embedding", keys)
 
     def step(features):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from negative_cache import util
-from negative_cache.ops import top_k_scores
+from negative_cache.ops import _execution, top_k_scores
 
 
 def integers(seed, queries, candidates, dim=3):
@@ -60,8 +60,9 @@ def test_inadmissible_candidates_are_not_found(approximate, block_size):
 
 
 @pytest.mark.parametrize("approximate", [False, True])
-@pytest.mark.parametrize("jit_compile", [False, True])
-def test_compiles_on_a_variable(approximate, jit_compile):
+@pytest.mark.parametrize(["device", "jit_compile"], [("CPU", False), ("CPU", True), ("GPU", False)])
+def test_compiles_on_a_variable(approximate, device, jit_compile, monkeypatch):
+    monkeypatch.setattr(_execution, "device_type", lambda like=None: device)
     queries, candidates = integers(1, 4, 96)
     variable = tf.Variable(candidates)
     function = tf.function(
