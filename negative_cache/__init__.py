@@ -10,7 +10,14 @@ from negative_cache import _compat, batching, datasets, evaluation, layers, ops 
 from negative_cache.backup import BackupAndRestore
 from negative_cache.batching import GlobalContrastiveBatches, contrastive_order
 from negative_cache.callbacks import CacheRefresh, CacheWarmStart, CorpusMetrics
-from negative_cache.layers import Cache, CachedRetrieval, Corrector, NystromCorrector, TreeIndex
+from negative_cache.layers import (
+    Cache,
+    CachedRetrieval,
+    Corrector,
+    LearnedTemperature,
+    NystromCorrector,
+    TreeIndex,
+)
 from negative_cache.models import DualEncoder
 from negative_cache.summaries import CacheSummaries
 from negative_cache.version import __version__
@@ -26,6 +33,7 @@ __all__ = [
     "Corrector",
     "DualEncoder",
     "GlobalContrastiveBatches",
+    "LearnedTemperature",
     "NystromCorrector",
     "TreeIndex",
     "__version__",

@@ -5,6 +5,7 @@ from negative_cache.layers.cached_retrieval import CachedRetrieval
 from negative_cache.layers.corrector import Corrector
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.nystrom_corrector import NystromCorrector
+from negative_cache.layers.temperature import LearnedTemperature
 from negative_cache.layers.tree_index import TreeIndex
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "CachedRetrieval",
     "Corrector",
     "DriftCorrector",
+    "LearnedTemperature",
     "NystromCorrector",
     "TreeIndex",
 ]

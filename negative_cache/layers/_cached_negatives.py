@@ -279,7 +279,10 @@ class CachedNegatives:
             exact_term = tf.reduce_sum(queries * query_gradient, axis=1)
             surrogate += exact_term
             known = stale if correction is None else correction.correct(stale, rows)
-            surrogate -= self._scores.mean_of_draws(queries, known, is_drawn, self._num_draws)
+            # What the transform learns has its gradient from the draws alone, as they were drawn.
+            surrogate -= self._scores.mean_of_draws(
+                queries, known, is_drawn, self._num_draws, as_given=True
+            )
         logit = contrastive.value_with_gradient(sample.log_partition, surrogate)
         drawn = Refreshed(rows, tf.stop_gradient(fresh), is_drawn)
         oldest = self._encode_oldest(items)

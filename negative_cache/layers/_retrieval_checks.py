@@ -160,6 +160,11 @@ def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
         )
     _validation.check_count(task.num_negatives, "num_negatives")
     _validation.check_count(task.cache_size, "cache_size", at_least=0)
+    if task.temperature is not None and not isinstance(task.temperature, int | float):
+        raise ValueError(
+            "`temperature` must be a number. To learn it, leave it out and give"
+            f" `score_transform=LearnedTemperature()`. Received: {task.temperature!r}."
+        )
     if task.temperature is not None and not task.temperature > 0:
         raise ValueError(f"`temperature` must be positive. Received: {task.temperature}.")
     if task.num_hard_negatives is not None:

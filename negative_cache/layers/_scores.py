@@ -31,15 +31,8 @@ class Scores:
 
         Neither the queries nor, say, a temperature that the transform learns.
         """
-        products = tf.matmul(tf.stop_gradient(scaled_queries), candidates, transpose_b=True)
-        if self.transform is None:
-            return products
-        with tf.GradientTape() as tape:
-            fixed = tf.stop_gradient(products)
-            tape.watch(fixed)
-            scores = self.transform(fixed)
-        slopes = tf.stop_gradient(tape.gradient(scores, fixed, unconnected_gradients="zero"))
-        return contrastive.value_with_gradient(scores, slopes * products)
+        queries = tf.stop_gradient(scaled_queries)
+        return self._apply_as_given(tf.matmul(queries, candidates, transpose_b=True))
 
     def of_own(self, scaled_queries: tf.Tensor, candidates: tf.Tensor) -> tf.Tensor:
         """[B, n] scores of every query with candidates [B, n, d] of its own."""
@@ -51,17 +44,32 @@ class Scores:
         embeddings: tf.Tensor,
         is_drawn: tf.Tensor,
         num_draws: int,
+        *,
+        as_given: bool = False,
     ) -> tf.Tensor:
         """[B], each query's mean score of its draws; zero where it has none.
 
         Their embeddings are [B * num_draws, d], and `is_drawn` [B * num_draws] says which of them
-        are of a draw.
+        are of a draw. No gradient reaches what a transform learns where `as_given`.
         """
         embeddings = tf.reshape(embeddings, [-1, num_draws, embeddings.shape[1]])
         is_drawn = tf.reshape(is_drawn, [-1, num_draws])
-        scores = tf.where(is_drawn, self.of_own(scaled_queries, embeddings), 0.0)
+        products = tf.einsum("bd,bnd->bn", scaled_queries, embeddings)
+        scores = self._apply_as_given(products) if as_given else self._apply(products)
+        scores = tf.where(is_drawn, scores, 0.0)
         count = tf.math.count_nonzero(is_drawn, axis=1, dtype=tf.float32)
         return tf.reduce_sum(scores, axis=1) / tf.maximum(count, 1.0)
+
+    def _apply_as_given(self, products):
+        """`_apply`, whose gradient reaches the products and nothing that the transform learns."""
+        if self.transform is None:
+            return products
+        with tf.GradientTape() as tape:
+            fixed = tf.stop_gradient(products)
+            tape.watch(fixed)
+            scores = self.transform(fixed)
+        slopes = tf.stop_gradient(tape.gradient(scores, fixed, unconnected_gradients="zero"))
+        return contrastive.value_with_gradient(scores, slopes * products)
 
     def _apply(self, products):
         return products if self.transform is None else self.transform(products)

@@ -57,8 +57,10 @@ class CachedRetrieval(CachingLayer):
         with a `cache`.
       cache_size: C, the number of cached candidates. 0 trains without a cache, the baseline to
         compare with. Not needed with a `cache`.
-      temperature: scores are inner products divided by it.
-      score_transform: elementwise function of the (divided) inner products.
+      temperature: scores are inner products divided by it; a number.
+      score_transform: elementwise function of the (divided) inner products. What it learns must be
+        weights of a Keras layer, as those of `LearnedTemperature` are: variables that a function
+        closes over are not known to Keras. Their gradient is that of the draws.
       num_negatives: S, draws from the cache per query, encoded at every training step.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact
         gradient.
