@@ -72,8 +72,10 @@ class CachedRetrieval(CachingLayer):
       index: a `TreeIndex` with the cache's size as its capacity. Negatives are then drawn from it,
         in time that hardly grows with the cache; the rows that a step writes move in it in the same
         step. `score_transform` must be nondecreasing with it, and there are no corrections for
-        frequency: neither `frequency_correction` nor `candidate_sampling_probability`. A `cache`
-        that is given has its index already.
+        frequency: neither `frequency_correction` nor `candidate_sampling_probability`. With
+        `exact_query_gradient` the queries' gradient is that of the index's estimate of log Z, which
+        unlike the draws no Metropolis-Hastings step corrects. A `cache` that is given has its index
+        already.
       corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
         now. Draws, the log partition and its gradient are those of corrected embeddings.
       cache: a cache that covers a corpus, as `Cache.from_dataset` makes it. It decides on
@@ -172,8 +174,8 @@ class CachedRetrieval(CachingLayer):
     ):
         become_task(CachedRetrieval)
         # Embeddings are scored in float32 and features keep their dtypes, whatever the precision
-        # policy is.
-        super().__init__(autocast=False, **kwargs)
+        # policy is. Of another dtype, Keras 3 would let metrics count in half precision.
+        super().__init__(**{"autocast": False, "dtype": "float32", **kwargs})
         if cache is not None:
             given = _retrieval_checks.Given(
                 feature_specs,

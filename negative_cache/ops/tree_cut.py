@@ -135,7 +135,10 @@ class Scoring:
 
         They are `INADMISSIBLE` for empty nodes. The second-order term is at most ‖x‖ r_n. Where
         candidates of high scores are left out, it is as if the node's scores were normal: of their
-        exponentials' sum the part Φ((max - ⟨x, c_n⟩ - σ²) / σ) is left, with their variance σ².
+        exponentials' sum the part Φ(z), z = (max - ⟨x, c_n⟩ - σ²) / σ, is left, with their variance
+        σ². The gradient by the query then is that of a limit which leaves the same candidates out
+        wherever the query goes, as it does: the mean c_n + (1 - φ(z) / σ Φ(z)) v_n x / d of those
+        that are left, under their softmax.
         """
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
         # The derivative of a square root has to be kept from zero.
@@ -144,12 +147,16 @@ class Scoring:
         scores, slopes = self._transformed(products)
         reach = slopes * norms * radius
         variance = (slopes * norms) ** 2 * spread / self.queries.shape[1]
-        log_masses = scores + tf.minimum(0.5 * variance, reach)
-        log_masses += tf.math.log(tf.maximum(count, 1.0))
+        second_order = tf.minimum(0.5 * variance, reach)
         if self._max_scores is not None:
             deviation = tf.sqrt(tf.maximum(variance, 1e-12))
             room = (self._like(self._max_scores, products) - scores - variance) / deviation
-            log_masses += _log_normal_cdf(room)
+            log_part = tf.stop_gradient(_log_normal_cdf(room))
+            density = tf.exp(-0.5 * tf.square(room)) / math.sqrt(2.0 * math.pi)
+            lost = tf.stop_gradient(density * tf.exp(-log_part) / deviation)
+            slowed = second_order - tf.stop_gradient(second_order)
+            second_order += log_part - lost * slowed
+        log_masses = scores + second_order + tf.math.log(tf.maximum(count, 1.0))
         return tf.where(count > 0.0, log_masses, INADMISSIBLE)
 
     def bounds(

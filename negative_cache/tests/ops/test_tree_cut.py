@@ -32,6 +32,25 @@ def test_the_mass_of_a_node():
     assert mass[0, 0] <= -1e30
 
 
+@pytest.mark.parametrize("limit", [0.3, 1.0, 2.5, 10.0])
+def test_mass_and_gradient_of_a_node_with_a_limit_are_those_of_normal_scores(limit):
+    rng = np.random.default_rng(0)
+    mean, spread, query = np.array([0.4, -0.3, 0.2, 0.1]), 0.8, np.array([1.0, 0.5, -0.7, 0.9])
+    rows = mean + rng.normal(size=[400_000, 4]) * np.sqrt(spread / 4)
+    scores = rows @ query
+    weights = np.where(scores <= limit, np.exp(scores), 0.0)
+    queries = tf.constant(query[np.newaxis], tf.float32)
+    stats = tf.constant([[[len(rows), spread, 10.0, 0.0]]], tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(queries)
+        products = queries @ tf.constant(mean[:, np.newaxis], tf.float32)
+        limits = tf.constant([limit], tf.float32)
+        mass = Scoring(queries, max_scores=limits).log_masses(products, stats)
+    np.testing.assert_allclose(mass[0, 0], np.log(weights.sum()), atol=0.01)
+    expected = weights @ rows / weights.sum()
+    np.testing.assert_allclose(tape.gradient(mass, queries)[0], expected, atol=0.01)
+
+
 def test_the_bounds_of_a_node():
     # |n| exp s and |n| exp s cosh(‖x‖ r)
     lower, upper = scoring(2.0).bounds(tf.constant([[1.5]]), STATS, tf.zeros([1]))
