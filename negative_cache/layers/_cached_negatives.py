@@ -357,6 +357,8 @@ class CachedNegatives:
             self._cache.embeddings,
             num_samples=self._num_draws,
             candidate_mask=self._cache.filled,
+            # Nothing else ever enters the cache.
+            masked_rows_are_finite=True,
             log_weights=conditions.log_weights,
             **options,
         )

@@ -11,9 +11,8 @@ from negative_cache.ops import _execution
 # unlike -inf, it stays finite where no candidate is admissible.
 INADMISSIBLE = -1e30
 
-# A second scoring of a candidate may round differently from the first. The threshold `max_scores`
-# is widened by this relative amount then, so that no candidate admitted before vanishes.
-_RESCORING_TOLERANCE = 1e-4
+# A second scoring of a candidate may round differently from the first, by this relative amount.
+RESCORING_TOLERANCE = 1e-4
 
 
 class BlockScorer:
@@ -41,6 +40,7 @@ class BlockScorer:
         positive_ids=None,
         log_weights=None,
         max_scores=None,
+        masked_rows_are_finite=False,
     ):
         queries = tf.convert_to_tensor(query_embeddings)
         self._is_variable = isinstance(candidate_embeddings, tf.Variable)
@@ -60,6 +60,7 @@ class BlockScorer:
         self._embedding_transform = embedding_transform
         self._row_transform = row_transform
         num_queries, num_candidates = queries.shape[0], candidate_embeddings.shape[0]
+        self._may_hide_nan = candidate_mask is not None and not masked_rows_are_finite
         self._mask = _vector(candidate_mask, "candidate_mask", num_candidates, tf.bool)
         self._ids = _vector(candidate_ids, "candidate_ids", num_candidates)
         self._positive_ids = _vector(positive_ids, "positive_ids", num_queries)
@@ -117,14 +118,30 @@ class BlockScorer:
 
         return self._admit(products, take, self._max_scores), slopes
 
-    def combine(self, weights, block) -> tf.Tensor:
-        """[B, d] float32, the sums of a block's embeddings in proportion to weights [B, size]."""
+    def combine(self, weights, slopes, block, start, size) -> tf.Tensor:
+        """[B, d] float32, Σ_y weight slope y over a block that `read_block(start, size)` has read.
+
+        Args:
+          weights: [B, size] float32, zero for inadmissible candidates.
+          slopes: as `score_block` gives them.
+          block: [size, d].
+          start: of the block.
+          size: of the block.
+        """
+        if slopes is not None:
+            # Of a candidate that is left out, whatever it is.
+            weights = tf.where(weights > 0.0, weights * slopes, 0.0)
+        if self._may_hide_nan:
+            is_there = tf.slice(self._mask, [start], [size])
+            block = tf.where(is_there[:, tf.newaxis], block, tf.zeros([], block.dtype))
         return _matmul(weights, block)
 
-    def score_rows(self, rows) -> tf.Tensor:
+    def score_rows(self, rows) -> tuple[tf.Tensor, tf.Tensor | None]:
         """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
 
-        Rows from C on are inadmissible.
+        Rows from C on are inadmissible. The second are those with `max_scores` widened by
+        `RESCORING_TOLERANCE`, under which no candidate is left out that `score_block` has admitted;
+        None where there is no limit.
         """
         exists = rows < self.num_candidates
         rows = tf.minimum(rows, self.num_candidates - 1)
@@ -132,11 +149,16 @@ class BlockScorer:
         candidates = self._embed(tf.gather(self._candidates, flat_rows), flat_rows)
         candidates = tf.reshape(candidates, [self.num_queries, -1, self.dim])
         products = tf.matmul(candidates, self._queries[..., tf.newaxis])[..., 0]
-        max_scores = self._max_scores
-        if max_scores is not None:
-            max_scores += _RESCORING_TOLERANCE * tf.maximum(tf.abs(max_scores), 1.0)
-        scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
-        return tf.where(exists, scores, INADMISSIBLE)
+
+        def admit(max_scores):
+            scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
+            return tf.where(exists, scores, INADMISSIBLE)
+
+        scores = admit(self._max_scores)
+        if self._max_scores is None:
+            return scores, None
+        wider = RESCORING_TOLERANCE * tf.maximum(tf.abs(self._max_scores), 1.0)
+        return scores, admit(self._max_scores + wider)
 
     @property
     def _is_transformed(self):

@@ -121,8 +121,7 @@ def _draw_from_block(scorer: BlockScorer, first, size: int, uniforms, with_mean:
     mean = tf.zeros([scorer.num_queries, scorer.dim])
     if with_mean:
         weights = tf.exp(scores - largest[:, tf.newaxis])
-        mean = scorer.combine(weights if slopes is None else weights * slopes, block)
-        mean /= total[:, tf.newaxis]
+        mean = scorer.combine(weights, slopes, block, start, num_there) / total[:, tf.newaxis]
     return Draws(
         start + group * _GROUP_SIZE + within,
         tf.gather(candidates, within, batch_dims=2),

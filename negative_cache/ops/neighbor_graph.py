@@ -73,7 +73,7 @@ def nearest_candidates(
     first = groups // width * block_size + groups % width
     rows = first[:, :, tf.newaxis] + tf.range(_GROUP_SIZE) * width
     rows = tf.reshape(rows, [-1, num_groups * _GROUP_SIZE])
-    best = tf.math.top_k(scorer.score_rows(rows), k=tf.minimum(k, tf.shape(rows)[1]))
+    best = tf.math.top_k(scorer.score_rows(rows)[0], k=tf.minimum(k, tf.shape(rows)[1]))
     indices = tf.gather(rows, best.indices, batch_dims=1)
     found = is_admissible(best.values)
     return tf.where(found, best.values, -math.inf), tf.where(found, indices, -1)

@@ -20,7 +20,12 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
+from negative_cache.ops._block_scorer import (
+    INADMISSIBLE,
+    RESCORING_TOLERANCE,
+    BlockScorer,
+    is_admissible,
+)
 from negative_cache.ops._large_blocks import draw_from_large_blocks
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
@@ -197,8 +202,11 @@ def _draw_from_small_blocks(scorer, num_samples, block_size, with_mean, seed):
     groups_per_block = block_size // group_size
     first = block * block_size + group
     rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
-    scores = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, num_samples * group_size]))
-    scores = tf.reshape(scores, [scorer.num_queries, num_samples, group_size])
+    log_masses = tf.gather(blocks.log_partition, block, batch_dims=1)
+    log_masses += tf.math.log(
+        tf.gather(groups_of_block, group[..., tf.newaxis], batch_dims=2)[..., 0]
+    )
+    scores = _scores_of_groups(scorer, rows, log_masses)
     pick = inverse_cdf(tf.nn.softmax(scores), random[2][..., tf.newaxis])
 
     return (
@@ -207,6 +215,27 @@ def _draw_from_small_blocks(scorer, num_samples, block_size, with_mean, seed):
         log_partition,
         blocks.mean if with_mean else None,
     )
+
+
+def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tensor) -> tf.Tensor:
+    """Scores [B, S, g] of groups `rows` [B, S, g] that have been scored before.
+
+    A candidate whose score is that of `max_scores` may be admitted by one scoring and not by the
+    other. One that was left out before may be all that its group would be drawn for: what alone has
+    more than the mass [B, S] that was found for its group was not in it. Where nothing is left of a
+    group, it was drawn for candidates that only this scoring leaves out.
+    """
+    strict, widened = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, -1]))
+    shape = tf.shape(rows)
+    if widened is None:
+        return tf.reshape(strict, shape)
+    most = log_masses + RESCORING_TOLERANCE * tf.maximum(tf.abs(log_masses), 1.0)
+    strict, widened = (
+        tf.where(part <= most[..., tf.newaxis], part, INADMISSIBLE)
+        for part in (tf.reshape(strict, shape), tf.reshape(widened, shape))
+    )
+    is_some = tf.reduce_any(is_admissible(strict), axis=2, keepdims=True)
+    return tf.where(is_some, strict, widened)
 
 
 def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> SoftmaxSample:
@@ -295,7 +324,7 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         )
         if with_mean:
             weights = probability[:, :size]
-            block_mean = scorer.combine(weights if slopes is None else weights * slopes, embeddings)
+            block_mean = scorer.combine(weights, slopes, embeddings, block * block_size, size)
             new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
             share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
             mean += share * (block_mean - mean)

@@ -98,6 +98,47 @@ def test_masks_weights_and_transforms_shape_the_law():
     )
 
 
+def test_what_the_limit_leaves_out_is_not_drawn_however_near_it_is():
+    # The best candidate is above the limit by less than scores may differ when computed again, and
+    # has ten thousand times the mass of all others.
+    queries, candidates = random_problem(queries=64, candidates=200)
+    scores = queries.astype("d") @ candidates.T.astype("d")
+    best = scores.argmax(axis=1)
+    scale = (12.0 / (np.sort(scores, axis=1)[:, -1] - np.sort(scores, axis=1)[:, -2]))[:, None]
+    queries, scores = (scale * queries).astype("f"), scale * scores
+    limits = (scores.max(axis=1) * (1.0 - 3e-5)).astype("f")
+    sample = sample_softmax(queries, candidates, num_samples=50, max_scores=limits, seed=1)
+    assert np.all(sample.indices.numpy() != best[:, None])
+    scores[np.arange(64), best] = -np.inf
+    np.testing.assert_allclose(sample.log_partition, log_sum_exp(scores), rtol=1e-4)
+    assert np.all(sample.scores - sample.log_partition[:, None] < 1e-3)
+
+
+def test_copies_of_the_limit_are_drawn_as_the_partition_counts_them():
+    # Half of the candidates score exactly the limit, as the copies of a positive do.
+    queries, candidates = random_problem(queries=64, candidates=512, dim=16)
+    candidates[::2] = candidates[0]
+    limits = np.einsum("bd,d->b", 3.0 * queries, candidates[0])
+    sample = sample_softmax(3.0 * queries, candidates, num_samples=50, max_scores=limits, seed=1)
+    assert np.all(sample.indices.numpy() >= 0)
+    assert np.all(sample.scores - sample.log_partition[:, None] < 1e-3)
+
+
+@pytest.mark.parametrize("transform", [None, tf.tanh])
+def test_what_masked_rows_hold_is_of_no_consequence(transform):
+    queries, candidates = random_problem()
+    mask = np.arange(CANDIDATES) % 3 > 0
+    dirty = np.where(mask[:, None], candidates, np.nan).astype("f")
+    results = [
+        sample_softmax_with_gradient(
+            queries, rows, candidate_mask=mask, score_transform=transform, block_size=16, seed=1
+        )
+        for rows in (candidates, dirty)
+    ]
+    for clean, other in zip(tf.nest.flatten(results[0]), tf.nest.flatten(results[1])):
+        np.testing.assert_allclose(clean, other, rtol=1e-5, atol=1e-6)
+
+
 # Of 40 rows: one block, blocks that do not divide it, and single rows.
 @pytest.mark.parametrize("block_size", [None, 7, 1])
 @pytest.mark.parametrize("as_variable", [False, True])
