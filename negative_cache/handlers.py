@@ -14,6 +14,7 @@ from negative_cache._compat import keras
 from negative_cache.layers.cache import Cache
 from negative_cache.losses import CacheLossReturn, DocNetwork
 from negative_cache.negative_cache import CacheManager, NegativeCache
+from negative_cache.ops import contrastive
 
 CacheLossFn = Callable[..., CacheLossReturn]
 
@@ -273,9 +274,10 @@ class MultiCacheLossHandler(_Handler):
 
 
 def _write_summaries(loss: CacheLossReturn) -> None:
-    interpretable_loss = tf.reduce_mean(loss.interpretable_loss)
+    interpretable_loss = contrastive.mean_or_zero(tf.convert_to_tensor(loss.interpretable_loss))
     tf.summary.scalar("cache/interpretable_prediction_loss", interpretable_loss)
-    tf.summary.scalar("cache/staleness", tf.reduce_mean(loss.staleness))
+    staleness = contrastive.mean_or_zero(tf.convert_to_tensor(loss.staleness))
+    tf.summary.scalar("cache/staleness", staleness)
 
 
 def _concat_replicas(value: tf.Tensor) -> tf.Tensor:

@@ -215,7 +215,11 @@ class CacheClassificationLoss(CacheLoss):
         return products if self.score_transform is None else self.score_transform(products)
 
     def _reduce(self, losses) -> tf.Tensor:
-        return losses if self.reducer is None else self.reducer(losses)
+        if self.reducer is None:
+            return losses
+        loss = self.reducer(losses)
+        # The last batch of a replica may be empty: the mean over nothing is NaN.
+        return tf.where(tf.size(losses) > 0, loss, tf.zeros_like(loss))
 
 
 class DistributedCacheClassificationLoss(CacheClassificationLoss):

@@ -461,7 +461,10 @@ class CachedNegatives:
         features = {}
         for key, values in self._features_at(rows).items():
             mask = tf.reshape(is_there, [-1] + [1] * (values.shape.rank - 1))
-            features[key] = tf.where(mask, values, take_rows(items[key], substitutes))
+            # A batch may be empty, and have no row to stand in.
+            nothing = tf.zeros([1, *values.shape[1:]], values.dtype)
+            known = tf.concat([items[key], nothing], axis=0)
+            features[key] = tf.where(mask, values, take_rows(known, substitutes))
         return features
 
 

@@ -254,7 +254,7 @@ def cross_entropy(
     divergence = tf.where(target > 0.0, target * tf.where(target > 0.0, difference, 0.0), 0.0)
     # Without a single entry the softmax of nothing is NaN.
     is_some = tf.reduce_any(encoded.mask)
-    return tf.where(is_some, tf.reduce_mean(tf.reduce_sum(divergence, axis=1)), 0.0)
+    return tf.where(is_some, contrastive.mean_or_zero(tf.reduce_sum(divergence, axis=1)), 0.0)
 
 
 def build_corrector(corrector: DriftCorrector, embedding_dim: int, content_dim: int) -> None:

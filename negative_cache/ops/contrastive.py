@@ -16,6 +16,9 @@ def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
 
 def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
     """Keeps the `count` largest of each row of `logits` [B, N], or all: [B, min(count, N)]."""
+    if not logits.shape[1]:
+        # Of none at all, `tf.math.top_k` has no gradient.
+        logits = tf.pad(logits, [[0, 0], [0, 1]], constant_values=-math.inf)
     return tf.math.top_k(logits, k=tf.minimum(count, tf.shape(logits)[1]), sorted=False).values
 
 
@@ -54,13 +57,18 @@ def reduce_losses(
       sample_weight: [B] float32.
 
     Returns:
-      Scalar float32, or [B] where `reduction` is "none".
+      Scalar float32, zero of an empty batch; or [B] where `reduction` is "none".
     """
     if sample_weight is not None:
         losses *= sample_weight
     if reduction == "none":
         return losses
-    return tf.reduce_sum(losses) if reduction == "sum" else tf.reduce_mean(losses)
+    return tf.reduce_sum(losses) if reduction == "sum" else mean_or_zero(losses)
+
+
+def mean_or_zero(values: tf.Tensor) -> tf.Tensor:
+    """Scalar mean of `values` [n]; zero where there are none, as a replica's last batch may be."""
+    return tf.math.divide_no_nan(tf.reduce_sum(values), tf.cast(tf.size(values), values.dtype))
 
 
 def relative_staleness(cached: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:

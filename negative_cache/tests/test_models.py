@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import CachedRetrieval, DualEncoder
+from negative_cache import (
+    CachedRetrieval,
+    Corrector,
+    DualEncoder,
+    NystromCorrector,
+    TreeIndex,
+)
 from negative_cache._compat import keras
 from negative_cache.tests.replicas import two_replicas
 
@@ -192,6 +198,49 @@ def test_two_replicas_train_with_caches_of_their_own(as_string):
     assert len(first) == len(second) == 4
     assert first | second == set(range(8))
     assert np.isfinite(model.evaluate(data, verbose=0))
+
+
+@pytest.mark.parametrize("remainder", range(1, 8))
+def test_a_last_batch_that_leaves_replicas_short_or_empty_is_a_batch(remainder):
+    with two_replicas().scope():
+        model = make_model(cache_size=8, run_eagerly=False, in_batch_negatives=True)
+    ids = {"id": tf.range(8 + remainder, dtype=tf.int64) % NUM_CANDIDATES}
+    data = tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(8)
+    history = model.fit(data, epochs=2, verbose=0).history
+    assert np.all(np.isfinite([value for values in history.values() for value in values])), history
+    assert history["loss"][0] > 0.0
+    for tower in (model.query_network, model.candidate_network):
+        assert np.all(np.isfinite(tower.values()))
+    assert np.isfinite(model.evaluate(data, verbose=0))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"in_batch_negatives": True, "num_hard_negatives": 2, "remove_accidental_hits": True},
+        {"frequency_correction": True, "use_lru": False},
+        {"corrector": lambda: Corrector(hidden_units=4, drift_loss="both")},
+        {"corrector": lambda: NystromCorrector(2)},
+        {"index": lambda: TreeIndex(8, DIM)},
+        {"refresh_fraction": 0.25, "probe_size": 2, "probe_every": 1},
+    ],
+)
+def test_an_empty_batch_teaches_nothing_and_enters_nothing(options):
+    options = {key: value() if callable(value) else value for key, value in options.items()}
+    model = make_model(cache_size=8, candidate_id_key="id", **options)
+    model.fit(pairs(), epochs=1, verbose=0)
+    cache = model.task.cache
+    before = [cache.embeddings.numpy(), model.candidate_network.values()]
+    empty = batch(np.zeros([0], np.int64))
+    with tf.GradientTape() as tape:
+        loss = model.compute_loss(empty, None, model(empty, training=True))
+    assert float(loss) == 0.0
+    gradients = tape.gradient(loss, model.trainable_variables)
+    assert all(np.all(np.isfinite(tf.convert_to_tensor(g))) for g in gradients if g is not None)
+    np.testing.assert_array_equal(before[1], model.candidate_network.values())
+    if "refresh_fraction" not in options:
+        np.testing.assert_array_equal(before[0], cache.embeddings)
 
 
 def folder_size(path):
