@@ -4,9 +4,11 @@
 of the package imports `keras` from here and never branches on the version itself.
 """
 
+import contextlib
 import os
 import sys
 import types
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -161,6 +163,23 @@ else:
     def steps_per_execution(model: keras.Model) -> int:
         """The number of batches that a call of `model.train_function` reads."""
         return model.steps_per_execution
+
+
+@contextlib.contextmanager
+def kept_losses(network: Callable):
+    """In it, a layer may be called, and the losses that it has added remain those from before.
+
+    Keras forgets the losses of all layers inside of one that it calls from the outside, and adds
+    those of every call after that. A function has none.
+    """
+    layers = network._flatten_layers() if isinstance(network, keras.layers.Layer) else ()
+    names = ("_losses", "_eager_losses") if IS_KERAS_2 else ("_losses",)
+    kept = [(layer, name, list(getattr(layer, name))) for layer in layers for name in names]
+    try:
+        yield
+    finally:
+        for layer, name, losses in kept:
+            getattr(layer, name)[:] = losses
 
 
 def _num_replicas() -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import RunningMean, keras
+from negative_cache._compat import RunningMean, kept_losses, keras
 from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks
 from negative_cache.layers._corpus import ONE_FEATURE, Corpus
 from negative_cache.layers._state import StateLayer, next_seed, on_every_replica
@@ -287,7 +287,9 @@ class CachingLayer(StateLayer):
 
     def _encode(self, features, training):
         inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
-        embeddings = _networks.embed(self.candidate_network, inputs, training)
+        # What the tower adds to the loss counts for the batch's own encoding, which is not here.
+        with kept_losses(self.candidate_network):
+            embeddings = _networks.embed(self.candidate_network, inputs, training)
         self.build_cache(embeddings.shape[1])
         if self.cache_size:
             self._count(tf.shape(embeddings)[0])

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import become_task, keras
+from negative_cache._compat import become_task, kept_losses, keras
 from negative_cache.layers import _cached_negatives, _retrieval_checks, _retrieval_config
 from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
 from negative_cache.layers._caching_layer import CachingLayer
@@ -235,6 +235,11 @@ class CachedRetrieval(CachingLayer):
             else None
         )
         self._make_cache_state(cache, index, embedding_dim)
+
+    def __call__(self, *args, **kwargs):
+        # The tower is called before, and Keras forgets what a layer inside of this one has added.
+        with kept_losses(self.candidate_network):
+            return super().__call__(*args, **kwargs)
 
     def call(
         self,
