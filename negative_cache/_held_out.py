@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import tensorflow as tf
 
+from negative_cache.layers._corpus import ONE_FEATURE
+
 
 def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
     """Finds the row of each of `ids` [n] in `corpus_ids` [C]: [n] int64, -1 where there is none.
@@ -77,7 +79,7 @@ class HeldOut:
 
         Raises:
           ValueError: where ids are not unique in the corpus, of another kind than its ids, or those
-            of "positives", or all of "excluded", are not in it; where there are no positives.
+            of "positives" are not in it; where there are no positives.
         """
         positives, excluded = Pairs(np.arange(len(self.positives)), None), None
         if corpus_ids is None:
@@ -86,15 +88,14 @@ class HeldOut:
         positives = Pairs(positives.queries, found["candidate"])
         if "positives" in found:
             queries, ids = self.listed["positives"]
-            _check_found(ids, found["positives"], "positives", all)
+            _check_found(ids, found["positives"], "positives")
             listed = Pairs(queries, found["positives"]).unique().without(positives)
             positives = Pairs(
                 np.concatenate([positives.queries, listed.queries]),
                 np.concatenate([positives.rows, listed.rows]),
             )
         if "excluded" in found:
-            queries, ids = self.listed["excluded"]
-            _check_found(ids, found["excluded"], "excluded", any)
+            queries, _ = self.listed["excluded"]
             excluded = Pairs(queries, found["excluded"]).unique().without(positives)
         if not len(positives.queries):
             raise ValueError("No query of the validation dataset has a positive.")
@@ -232,7 +233,7 @@ def ids_of(features, key: str | None) -> np.ndarray:
                 f" {sorted(features)}. Received: {key!r}."
             )
         features = features[key]
-    elif key is not None:
+    elif key not in (None, ONE_FEATURE):
         raise ValueError(
             "`candidate_id_key` names one of several features, but a candidate's features are one"
             f" {type(features).__name__}. Received: {key!r}."
@@ -257,11 +258,10 @@ def concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:
     return np.concatenate(arrays) if arrays else np.zeros([0], np.int64)
 
 
-def _check_found(ids: np.ndarray, rows: np.ndarray, name: str, quantifier: Callable) -> None:
-    """Checks that `all` or `any` ids, if there are ids, have a row."""
-    is_found = rows >= 0
-    if ids.size and not quantifier(is_found):
-        unknown = ids[~is_found]
+def _check_found(ids: np.ndarray, rows: np.ndarray, name: str) -> None:
+    """Checks that all ids have a row."""
+    unknown = ids[rows < 0]
+    if unknown.size:
         raise ValueError(
             f"The ids of {name!r} must be those of candidates in the corpus. Not in it:"
             f" {unknown[:5].tolist()} ({unknown.size} of {ids.size} ids)."

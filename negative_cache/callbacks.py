@@ -24,9 +24,8 @@ class CorpusMetrics(keras.callbacks.Callback):
       validation: batches of `{"query": …, "candidate": …}`, re-iterable, with ids of several
         `"positives"` and of `"excluded"` candidates if there are any.
       k: the cut-offs of recall.
-      candidate_id_key: name of the candidate feature that is unique in the corpus. With it a
-        positive never counts as higher than itself; without it, a candidate within float32 rounding
-        of the positive's score is a tie.
+      candidate_id_key: name of the candidate feature that is unique in the corpus, as in
+        `evaluation.evaluate`.
       every: evaluate at every so many epochs.
       verbose: 1 shows a progress bar while the corpus is encoded.
       networks: the pair (query network, candidate network), for a model that does not have them as

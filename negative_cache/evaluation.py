@@ -56,7 +56,8 @@ def evaluate(
     or with "" where ids are strings. They are those of the candidate feature `candidate_id_key`.
 
     With R the positives of a query and rank(p) the number of candidates, without the excluded ones,
-    that score higher than p, ties not counted, the metrics are these means over the queries:
+    that score higher than p, ties not counted (nor what is within float32 rounding of one, such as
+    an exact copy of p under another id), the metrics are these means over the queries:
 
     * `recall_at_{k}`: |{p in R: rank(p) < k}| / |R|. Other positives compete for the first k
       places, and nothing caps |R|, so that fewer than |R| places cannot give 1.
@@ -75,9 +76,8 @@ def evaluate(
       validation: batches as above; read once, in any order.
       k: the cut-offs.
       candidate_id_key: name of the candidate feature that is unique in the corpus, integers or
-        strings. With it a positive never counts as higher than itself; without it, a candidate
-        within float32 rounding of the positive's score is a tie. `"positives"` and `"excluded"`
-        need it, unless a candidate's features are one tensor: that tensor is the id then.
+        strings. `"positives"` and `"excluded"` need it, unless a candidate's features are one
+        tensor: that tensor is the id then, under the name "candidate".
       verbose: 1 shows a progress bar while the corpus is encoded.
 
     Returns:
@@ -110,9 +110,7 @@ def evaluate(
             raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
     positives, excluded = held_out.look_up(corpus_ids)
     corpus = _encode_corpus(candidates, candidate_encoder, ids_of, corpus_ids, verbose)
-    thresholds = _score_pairs(held_out.queries, positives, held_out.positives, corpus)
-    if corpus_ids is None:
-        thresholds += _tie_tolerance(held_out.queries, held_out.positives)
+    thresholds = _thresholds_of_pairs(held_out.queries, positives, held_out.positives, corpus)
     ranks = _ranks(
         held_out.queries,
         thresholds,
@@ -141,7 +139,7 @@ def positive_ranks(
       positive_embeddings: [M, d] float.
       candidate_embeddings: [C, d] float, the corpus.
       positive_rows: [M] int64, the row of each positive in the corpus, which then never counts as
-        higher than itself; -1 for a positive that is not in the corpus. Where None, a candidate
+        higher than itself; -1 for a positive that is not in the corpus. In any case a candidate
         whose score is within float32 rounding of the positive's is a tie, and ties do not count.
       positive_queries: [M] int64, the query that each positive belongs to. Where None there is one
         positive a query, in order, M = Q. A query's positives do count against one another.
@@ -191,9 +189,7 @@ def positive_ranks(
         )
     queries, positives = queries.numpy(), positives.numpy()
     own_queries = queries if one_each else queries[owners]
-    thresholds = _score_rows(own_queries, positives)
-    if rows is None:
-        thresholds += _tie_tolerance(own_queries, positives)
+    thresholds = _thresholds(own_queries, positives)
     return _ranks(queries, thresholds, candidates, owners, rows, excluded, block_size)
 
 
@@ -345,21 +341,23 @@ def _progress_bar(batches, verbose):
     return keras.utils.Progbar(size if size > 0 else None, unit_name="batch")
 
 
-def _score_rows(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    return tf.reduce_sum(queries * positives, axis=1).numpy()
+def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
+    """[n] what a candidate must exceed to be higher: the positive's score, and its rounding.
+
+    A copy of the positive, under another id, is scored in another product and may differ by it.
+    """
+    scores = tf.reduce_sum(queries * positives, axis=1).numpy()
+    lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
+    return scores + _RELATIVE_TIE * lengths
 
 
-def _tie_tolerance(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    return _RELATIVE_TIE * np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
-
-
-def _score_pairs(queries, positives: _held_out.Pairs, embeddings, corpus) -> np.ndarray:
-    """[M] scores of positives: the first of `embeddings`, the others of their rows."""
-    scores = [_score_rows(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
+def _thresholds_of_pairs(queries, positives: _held_out.Pairs, embeddings, corpus) -> np.ndarray:
+    """[M] thresholds of positives: the first of `embeddings`, the others of their rows."""
+    parts = [_thresholds(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
     for start in range(len(embeddings), len(positives.queries), 2**16):
         chunk = slice(start, start + 2**16)
-        scores.append(_score_rows(queries[positives.queries[chunk]], corpus[positives.rows[chunk]]))
-    return np.concatenate(scores)
+        parts.append(_thresholds(queries[positives.queries[chunk]], corpus[positives.rows[chunk]]))
+    return np.concatenate(parts)
 
 
 def _ranks(
