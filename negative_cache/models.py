@@ -20,7 +20,12 @@ class DualEncoder(_compat.Model):
 
     * `"query"`: features of B queries, what `query_network` takes.
     * `"candidate"`: features of N >= B candidates; row i is the positive of query i.
-    * `"negative"`, optional: features [B, M, ...] of M explicit negatives of each query.
+    * `"negative"`, optional: features [B, M, ...] of M explicit negatives of each query. Lists of
+      different length are `tf.RaggedTensor`s, or padded, with a `"negative_mask"` [B, M] bool.
+      Where the features have the task's `candidate_id_key`, those that are a positive of their
+      query are left out, as in the batch.
+    * `"known_positive_ids"`, optional: [B, P] ids of further right candidates of each query, see
+      `CachedRetrieval`.
     * `"candidate_sampling_probability"`, optional: [N] float, see `CachedRetrieval`.
 
     Compile it with an optimizer and no loss: the task is the loss. Calling the model returns the
@@ -71,7 +76,8 @@ class DualEncoder(_compat.Model):
         # A cache that is to be restored from a checkpoint must be there before it is used.
         self.task.build_cache(embeddings["candidate"].shape[1])
         if "negative" in inputs:
-            embeddings["negative"] = self._embed_negatives(inputs["negative"], training)
+            negatives, _ = _padded(inputs["negative"])
+            embeddings["negative"] = self._embed_negatives(negatives, training)
         return embeddings
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
@@ -84,6 +90,7 @@ class DualEncoder(_compat.Model):
             sample_weight=sample_weight,
             candidate_sampling_probability=x.get("candidate_sampling_probability"),
             negative_embeddings=y_pred.get("negative"),
+            **self._about_negatives(x),
             training=training,
             compute_metrics=not training,
         )
@@ -156,12 +163,36 @@ class DualEncoder(_compat.Model):
             )
         archive.write_out(str(filepath), **kwargs)
 
+    def _about_negatives(self, inputs):
+        """What a batch says of explicit negatives and of further positives."""
+        known = {"known_positive_ids": inputs.get("known_positive_ids")}
+        if "negative" not in inputs:
+            return known
+        negatives, mask = _padded(inputs["negative"])
+        ids = negatives
+        if isinstance(negatives, Mapping):
+            ids = negatives.get(self.task.candidate_id_key)
+        elif self.task.candidate_id_key is None:
+            ids = None
+        return {**known, "negative_ids": ids, "negative_mask": inputs.get("negative_mask", mask)}
+
     def _embed_negatives(self, features, training):
         """[B, M, d] embeddings of features [B, M, ...]."""
         flat = tf.nest.map_structure(_merge_first_dimensions, features)
         embeddings = _networks.embed(self.candidate_network, flat, training)
         batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
         return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
+
+
+def _padded(features):
+    """Features [B, M, ...] of which some are ragged, padded; and [B, M] bool, which are there."""
+    ragged = [part for part in tf.nest.flatten(features) if isinstance(part, tf.RaggedTensor)]
+    if not ragged:
+        return features, None
+    mask = tf.sequence_mask(ragged[0].row_lengths())
+    return tf.nest.map_structure(
+        lambda part: part.to_tensor() if isinstance(part, tf.RaggedTensor) else part, features
+    ), mask
 
 
 def _merge_first_dimensions(values):

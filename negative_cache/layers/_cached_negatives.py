@@ -139,7 +139,8 @@ class Conditions(NamedTuple):
     """Which cached candidates are negatives of a query, and what is added to their scores.
 
     Attributes:
-      positive_ids: [B] int64, fingerprints; a candidate that has its query's is left out.
+      positive_ids: [B, P] int64, fingerprints; a candidate that has one of its query's is left out.
+        Not None where the cache covers a corpus.
       max_scores: [B] float32; candidates that score higher are left out.
       log_weights: [C] float32, added to the scores of the cached candidates.
     """
@@ -343,10 +344,12 @@ class CachedNegatives:
             "compute_gradient": compute_gradient,
         }
         if self._cache.row_key is not None:
-            # The positive's own row.
-            num_queries = tf.shape(queries)[0]
+            # The positives' own rows. A fingerprint is its own.
+            ids = conditions.positive_ids
             options["candidate_ids"] = tf.range(self._cache.cache_size, dtype=tf.int64)
-            options["positive_ids"] = self._rows_of(items)[:num_queries]
+            options["positive_ids"] = tf.reshape(
+                self._cache.rows_of(tf.reshape(ids, [-1])), tf.shape(ids)
+            )
         elif conditions.positive_ids is not None:
             options["candidate_ids"] = tf.convert_to_tensor(self._cache.data[CANDIDATE_ID])
             options["positive_ids"] = conditions.positive_ids

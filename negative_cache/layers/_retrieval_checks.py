@@ -244,6 +244,44 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> None:
         )
 
 
+def check_negative_mask(mask: tf.Tensor, negatives: tf.Tensor) -> tf.Tensor:
+    """Returns `negative_mask` [B, M] bool as a tensor, for `negatives` [B, M, d]."""
+    mask = tf.convert_to_tensor(mask)
+    if mask.dtype != tf.bool or not mask.shape.is_compatible_with(negatives.shape[:2]):
+        raise ValueError(
+            f"`negative_mask` must be boolean of shape [batch, negatives], here"
+            f" {negatives.shape[:2]}. Received dtype {mask.dtype.name}, shape {mask.shape}."
+        )
+    return mask
+
+
+def check_negative_ids(ids: tf.Tensor, negatives: tf.Tensor) -> None:
+    """Checks `negative_ids` [B, M] of `negatives` [B, M, d]."""
+    if not ids.shape.is_compatible_with(negatives.shape[:2]):
+        raise ValueError(
+            f"`negative_ids` must have shape [batch, negatives], here {negatives.shape[:2]}."
+            f" Received shape {ids.shape}."
+        )
+
+
+def check_known_positives(ids, queries: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns `known_positive_ids` as [B, P], and [B, P] bool, which of them are no padding."""
+    if isinstance(ids, tf.RaggedTensor):
+        is_there = tf.sequence_mask(ids.row_lengths())
+        ids = ids.to_tensor()
+    else:
+        ids = tf.convert_to_tensor(ids)
+        is_there = tf.not_equal(ids, "" if ids.dtype == tf.string else -1)
+    is_id = ids.dtype == tf.string or ids.dtype.is_integer
+    if not is_id or ids.shape.rank != 2 or not queries.shape[:1].is_compatible_with(ids.shape[:1]):
+        raise ValueError(
+            "`known_positive_ids` must be integers or strings of shape [batch, ids], ragged or"
+            f" padded, for {queries.shape[0]} queries. Received dtype {ids.dtype.name}, shape"
+            f" {ids.shape}."
+        )
+    return ids, is_there
+
+
 def check_score_mask(mask: tf.Tensor, scores: tf.Tensor) -> tf.Tensor:
     """Returns `score_mask` [B, N] bool as a tensor, B and N being those of `scores`."""
     mask = tf.convert_to_tensor(mask)

@@ -11,13 +11,14 @@ from negative_cache._compat import become_task, kept_losses, keras
 from negative_cache.layers import _cached_negatives, _retrieval_checks, _retrieval_config
 from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
 from negative_cache.layers._caching_layer import CachingLayer
-from negative_cache.layers._corpus import ONE_FEATURE
+from negative_cache.layers._corpus import ONE_FEATURE, fingerprint
 from negative_cache.layers._scores import Scores
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import contrastive
+from negative_cache.ops._block_scorer import is_among
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -253,6 +254,9 @@ class CachedRetrieval(CachingLayer):
         compute_metrics: bool = True,
         compute_batch_metrics: bool = True,
         score_mask: tf.Tensor | None = None,
+        negative_ids: tf.Tensor | None = None,
+        negative_mask: tf.Tensor | None = None,
+        known_positive_ids: tf.Tensor | tf.RaggedTensor | None = None,
     ) -> tf.Tensor:
         """Computes the loss and, in training, moves the cache on by one step.
 
@@ -273,6 +277,15 @@ class CachedRetrieval(CachingLayer):
           compute_batch_metrics: whether to update `batch_metrics`.
           score_mask: [B, N] bool, which of the batch's candidates each query is compared with. Its
             positive always is one, and the cache is not affected.
+          negative_ids: [B, M], the ids of the explicit negatives, of the kind of the feature
+            `candidate_id_key`: those that are a positive of their query are left out, where
+            `remove_accidental_hits` or `known_positive_ids` say so.
+          negative_mask: [B, M] bool, which of the explicit negatives there are; the others are
+            padding, whatever they are.
+          known_positive_ids: [B, P] ids of further candidates that are right for each query: a
+            `tf.RaggedTensor`, or padded with -1, or with "" where ids are strings. They are left
+            out of its negatives in the batch, among the explicit ones and in the cache, as is its
+            own positive then. Needs `candidate_id_key`.
 
         Returns:
           Scalar float32, or [B] where `reduction` is "none".
@@ -312,7 +325,8 @@ class CachedRetrieval(CachingLayer):
             if has_probabilities and self.in_batch_negatives:
                 positive_logits -= log_expected[:num_queries]
         is_positive = tf.eye(num_queries, tf.shape(candidates)[0], dtype=tf.bool)
-        not_a_negative = self._not_a_negative(items, raw_scores, threshold)
+        left_out = self._ids_left_out(items, queries, known_positive_ids)
+        not_a_negative = self._not_a_negative(items, raw_scores, threshold, left_out)
         if score_mask is not None:
             not_a_negative |= ~_retrieval_checks.check_score_mask(score_mask, raw_scores)
         not_a_negative &= ~is_positive
@@ -327,13 +341,18 @@ class CachedRetrieval(CachingLayer):
             explicit = tf.convert_to_tensor(negative_embeddings)
             _retrieval_checks.check_negatives(explicit, queries)
             explicit = tf.cast(explicit, tf.float32)
-            negative_logits.append(self._scores.of_own(scaled_queries, explicit))
+            ids = None
+            if left_out is not None and negative_ids is not None:
+                ids = fingerprint(tf.convert_to_tensor(negative_ids))
+            negative_logits.append(
+                self._scores_of_explicit(scaled_queries, explicit, negative_mask, ids, left_out)
+            )
         step = None
         if self.cache_size:
             if training:
                 self._probe()
             cache_logit, step = self._cache_logit(
-                scaled_queries, items, threshold, has_probabilities, training
+                scaled_queries, items, threshold, has_probabilities, training, left_out
             )
             negative_logits.append(cache_logit[:, tf.newaxis])
         if not negative_logits:
@@ -378,18 +397,14 @@ class CachedRetrieval(CachingLayer):
     def from_config(cls, config):
         return cls(**_retrieval_config.from_config(config))
 
-    def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training):
+    def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training, left_out):
         """[B] log partition of the cache, and what else a training step is."""
         log_expected = None
         if self._cache.row_key is None:
             # A corpus has every candidate once.
             log_expected = self._log_expected_occurrences(items, has_probabilities, of_rows=True)
         conditions = _cached_negatives.Conditions(
-            positive_ids=(
-                items[CANDIDATE_ID][: tf.shape(scaled_queries)[0]]
-                if self.remove_accidental_hits and self._cache.row_key is None
-                else None
-            ),
+            positive_ids=left_out,
             max_scores=threshold,
             log_weights=None if log_expected is None else -log_expected,
         )
@@ -400,15 +415,44 @@ class CachedRetrieval(CachingLayer):
         )
         return step.log_partition, step
 
-    def _not_a_negative(self, items, scores, threshold):
+    def _ids_left_out(self, items, queries, known_positive_ids):
+        """[B, P] int64, fingerprints of the candidates that are no negatives of each query.
+
+        The first is the positive's own. None where nothing is left out by its id.
+        """
+        is_known = known_positive_ids is not None
+        if is_known and self.candidate_id_key is None:
+            raise ValueError("`known_positive_ids` needs a `candidate_id_key`. Received: None.")
+        if not is_known and not self.remove_accidental_hits:
+            return None
+        own = items[CANDIDATE_ID][: tf.shape(queries)[0], tf.newaxis]
+        if not is_known:
+            return own
+        ids, is_there = _retrieval_checks.check_known_positives(known_positive_ids, queries)
+        return tf.concat([own, tf.where(is_there, fingerprint(ids), own)], axis=1)
+
+    def _not_a_negative(self, items, scores, threshold, left_out):
         """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
-        left_out = tf.zeros_like(scores, tf.bool)
-        if self.remove_accidental_hits:
-            ids = items[CANDIDATE_ID]
-            left_out |= tf.equal(ids[: tf.shape(scores)[0], tf.newaxis], ids[tf.newaxis])
+        no_negatives = tf.zeros_like(scores, tf.bool)
+        if left_out is not None:
+            no_negatives |= is_among(items[CANDIDATE_ID][tf.newaxis], left_out)
         if threshold is not None:
-            left_out |= scores > threshold[:, tf.newaxis]
-        return left_out
+            no_negatives |= scores > threshold[:, tf.newaxis]
+        return no_negatives
+
+    def _scores_of_explicit(self, scaled_queries, explicit, mask, ids, left_out):
+        """[B, M] logits of explicit negatives [B, M, d]."""
+        if mask is not None:
+            mask = _retrieval_checks.check_negative_mask(mask, explicit)
+            # Padding may be embedded as anything.
+            explicit = tf.where(mask[..., tf.newaxis], explicit, 0.0)
+        scores = self._scores.of_own(scaled_queries, explicit)
+        if mask is not None:
+            scores = contrastive.leave_out(scores, ~mask)
+        if ids is not None:
+            _retrieval_checks.check_negative_ids(ids, explicit)
+            scores = contrastive.leave_out(scores, is_among(ids, left_out))
+        return scores
 
     def _log_expected_occurrences(self, items, has_probabilities, of_rows=False):
         """[N] log of how often each of the batch's candidates is expected among the negatives.

@@ -11,6 +11,9 @@ from negative_cache.ops import _execution
 # unlike -inf, it stays finite where no candidate is admissible.
 INADMISSIBLE = -1e30
 
+# More ids of a query are looked at in a loop.
+_UNROLLED_IDS = 8
+
 # A second scoring of a candidate may round differently from the first, by this relative amount.
 RESCORING_TOLERANCE = 1e-4
 
@@ -63,7 +66,7 @@ class BlockScorer:
         self._may_hide_nan = candidate_mask is not None and not masked_rows_are_finite
         self._mask = _vector(candidate_mask, "candidate_mask", num_candidates, tf.bool)
         self._ids = _vector(candidate_ids, "candidate_ids", num_candidates)
-        self._positive_ids = _vector(positive_ids, "positive_ids", num_queries)
+        self._positive_ids = _ids_of_queries(positive_ids, num_queries)
         self._log_weights = _vector(log_weights, "log_weights", num_candidates, tf.float32)
         self._max_scores = _vector(max_scores, "max_scores", num_queries, tf.float32)
         if self._ids is not None and self._ids.dtype != self._positive_ids.dtype:
@@ -182,7 +185,7 @@ class BlockScorer:
         if self._mask is not None:
             scores = tf.where(take(self._mask), scores, INADMISSIBLE)
         if self._ids is not None:
-            is_positive = tf.equal(take(self._ids), self._positive_ids[:, tf.newaxis])
+            is_positive = is_among(take(self._ids), self._positive_ids)
             scores = tf.where(is_positive, INADMISSIBLE, scores)
         return scores
 
@@ -198,6 +201,30 @@ def _matmul(one, block, transpose=False):
     return tf.raw_ops.BatchMatMulV3(
         x=tf.cast(one, block.dtype), y=block, Tout=tf.float32, adj_y=transpose
     )
+
+
+def is_among(ids: tf.Tensor, of_queries: tf.Tensor) -> tf.Tensor:
+    """[B, ...] bool, whether `ids` [B or 1, ...] are among the ids `of_queries` [B, P]."""
+    shape = [-1] + [1] * (ids.shape.rank - 1)
+
+    def matches(i):
+        return tf.equal(ids, tf.reshape(of_queries[:, i], shape))
+
+    # One after the other: all at once they would take P times the memory.
+    count = of_queries.shape[1]
+    if count is not None and 1 <= count <= _UNROLLED_IDS:
+        found = matches(0)
+        for i in range(1, count):
+            found |= matches(i)
+        return found
+    nothing = tf.zeros(tf.shape(of_queries)[:1], tf.bool)
+    nothing = tf.reshape(nothing, shape) & tf.zeros_like(ids, tf.bool)
+    return tf.while_loop(
+        lambda i, _: i < tf.shape(of_queries)[1],
+        lambda i, found: (i + 1, found | matches(i)),
+        (tf.constant(0), nothing),
+        shape_invariants=(tf.TensorShape([]), tf.TensorShape([None] * ids.shape.rank)),
+    )[1]
 
 
 def is_admissible(scores: tf.Tensor) -> tf.Tensor:
@@ -220,6 +247,19 @@ def _check_embeddings(queries: tf.Tensor, candidates) -> None:
             "`query_embeddings` and `candidate_embeddings` must have the same, known last"
             f" dimension. Received shapes: {queries.shape} and {candidates.shape}."
         )
+
+
+def _ids_of_queries(ids, num_queries: int | None):
+    """`positive_ids` as [B, P]; None where they are."""
+    if ids is None:
+        return None
+    ids = tf.convert_to_tensor(ids)
+    if ids.shape.rank not in (1, 2) or not ids.shape[:1].is_compatible_with([num_queries]):
+        raise ValueError(
+            f"`positive_ids` must have shape [{num_queries}] or [{num_queries}, ids]. Received"
+            f" shape: {ids.shape}."
+        )
+    return ids if ids.shape.rank == 2 else ids[:, tf.newaxis]
 
 
 def _vector(values, name: str, size: int | None, dtype: tf.DType | None = None):

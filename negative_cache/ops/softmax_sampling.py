@@ -89,7 +89,8 @@ def sample_softmax(
         embeddings [n, d] and of their rows [n] int32. One of the two at the most.
       candidate_mask: [C] bool; candidates with False are left out.
       candidate_ids: [C] ids of any comparable dtype, used with `positive_ids`.
-      positive_ids: [B] ids; candidates with a query's own positive id are left out for that query.
+      positive_ids: [B] or [B, P] ids; candidates with a query's own positive id, or one of several,
+        are left out for that query.
       log_weights: [C] float added to the scores.
       max_scores: [B] float; candidates whose score, before `log_weights`, is higher are left out
         for that query.

@@ -22,7 +22,7 @@ from typing import NamedTuple, Protocol
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE
+from negative_cache.ops._block_scorer import INADMISSIBLE, is_among
 from negative_cache.ops.tree_shape import TreeShape
 
 # The columns of `TreeLevel.stats`.
@@ -109,7 +109,7 @@ class Scoring:
       queries: [B, d] float32.
       transform: elementwise, nondecreasing function of the inner products.
       candidate_ids: [capacity] ids, compared with `positive_ids`.
-      positive_ids: [B]; candidates with a query's own positive id are left out for it.
+      positive_ids: [B] or [B, P]; candidates with an id of a query's own are left out for it.
       max_scores: [B]; candidates that score higher are left out.
     """
 
@@ -127,6 +127,8 @@ class Scoring:
         self._candidate_ids = candidate_ids
         if positive_ids is not None:
             positive_ids = tf.convert_to_tensor(positive_ids, candidate_ids.dtype)
+            if positive_ids.shape.rank == 1:
+                positive_ids = positive_ids[:, tf.newaxis]
         self._positive_ids = positive_ids
         self._max_scores = None if max_scores is None else tf.cast(max_scores, tf.float32)
 
@@ -197,7 +199,7 @@ class Scoring:
         admissible = ids >= 0
         if self._candidate_ids is not None:
             their_ids = tf.gather(self._candidate_ids, tf.maximum(ids, 0))
-            admissible &= tf.not_equal(their_ids, self._like(self._positive_ids, their_ids))
+            admissible &= ~is_among(their_ids, self._positive_ids)
         if self._max_scores is not None:
             admissible &= scores <= self._like(self._max_scores, scores)
         return tf.where(admissible, scores, INADMISSIBLE)
