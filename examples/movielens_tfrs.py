@@ -74,6 +74,7 @@ class CachedMovieModel(MovieModel):
             candidate_id_key="candidate",  # The name of a feature that comes alone.
             remove_accidental_hits=True,
             frequency_correction=True,
+            use_lru=False,  # So that the cache is a sample of the stream.
             reduction="sum",  # As TF-Recommenders does; learning rates are tuned to it.
         )
 

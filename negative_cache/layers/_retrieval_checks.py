@@ -103,6 +103,12 @@ def check_schedule(task, cache) -> None:
             f"`{name}` needs `use_lru=True`: without, a row's age is not that of its embedding."
             " Received: use_lru=False."
         )
+    if cache is None and task.frequency_correction and task.use_lru:
+        raise ValueError(
+            "`frequency_correction` takes the cache for a sample of the stream, which it is with"
+            " `use_lru=False` only: LRU keeps candidates that are drawn often. Received:"
+            " use_lru=True."
+        )
     if cache is not None and task.frequency_correction:
         raise ValueError(
             "There is no `frequency_correction` with a `cache`: it holds every candidate once."

@@ -19,7 +19,6 @@ _PLAIN = (
     "use_lru",
     "false_negative_margin",
     "exact_query_gradient",
-    "frequency_correction",
     "reduction",
     "save_cache",
     "seed",
@@ -45,8 +44,10 @@ def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
     # A cache that streams is made by the task; one that covers a corpus was given, with its index.
     is_given = task.cache is not None and task.cache.row_key is not None
     objects["index" if is_given else "cache"] = None
+    frequency = task.frequency
     return {
         **{name: getattr(task, name) for name in _PLAIN},
+        "frequency_correction": False if frequency is None else serialize(frequency),
         **{name: serialize(value) for name, value in objects.items()},
         **{name: [serialize(metric) for metric in metrics[name]] for name in _METRICS},
         "feature_specs": (
@@ -63,8 +64,12 @@ def from_config(config: Mapping) -> dict:
     """The arguments that `to_config` has described, and the others as they are."""
     deserialize = keras.utils.deserialize_keras_object
     specs = config["feature_specs"]
+    frequency = config["frequency_correction"]
     return {
         **config,
+        "frequency_correction": deserialize(frequency)
+        if isinstance(frequency, dict)
+        else frequency,
         **{name: deserialize(config.get(name)) for name in _OBJECTS},
         **{name: [deserialize(metric) for metric in config[name]] for name in _METRICS},
         "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),

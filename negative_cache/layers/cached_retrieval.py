@@ -20,6 +20,9 @@ from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import contrastive
 from negative_cache.ops._block_scorer import is_among
 
+# Of 12 bytes each; 2 % of 100,000 candidates share theirs.
+_NUM_BUCKETS = 2**22
+
 
 @keras.utils.register_keras_serializable("negative_cache")
 class CachedRetrieval(CachingLayer):
@@ -107,9 +110,11 @@ class CachedRetrieval(CachingLayer):
         the variance is that of g - ĝ. The candidate tower's gradient is sampled in any case.
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives, so that the partition is an estimate over the corpus
-        and not over the stream, in which popular candidates repeat. Estimated online
-        (`FrequencyEstimator`). Needs `candidate_id_key`. It takes the cache for a sample of the
-        stream, which it is with `use_lru=False`; LRU keeps rows that are drawn often for longer.
+        and not over the stream, in which popular candidates repeat. Estimated online, by a
+        `FrequencyEstimator` of 4 million buckets, or the one that is given: 30 buckets for each
+        candidate of the corpus are enough. Needs `candidate_id_key`, and with a cache
+        `use_lru=False`: it takes the cache for a sample of the stream, in which LRU keeps rows that
+        are drawn often for longer. So it does where `candidate_sampling_probability` is given.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
         sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`, which then
@@ -162,7 +167,7 @@ class CachedRetrieval(CachingLayer):
         use_lru: bool = True,
         false_negative_margin: float | None = None,
         exact_query_gradient: bool = True,
-        frequency_correction: bool = False,
+        frequency_correction: bool | FrequencyEstimator = False,
         reduction: str | None = "sum_over_batch_size",
         metrics: Sequence[keras.metrics.Metric] | keras.metrics.Metric | None = None,
         batch_metrics: Sequence[keras.metrics.Metric] | None = None,
@@ -213,7 +218,7 @@ class CachedRetrieval(CachingLayer):
         self.use_lru = use_lru
         self.false_negative_margin = false_negative_margin
         self.exact_query_gradient = exact_query_gradient
-        self.frequency_correction = frequency_correction
+        self.frequency_correction = bool(frequency_correction)
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
         self.corrector = corrector
@@ -229,18 +234,23 @@ class CachedRetrieval(CachingLayer):
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
-        self._frequency = (
+        self._frequency = None
+        if isinstance(frequency_correction, FrequencyEstimator):
+            self._frequency = frequency_correction
+        elif frequency_correction:
             # Odd, because ids are often multiples of a power of two, which would share few buckets.
-            FrequencyEstimator(num_buckets=max(4 * cache_size, 2**16) | 1)
-            if frequency_correction
-            else None
-        )
+            self._frequency = FrequencyEstimator(max(4 * cache_size, _NUM_BUCKETS) | 1)
         self._make_cache_state(cache, index, embedding_dim)
 
     def __call__(self, *args, **kwargs):
         # The tower is called before, and Keras forgets what a layer inside of this one has added.
         with kept_losses(self.candidate_network):
             return super().__call__(*args, **kwargs)
+
+    @property
+    def frequency(self) -> FrequencyEstimator | None:
+        """What estimates the candidates' frequencies, where `frequency_correction` is."""
+        return self._frequency
 
     def call(
         self,

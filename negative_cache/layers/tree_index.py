@@ -355,10 +355,10 @@ class TreeIndex(StateLayer):
             index's where None), `seed` as in `sample_softmax`; `candidate_ids` [capacity] with
             `positive_ids` [B] or [B, P], and `max_scores` [B], which leave out candidates as there.
             In nodes that were not opened, candidates with a positive's id are left out when they
-            are drawn but count for the log partition; of those above `max_scores` the expected part of the
-            mass is taken away, as if a node's scores were normal. `row_transform`, a function of
-            embeddings [n, d] and candidates [n], is applied to candidates before they are scored,
-            and with None for candidates to means of nodes, whose spreads stay what they are.
+            are drawn but count for the log partition; of those above `max_scores` the expected part
+            of the mass is taken away, as if a node's scores were normal. `row_transform`, a
+            function of embeddings [n, d] and candidates [n], is applied to candidates before they
+            are scored, and with None for candidates to means of nodes, whose spreads stay what they are.
 
         Returns:
           The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each

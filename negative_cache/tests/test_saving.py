@@ -51,7 +51,12 @@ def batches():
 
 def make_model(specs=SPECS, cache_size=16, **kwargs):
     query_tower, candidate_tower = Tower(), Tower()
-    kwargs = {"embedding_dtype": tf.bfloat16, "frequency_correction": True, **kwargs}
+    kwargs = {
+        "embedding_dtype": tf.bfloat16,
+        "frequency_correction": True,
+        "use_lru": False,
+        **kwargs,
+    }
     task = CachedRetrieval(
         candidate_tower,
         specs,

@@ -110,7 +110,9 @@ TASKS: dict[str, Callable[[], CachedRetrieval]] = {
     "score transform": lambda: streaming(score_transform=lambda scores: scores**3),
     "bfloat16": lambda: streaming(embedding_dtype="bfloat16"),
     "float16": lambda: streaming(embedding_dtype="float16"),
-    "frequency": lambda: streaming(frequency_correction=True, in_batch_negatives=True),
+    "frequency": lambda: streaming(
+        frequency_correction=True, use_lru=False, in_batch_negatives=True
+    ),
     "corrector": lambda: streaming(corrector=Corrector(hidden_units=16, content_key="x")),
     "corrector, cross-entropy": lambda: streaming(
         corrector=Corrector(hidden_units=16, drift_loss="both")

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache._compat import IS_KERAS_2
+from negative_cache import FrequencyEstimator
+from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.layers import CachedRetrieval
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
@@ -208,7 +209,8 @@ def test_frequency_correction_estimates_the_partition_of_the_corpus():
 
 def test_frequencies_are_known_from_the_first_step_on():
     table, queries = make_table(), make_queries(3)
-    task = make_task(table, frequency_correction=True, in_batch_negatives=True, reduction="none")
+    frequency = {"frequency_correction": True, "use_lru": False}
+    task = make_task(table, in_batch_negatives=True, reduction="none", **frequency)
     # Candidates 0 and 1 come once in 4 draws, 2 twice. They are the only negatives, 4 draws from
     # the stream: each is expected as often as it is there, and 2 twice.
     ids = [0, 1, 2, 2]
@@ -222,7 +224,7 @@ def test_frequencies_are_known_from_the_first_step_on():
 
 @pytest.mark.parametrize("cache_size", [8, 2**15])
 def test_ids_that_are_multiples_of_a_power_of_two_have_frequencies_of_their_own(cache_size):
-    task = make_task(make_table(), cache_size, frequency_correction=True)
+    task = make_task(make_table(), cache_size, frequency_correction=True, use_lru=False)
     ids = tf.range(8, dtype=tf.int64) * 2**17
     task._frequency.update(ids)
     # Each came once in 8 draws. In one bucket they would be one candidate that always comes.
@@ -232,7 +234,8 @@ def test_ids_that_are_multiples_of_a_power_of_two_have_frequencies_of_their_own(
 @pytest.mark.parametrize("draws_seen", [0, 1000])
 def test_frequency_correction_leaves_rows_alone_that_the_stream_has_not_brought(draws_seen):
     table, queries = make_table(), make_queries(1)
-    task = make_task(table, filled_with=[5, 6, 7], frequency_correction=True)
+    frequency = {"frequency_correction": True, "use_lru": False}
+    task = make_task(table, filled_with=[5, 6, 7], **frequency)
     task._frequency.update(tf.constant([0] * draws_seen, tf.int64))
     scores = (queries @ table.T)[0].astype(np.float64)
     # They are there because they were put there, whatever number of draws did not bring them.
@@ -241,3 +244,33 @@ def test_frequency_correction_leaves_rows_alone_that_the_stream_has_not_brought(
         cross_entropy(scores[0], scores[[5, 6, 7]]),
         rtol=1e-5,
     )
+
+
+def test_a_corpus_much_larger_than_the_cache_has_frequencies_of_its_own():
+    # 300,000 candidates, and a cache of 64.
+    count, cache_size = 300_000, 64
+    task = make_task(make_table(), cache_size, frequency_correction=True, use_lru=False)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(np.tile(np.arange(count), 3))
+    for start in range(0, len(order), 4096):
+        task.frequency.update(tf.constant(order[start : start + 4096], tf.int64))
+    found = task.frequency.probability(tf.range(0, count, 97, dtype=tf.int64)).numpy()
+    # Of three occurrences estimates are rough; what matters is that they are not those of buckets
+    # that many share. With 2^16 of them the median would be 5.
+    assert 1.0 < np.median(found) * count < 2.0
+    assert float(task.frequency.occupancy) == pytest.approx(count / 2**22, rel=0.05)
+
+
+def test_an_estimator_may_be_given_and_is_saved():
+    estimator = FrequencyEstimator(101, learning_rate=0.2)
+    task = make_task(make_table(), frequency_correction=estimator, use_lru=False)
+    assert task.frequency is estimator
+    task.candidate_network = keras.layers.Dense(DIM)
+    again = CachedRetrieval.from_config(task.get_config())
+    assert (again.frequency.num_buckets, again.frequency.learning_rate) == (101, 0.2)
+
+
+def test_lru_is_refused_where_the_cache_must_be_a_sample():
+    with pytest.raises(ValueError, match="which it is with `use_lru=False` only"):
+        make_task(make_table(), frequency_correction=True)
+    make_task(make_table(), cache_size=0, frequency_correction=True, in_batch_negatives=True)
