@@ -51,10 +51,9 @@ if IS_KERAS_2:
         for layer in model._flatten_layers():
             if not getattr(layer, "supports_jit", True):
                 raise ValueError(
-                    "XLA has no strings, nothing that is kept `on_host`, and on a CPU no use for a"
-                    " `TreeIndex`. Compile without `jit_compile=True`, and look strings up before"
-                    " they enter the model. Received `jit_compile=True` and the layer"
-                    f" {layer.name!r}."
+                    f"The layer {layer.name!r} is not for XLA: it has strings, features that are"
+                    " kept `on_host`, or a `TreeIndex` on a CPU. Compile without"
+                    " `jit_compile=True`, or look strings up before they enter the model."
                 )
 
     class Model(keras.Model):

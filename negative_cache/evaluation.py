@@ -20,6 +20,7 @@ from negative_cache import _held_out
 from negative_cache._compat import keras
 from negative_cache._held_out import rows_of
 from negative_cache.layers import _networks
+from negative_cache.ops._precision import matmul_in_full
 
 # Where positives are not identified in the corpus, a candidate within rounding of the positive's
 # score is taken for the positive itself.
@@ -416,7 +417,7 @@ def _count_higher(
     if excluded is not None:
         excluded_queries, excluded_rows = excluded[:, 0], excluded[:, 1]
     for start in tf.range(0, tf.shape(candidates)[0], block_size):
-        scores = tf.matmul(queries, candidates[start : start + block_size], transpose_b=True)
+        scores = matmul_in_full(queries, candidates[start : start + block_size], transpose_b=True)
         start = tf.cast(start, tf.int64)
         size = tf.shape(scores, out_type=tf.int64)[1]
         if excluded is not None:

@@ -333,7 +333,9 @@ class _Candidates:
             for source, part in parts.items():
                 mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
                 value = part if value is None else tf.where(mask, part, value)
-            features[key] = tf.stop_gradient(value)
+            # Of integers there is none to stop, and TensorFlow would do it on the host.
+            is_float = value.dtype.is_floating or value.dtype.is_complex
+            features[key] = tf.stop_gradient(value) if is_float else value
         return features
 
 

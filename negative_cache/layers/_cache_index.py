@@ -1,6 +1,6 @@
 """How an index over a cache's embeddings follows the updates of the cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import tensorflow as tf
 
@@ -38,22 +38,21 @@ def check_index(
 
 def follow(
     index: TreeIndex,
-    embeddings: tf.Variable,
     is_filled: Callable[[tf.Tensor], tf.Tensor],
-    changed: Sequence[tuple[tf.Tensor, tf.Tensor]],
+    rows: tf.Tensor,
+    embeddings: tf.Tensor,
+    mask: tf.Tensor,
 ) -> None:
     """Brings `index` up to date with rows whose embeddings have changed.
 
     Args:
       index: over the rows.
-      embeddings: [C, d] variable, the rows as they are now.
       is_filled: rows [n] -> [n] bool, which of them hold a candidate.
-      changed: pairs of rows [n] int and [n] bool, which of them have changed; a row may come
-        several times.
+      rows: [n] int64; a row may come several times.
+      embeddings: [n, d], those of the rows as they are now.
+      mask: [n] bool, which of the rows have changed.
     """
-    rows = tf.concat([tf.cast(rows, tf.int32) for rows, _ in changed], axis=0)
-    mask = tf.concat([mask for _, mask in changed], axis=0)
-    mask &= Groups.of(rows, mask).rank == 0
-    rows = tf.where(mask, rows, 0)
+    numbers = tf.cast(rows, tf.int32)
+    mask &= Groups.of(numbers, mask).rank == 0
     mask &= is_filled(rows)
-    index.update(rows, tf.gather(embeddings, rows), mask)
+    index.update(numbers, embeddings, mask)

@@ -24,7 +24,7 @@ class CacheRows:
       on_host: features that stay in host memory. Strings always do.
 
     Raises:
-      ValueError: where `on_host` names something else, or several replicas share the host.
+      ValueError: where `on_host` names something else, or there is a `tf.distribute` strategy.
     """
 
     def __init__(
@@ -35,10 +35,10 @@ class CacheRows:
                 f"`on_host` must be names of features in `specs`, {sorted(specs)}. Received:"
                 f" {on_host!r}."
             )
-        if on_host and tf.distribute.get_strategy().num_replicas_in_sync > 1:
+        if on_host and tf.distribute.has_strategy():
             raise ValueError(
-                "Of several replicas each keeps its rows on its own device. Received:"
-                f" on_host={on_host!r} under a strategy."
+                "Under a `tf.distribute` strategy each replica keeps its rows on its own device."
+                f" Received: on_host={on_host!r}."
             )
         strings = (key for key, spec in specs.items() if is_on_host(spec.dtype))
         self.host_keys = frozenset((*on_host, *strings))

@@ -101,7 +101,7 @@ def log_expected_occurrences(
 
     Args:
       rows: candidates in the form of `make_rows`.
-      num_negatives: scalar, how many draws.
+      num_negatives: scalar float32, how many draws.
       frequency: estimates their probabilities; None takes those that they came with.
       are_cached: whether the rows are those of the cache, which may be of candidates that the
         stream has not brought.
@@ -346,7 +346,8 @@ class CachedNegatives:
         if self._cache.row_key is not None:
             # The positives' own rows. A fingerprint is its own.
             ids = conditions.positive_ids
-            options["candidate_ids"] = tf.range(self._cache.cache_size, dtype=tf.int64)
+            if self._cache.index is None:
+                options["candidate_ids"] = tf.range(self._cache.cache_size, dtype=tf.int64)
             options["positive_ids"] = tf.reshape(
                 self._cache.rows_of(tf.reshape(ids, [-1])), tf.shape(ids)
             )
@@ -390,8 +391,10 @@ class CachedNegatives:
             features = self._features_of(landmarks, are_there, items, own)
             fresh = tf.stop_gradient(self._encode(features, training=False))
             are_there &= tf.reduce_all(tf.math.is_finite(fresh), axis=1)
-            self._corrector.learn_landmarks(
-                correction.encoded(Refreshed(landmarks, fresh, are_there), self._stale(landmarks))
+            _execution.compiled(
+                self._corrector.learn_landmarks,
+                correction.encoded(Refreshed(landmarks, fresh, are_there), self._stale(landmarks)),
+                like=self._corrector.state_variable,
             )
         return _execution.compiled(
             lambda encoded: self._corrector.learn(
@@ -400,6 +403,7 @@ class CachedNegatives:
                 lambda embeddings: self._scores.of_all_pairs_as_given(queries, embeddings),
             ),
             correction.encoded(examples, self._stale(examples.rows)),
+            like=self._corrector.state_variable,
         )
 
     def _encode_oldest(self, items) -> Refreshed | None:

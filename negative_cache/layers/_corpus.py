@@ -66,21 +66,24 @@ class RowsById:
     def find(variables: Mapping[str, tf.Variable], ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of `ids` [n]; -1 for those that there are not."""
         wanted = fingerprint(tf.convert_to_tensor(ids))
-        place = _lower_bound(variables["fingerprints"], wanted)
-        is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
-        rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
-        return tf.where(is_there, rows, -1)
+        # Not where the step runs: all fingerprints would be copied there.
+        with tf.device(variables["fingerprints"].device):
+            place = _lower_bound(variables["fingerprints"], wanted)
+            is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
+            rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
+            return tf.where(is_there, rows, -1)
 
 
 def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:
-    """[n] int32, the first place in `ascending` [C] with no less than `wanted` [n]; C - 1 at most.
+    """[n] int64, the first place in `ascending` [C] with no less than `wanted` [n]; C - 1 at most.
 
     XLA would compare all with all.
     """
     size = ascending.shape[0]
     if not _execution.is_in_xla():
-        return tf.minimum(tf.searchsorted(tf.convert_to_tensor(ascending), wanted), size - 1)
-    place = tf.zeros_like(wanted, tf.int32)
+        place = tf.searchsorted(tf.convert_to_tensor(ascending), wanted, out_type=tf.int64)
+        return tf.minimum(place, size - 1)
+    place = tf.zeros_like(wanted)
     for bit in reversed(range((size - 1).bit_length())):
         # How many are less: of the numbers below `size`, one bit after the other.
         further = place + 2**bit

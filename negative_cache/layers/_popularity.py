@@ -37,5 +37,5 @@ def log_estimated_probability(
 
 def log_expected_occurrences(log_probability: tf.Tensor, num_negatives: tf.Tensor) -> tf.Tensor:
     """[n] log of n p; zero, that is no correction, for candidates of unknown probability."""
-    log_count = tf.math.log(tf.cast(tf.maximum(num_negatives, 1), tf.float32))
+    log_count = tf.math.log(tf.maximum(num_negatives, 1.0))
     return tf.where(tf.math.is_nan(log_probability), 0.0, log_probability + log_count)

@@ -59,11 +59,11 @@ class RowTimes:
     @property
     def age(self) -> tf.Tensor:
         """[C] int32, the number of updates since each row was touched."""
-        return self.now - times_of(tf.convert_to_tensor(self._stamps))
+        return self._on_device(lambda: self._age(tf.convert_to_tensor(self._stamps)))
 
     def age_of(self, rows: tf.Tensor) -> tf.Tensor:
         """[n] int32, `age` of `rows` [n]."""
-        return self.now - times_of(tf.gather(self._stamps, rows))
+        return self._on_device(lambda: self._age(tf.gather(self._stamps, rows)))
 
     def touch(self, rows: MaskedRows) -> None:
         """Makes rows young; those that are empty stay so."""
@@ -90,7 +90,9 @@ class RowTimes:
         """[count] int64, the rows touched longest ago, the smallest first among equals."""
         # One sort is nothing to an accelerator. A queue would have to tell the host how full it is.
         if not self._queue or _execution.is_on_accelerator(self._stamps):
-            return oldest_rows(self.age, count)
+            return self._on_device(
+                lambda: oldest_rows(self._age(tf.convert_to_tensor(self._stamps)), count)
+            )
         rows, touched = self._queue["rows"], self._queue["last_touched"]
         queue = OldestRows(tf.convert_to_tensor(rows), tf.convert_to_tensor(touched))
         usable = queue.untouched(times_of(tf.gather(self._stamps, queue.rows)))
@@ -115,6 +117,13 @@ class RowTimes:
             return from_new_queue()
         num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
         return tf.cond(num_usable >= count, from_queue, from_new_queue)
+
+    def _age(self, stamps):
+        return self.now - times_of(stamps)
+
+    def _on_device(self, function):
+        """Arithmetic of int32, which TensorFlow itself does on the host."""
+        return _execution.as_constant(function, like=self._stamps)
 
     def _write(self, rows, stamps):
         scatter_rows(self._stamps, rows.rows, rows.values(stamps, self._stamps))

@@ -35,7 +35,9 @@ def next_seed(seed_and_step: tf.Variable) -> tf.Tensor:
       seed_and_step: [2] int64 state variable, whose step is moved on by one.
     """
     on_every_replica(seed_and_step.assign_add, tf.constant([0, 1], tf.int64))
-    seed, step = tf.unstack(tf.convert_to_tensor(seed_and_step))
+    current = tf.convert_to_tensor(seed_and_step)
+    # An `unstack` would be done on the host.
+    seed, step = current[0], current[1]
     replica_context = tf.distribute.get_replica_context()
     replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync

@@ -30,7 +30,7 @@ _ON_ACCELERATORS = (
 
 
 def is_on_host(dtype: tf.DType) -> bool:
-    """Whether variables of a dtype are in host memory wherever a step runs."""
+    """Whether what has a dtype is in host memory, or out of XLA's reach, wherever a step runs."""
     return tf.as_dtype(dtype) not in _ON_ACCELERATORS
 
 
@@ -98,8 +98,20 @@ class Int32Variable:
     def __array__(self, dtype=None, copy=None):
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
+    def value(self) -> tf.Tensor:
+        """`read_value`."""
+        return self.read_value()
+
+    def __int__(self):
+        return int(self.read_value())
+
     def __len__(self):
+        if not self.shape.rank:
+            raise TypeError("A scalar has no length.")
         return self.shape[0]
+
+    def __iter__(self):
+        return iter(self.read_value())
 
     def __getitem__(self, key):
         return self.read_value()[key]

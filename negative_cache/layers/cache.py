@@ -58,8 +58,7 @@ class Cache(StateLayer):
         counts in `num_skipped`.
       on_host: names of features that stay in host memory where the layer computes on an
         accelerator, the embedding among them if an `index` is there to draw from. A step copies the
-        rows that it uses. Strings are always there. Not under a `tf.distribute` strategy of several
-        replicas.
+        rows that it uses. Strings are always there. Not under a `tf.distribute` strategy.
 
     Raises:
       ValueError: where the specs do not describe an embedding under `embedding_key`, and an id
@@ -105,12 +104,12 @@ class Cache(StateLayer):
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
+        self._rows = CacheRows(self.specs, self.cache_size, on_host)
         if embedding_key in on_host and index is None:
             raise ValueError(
                 "Without an `index` the embeddings are all read at every step, and cannot be"
                 f" `on_host`. Received: {on_host!r}."
             )
-        self._rows = CacheRows(self.specs, self.cache_size, on_host)
         self.on_host = tuple(on_host)
         self._times = RowTimes(self.cache_size)
         rows_by_id = {}
@@ -145,7 +144,8 @@ class Cache(StateLayer):
         """Feature name -> variable [C, ...].
 
         Read rows of them with `tf.gather`: a slice copies the whole variable. An int32 feature is
-        an `Int32Variable`, which is read and assigned like any other.
+        an `Int32Variable`: `tf.gather`, `tf.convert_to_tensor`, `numpy` and `assign` take it as
+        they do others.
         """
         return dict(self._state.data)
 
@@ -277,11 +277,18 @@ class Cache(StateLayer):
             on_every_replica(self._forget)
             raise
         if self.index is not None:
-            # In host memory, where they may not all fit elsewhere.
-            embeddings = tf.convert_to_tensor(self.embeddings).numpy().astype(np.float32)
-            # What is not filled is left out by the index as it is here.
-            embeddings[~self.filled.numpy()] = np.nan
-            self.index.index(embeddings, verbose=verbose)
+            self.index.index(self._embeddings_on_host(), verbose=verbose)
+
+    def _embeddings_on_host(self):
+        """[C, d] float32, NaN where a row is not filled, which an index leaves out as well."""
+        embeddings, filled = tf.convert_to_tensor(self.embeddings), self.filled.numpy()
+        if embeddings.dtype != tf.float32 or not np.all(filled):
+            embeddings = embeddings.numpy().astype(np.float32)
+            embeddings[~filled] = np.nan
+            return embeddings
+        # Of a corpus that hardly fits, not another copy.
+        is_on_cpu = tf.DeviceSpec.from_string(embeddings.device).device_type == "CPU"
+        return np.asarray(memoryview(embeddings)) if is_on_cpu else embeddings.numpy()
 
     def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of the candidates with `ids` [n]; -1 for an id that is not there.
@@ -435,9 +442,15 @@ class Cache(StateLayer):
 
     def _follow(self, changed):
         """Brings the index up to date with rows whose embeddings have changed."""
-        if self.index is not None:
-            follow = functools.partial(_cache_index.follow, self.index, self.embeddings)
-            _execution.as_constant(follow, self.is_filled, changed, like=self.embeddings)
+        if self.index is None:
+            return
+        mask = tf.concat([mask for _, mask in changed], axis=0)
+        rows = tf.concat([tf.cast(rows, tf.int64) for rows, _ in changed], axis=0)
+        rows = tf.where(mask, rows, 0)
+        # Read here: they may be on the host, where the index is not.
+        embeddings = tf.gather(self.embeddings, rows)
+        follow = functools.partial(_cache_index.follow, self.index, self.is_filled)
+        _execution.as_constant(follow, rows, embeddings, mask, like=self.index.state_variable)
 
     def get_config(self):
         return {

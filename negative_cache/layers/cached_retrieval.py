@@ -64,7 +64,8 @@ class CachedRetrieval(CachingLayer):
       temperature: scores are inner products divided by it; a number.
       score_transform: elementwise function of the (divided) inner products. What it learns must be
         weights of a Keras layer, as those of `LearnedTemperature` are: variables that a function
-        closes over are not known to Keras. Their gradient is that of the draws.
+        closes over are not known to Keras. Their gradient is that of the draws. On a GPU, XLA must
+        be able to compile it.
       num_negatives: S, draws from the cache per query, encoded at every training step.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact
         gradient.
@@ -472,9 +473,11 @@ class CachedRetrieval(CachingLayer):
         if not has_probabilities and self._frequency is None:
             return None
         # The number of draws from the stream that are negatives now.
-        num_negatives = tf.shape(items[EMBEDDING])[0] if self.in_batch_negatives else 0
+        num_negatives = tf.constant(0.0)
+        if self.in_batch_negatives:
+            num_negatives += tf.cast(tf.shape(items[EMBEDDING])[0], tf.float32)
         if self.cache_size:
-            num_negatives += tf.cast(self._cache.num_filled, tf.int32)
+            num_negatives += tf.cast(self._cache.num_filled, tf.float32)
         return _cached_negatives.log_expected_occurrences(
             self._cache.data if of_rows else items,
             num_negatives,

@@ -1,6 +1,6 @@
 """`DriftCorrector`: what all correctors of stale embeddings share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -71,6 +71,9 @@ class DriftCorrector(StateLayer):
         as a fixed projection of the bag of words. It must cost nothing to look at.
     """
 
+    # For files: see `LAYOUT`.
+    _layout: Mapping = {}
+
     def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs):
         super().__init__(autocast=False, **kwargs)
         self.warmup_steps = _validation.check_count(warmup_steps, "warmup_steps", at_least=0)
@@ -90,7 +93,11 @@ class DriftCorrector(StateLayer):
         """Makes the state for embeddings [n, embedding_dim] and contents [n, content_dim]."""
         self.embedding_dim, self.content_dim = embedding_dim, content_dim
         self._hold_state(
-            description={"embedding_dim": embedding_dim, "content_dim": content_dim},
+            description={
+                "embedding_dim": embedding_dim,
+                "content_dim": content_dim,
+                **self._layout,
+            },
             num_updates=make_state_variable(lambda: tf.zeros([], tf.int64), "num_updates"),
             typical_age=make_state_variable(lambda: tf.zeros([]), "typical_age"),
             # Of the last steps: Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
@@ -166,12 +173,17 @@ class DriftCorrector(StateLayer):
         self._state.num_updates.assign_add(1)
         return loss
 
+    @property
+    def state_variable(self) -> tf.Variable:
+        """A variable that is where the corrector computes."""
+        return self._state.typical_age
+
     def displacement_fn(self) -> Displacement:
         """r, a function (embeddings [n, d] float32, content [n, c] or None) -> [n, d]."""
         raise NotImplementedError
 
     def rows_to_encode(
-        self, embeddings: tf.Variable, filled: tf.Variable, seed: tf.Tensor
+        self, embeddings: tf.Variable, filled: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
         """Rows of the cache to encode for `learn_landmarks` in this step, and a mask of them."""
         del embeddings, filled, seed

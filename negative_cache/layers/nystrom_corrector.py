@@ -4,8 +4,10 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
+from negative_cache.layers._state import LAYOUT
 from negative_cache.layers._variables import make_state_variable, scatter_rows
 from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
+from negative_cache.ops import _execution
 from negative_cache.ops import landmarks as _landmarks
 from negative_cache.ops.cache_rows import insertion_rows
 
@@ -54,6 +56,8 @@ class NystromCorrector(DriftCorrector):
       >>> task = CachedRetrieval(tower, cache=cache, corrector=NystromCorrector(1024))
     """
 
+    _layout = LAYOUT
+
     def __init__(
         self,
         num_landmarks: int = 1024,
@@ -93,6 +97,16 @@ class NystromCorrector(DriftCorrector):
         self.kernel, self.bandwidth, self.ridge = kernel, bandwidth, ridge
 
     def displacement_fn(self):
+        weights, stale, length = _execution.as_constant(self._solve, like=self.state_variable)
+        if self.kernel == "linear":
+            return lambda embeddings, content: tf.matmul(_features(embeddings, length), weights)
+        scale = self.bandwidth * length
+        return lambda embeddings, content: tf.matmul(
+            _landmarks.rbf_kernel(embeddings, stale, scale), weights
+        )
+
+    def _solve(self):
+        """The weights of the regression, the landmarks' stale embeddings, and their length l."""
         landmarks = {key: tf.convert_to_tensor(v) for key, v in self._state.landmarks.items()}
         is_there = landmarks["age"] >= 0
         stale, fresh = (
@@ -103,36 +117,28 @@ class NystromCorrector(DriftCorrector):
         count = tf.math.count_nonzero(is_there, dtype=tf.float32)
         length = tf.sqrt(tf.math.divide_no_nan(tf.reduce_sum(tf.square(stale)), count))
         length = tf.where(length > 0.0, length, 1.0)
-        scale = self.bandwidth * length
-
-        def features(embeddings):
-            return tf.pad(embeddings / length, [[0, 0], [0, 1]], constant_values=1.0)
-
         if self.kernel == "linear":
             weights = _landmarks.linear_coefficients(
-                features(stale), fresh - stale, share, self.ridge
+                _features(stale, length), fresh - stale, share, self.ridge
             )
-            return lambda embeddings, content: tf.matmul(features(embeddings), weights)
-        coefficients = _landmarks.nystrom_coefficients(
-            _landmarks.rbf_kernel(stale, stale, scale), fresh - stale, share, self.ridge
-        )
-        return lambda embeddings, content: tf.matmul(
-            _landmarks.rbf_kernel(embeddings, stale, scale), coefficients
-        )
+        else:
+            kernel = _landmarks.rbf_kernel(stale, stale, self.bandwidth * length)
+            weights = _landmarks.nystrom_coefficients(kernel, fresh - stale, share, self.ridge)
+        return weights, stale, length
 
     def rows_to_encode(self, embeddings, filled, seed):
         """[k] int64 rows of landmarks to encode now, and [k] bool; None where draws will do."""
         if self.landmarks == "encoded":
             return None
         chosen = self._state.landmarks["rows"]
-        num_filled = tf.math.count_nonzero(filled, dtype=tf.int32)
+        num_filled = tf.math.count_nonzero(filled)
 
         def choose():
             if self.landmarks == "uniform":
                 rows = _landmarks.uniform_rows(filled, self.num_landmarks, seed)
             else:
                 rows = _landmarks.kmeans_plus_plus_rows(
-                    embeddings, tf.convert_to_tensor(filled), self.num_landmarks, seed
+                    embeddings, filled, self.num_landmarks, seed
                 )
             chosen.assign(rows)
             return tf.constant(True)
@@ -203,3 +209,8 @@ class NystromCorrector(DriftCorrector):
             "bandwidth": self.bandwidth,
             "ridge": self.ridge,
         }
+
+
+def _features(embeddings, length):
+    """[n, d + 1], of which inner products are the linear kernel."""
+    return tf.pad(embeddings / length, [[0, 0], [0, 1]], constant_values=1.0)

@@ -175,13 +175,13 @@ class TreeIndex(StateLayer):
         # A thousand small operations are as many kernels on an accelerator, unless they are
         # compiled. On a CPU, where shapes need not be fixed, they are faster as they are, and
         # Keras, which asks this before it compiles by itself, is not to.
-        self.supports_jit = _execution.is_on_accelerator(self._state.max_norm)
+        self.supports_jit = _execution.is_on_accelerator(self.state_variable)
         # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
         compiled = functools.partial(
             tf.function,
             autograph=False,
             reduce_retracing=True,
-            jit_compile=self.supports_jit or None,
+            jit_compile=_execution.is_to_be_compiled(self.state_variable) or None,
         )
         self._compiled_update = compiled(self._update)
         self._compiled_remove = compiled(self._remove)
@@ -200,6 +200,11 @@ class TreeIndex(StateLayer):
     def num_skipped(self) -> tf.Variable:
         """Scalar int64, the number of rows of updates left out so far."""
         return self._state.num_skipped
+
+    @property
+    def state_variable(self) -> tf.Variable:
+        """A variable that is where the index computes."""
+        return self._state.max_norm
 
     @property
     def num_bytes(self) -> int:
@@ -358,7 +363,8 @@ class TreeIndex(StateLayer):
             are drawn but count for the log partition; of those above `max_scores` the expected part
             of the mass is taken away, as if a node's scores were normal. `row_transform`, a
             function of embeddings [n, d] and candidates [n], is applied to candidates before they
-            are scored, and with None for candidates to means of nodes, whose spreads stay what they are.
+            are scored, and with None for candidates to means of nodes, whose spreads stay what they
+            are. `positive_ids` without `candidate_ids` are candidates themselves.
 
         Returns:
           The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each
@@ -421,7 +427,10 @@ class TreeIndex(StateLayer):
         cut = make_cut(self.tree, scoring, beam, open_leaves=self.store_embeddings)
         # The worst case of a sum of d products.
         norms = tf.norm(queries, axis=1) * self._state.max_norm
-        return log_partition_bounds(cut, scoring, ROUNDING * (2 * self.embedding_dim + 8) * norms)
+        rounding = ROUNDING * (2 * self.embedding_dim + 8)
+        if _execution.rounds_factors(self.state_variable):
+            rounding += 2.0 * _execution.FACTOR_ROUNDING
+        return log_partition_bounds(cut, scoring, rounding * norms)
 
     def top_k(
         self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
@@ -479,8 +488,8 @@ class TreeIndex(StateLayer):
         seed=None,
         compute_gradient=False,
     ):
-        if (candidate_ids is None) != (positive_ids is None):
-            raise ValueError("`candidate_ids` and `positive_ids` are used together.")
+        if candidate_ids is not None and positive_ids is None:
+            raise ValueError("`candidate_ids` are used together with `positive_ids`.")
         steps = self.correction_steps if correction_steps is None else correction_steps
         scoring = Scoring(
             self._scaled(query_embeddings, temperature),
@@ -499,7 +508,7 @@ class TreeIndex(StateLayer):
             seed=seed_or_random(seed),
             compute_gradient=compute_gradient,
         )
-        return _execution.as_constant(draw, like=self._state.max_norm)
+        return _execution.as_constant(draw, like=self.state_variable)
 
     def _transformed(self, row_transform) -> Tree:
         """The tree as draws see it whose candidates, and means of them, are corrected."""

@@ -137,6 +137,9 @@ class BlockScorer:
         if self._may_hide_nan:
             is_there = tf.slice(self._mask, [start], [size])
             block = tf.where(is_there[:, tf.newaxis], block, tf.zeros([], block.dtype))
+        if block.dtype == tf.float16:
+            # Which holds no weights below 3e-8 of the largest, of which there may be many.
+            block = tf.cast(block, tf.float32)
         return _matmul(weights, block)
 
     def score_rows(self, rows) -> tuple[tf.Tensor, tf.Tensor | None]:
@@ -178,6 +181,8 @@ class BlockScorer:
         scores = products
         if self._score_transform is not None:
             scores = tf.stop_gradient(tf.cast(self._score_transform(products), tf.float32))
+            # A score of -inf is that of no candidate; what is NaN stays so.
+            scores = tf.maximum(scores, INADMISSIBLE)
         if max_scores is not None:
             scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, INADMISSIBLE)
         if self._log_weights is not None:

@@ -1,9 +1,17 @@
 """Where operations run, and whether XLA compiles them: known when a function is traced."""
 
+import contextlib
+import os
 from collections.abc import Callable
 
 import tensorflow as tf
 from tensorflow.python.eager import record
+
+# A device without XLA, or a function of the user's that XLA cannot compile, is no reason to do
+# without an accelerator.
+_SWITCH = "NEGATIVE_CACHE_XLA"
+# TF32 rounds the factors of a product by at most this part of them.
+FACTOR_ROUNDING = 2.0**-11
 
 
 def device_type(like=None) -> str:
@@ -32,37 +40,62 @@ def is_in_xla() -> bool:
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 
-def as_constant(function: Callable, *args, like=None, may_compile=True):
-    """`compiled`, and of what happens inside no gradient tape keeps anything.
+def is_to_be_compiled(like=None) -> bool:
+    """Whether a function that is traced now should be compiled, which nobody else does.
 
-    It all is a constant to every tape. A `tf.stop_gradient` of the result would not do: the tape
-    would keep the function's inner values until it is asked for the gradient.
+    One more operation is little to an accelerator next to launching its kernel, and XLA makes few
+    kernels of many.
+    """
+    is_wanted = os.environ.get(_SWITCH, "1") != "0"
+    return is_wanted and is_on_accelerator(like) and not is_in_xla()
+
+
+def rounds_factors(like=None) -> bool:
+    """Whether float32 products are those of TF32, by `FACTOR_ROUNDING` off in each factor."""
+    is_enabled = tf.config.experimental.tensor_float_32_execution_enabled()
+    return is_enabled and is_on_accelerator(like)
+
+
+def as_constant(function: Callable, *args, like=None, may_compile: bool = True):
+    """Calls `function(*args)` in a graph so that no gradient tape records what happens inside.
+
+    A `tf.stop_gradient` of the result would not do: tapes would keep the function's inner values
+    until they are asked for the gradient. On an accelerator XLA compiles the function, whether or
+    not it compiles what is around it. In eager execution the function is called as it is.
 
     Args:
       function: takes `args`, tensors or nests of them, and returns such a nest.
       *args: as said.
-      like: a variable that is where the function is to run, as for `device_type`.
+      like: a variable that is where the function is to run.
       may_compile: whether XLA can compile it: shapes that it makes follow from those of `args`.
     """
     if tf.executing_eagerly():
         return function(*args)
-    is_compiled = may_compile and is_on_accelerator(like) and not is_in_xla()
-    traced = _trace(function, args, is_compiled).get_concrete_function()
-    with record.stop_recording():
-        return traced()
+    traced = _trace(function, args, may_compile and is_to_be_compiled(like))
+    with _device_of(like):
+        traced = traced.get_concrete_function()
+        with record.stop_recording():
+            return traced()
 
 
 def compiled(function: Callable, *args, like=None):
-    """`function(*args)`, compiled by XLA where it is traced for an accelerator.
+    """`function(*args)`, with its gradient, compiled by XLA where `is_to_be_compiled`.
 
-    That is whether or not XLA compiles what is around it: one more operation is little there next
-    to launching its kernel, and XLA makes few kernels of many. Outside of graphs the function is
-    called as it is: there is nowhere to keep what was compiled. Arguments are as of `as_constant`.
+    In eager execution it is called as it is: there is nowhere to keep what was compiled. Arguments
+    are those of `as_constant`.
     """
-    if tf.executing_eagerly() or is_in_xla() or not is_on_accelerator(like):
+    if tf.executing_eagerly() or not is_to_be_compiled(like):
         return function(*args)
-    return _trace(function, args, True)()
+    with _device_of(like):
+        return _trace(function, args, True)()
 
 
 def _trace(function, args, is_compiled):
     return tf.function(lambda: function(*args), autograph=False, jit_compile=is_compiled or None)
+
+
+def _device_of(like):
+    """Runs a function where its variables are: XLA reaches no others."""
+    if like is None or not like.device:
+        return contextlib.nullcontext()
+    return tf.device(like.device)

@@ -45,23 +45,24 @@ class Draws(NamedTuple):
 
 
 def draw_from_large_blocks(
-    scorer: BlockScorer, random, *, num_samples: int, block_size: int | None, with_mean: bool
+    scorer: BlockScorer, random_of, *, num_samples: int, block_size: int | None, with_mean: bool
 ) -> Draws:
     """Draws from all candidates of `scorer`, whose number is known.
 
     Args:
       scorer: of queries [B, d] and C candidates.
-      random: shape -> uniform random numbers.
+      random_of: number of blocks -> a function (block, shape) -> uniform random numbers.
       num_samples: S.
       block_size: candidates scored at a time; chosen from the shapes where None.
       with_mean: whether the mean is wanted.
     """
     size, num_blocks = choose_blocks(scorer.num_queries, scorer.num_candidates, block_size)
-    uniforms = random([num_blocks, 3, scorer.num_queries, num_samples])
+    random = random_of(num_blocks)
 
     def draw_more(block, draws):
-        more = _draw_from_block(scorer, block * size, size, uniforms[block], with_mean)
-        return _merge(draws, more, uniforms[block, 2])
+        uniforms = random(block, [3, scorer.num_queries, num_samples])
+        more = _draw_from_block(scorer, block * size, size, uniforms, with_mean)
+        return _merge(draws, more, uniforms[2])
 
     draws = Draws(
         tf.zeros([scorer.num_queries, num_samples], tf.int32),

@@ -117,7 +117,8 @@ class OldestRows(NamedTuple):
 
 def is_filled(stamps: tf.Tensor) -> tf.Tensor:
     """[n] bool, whether rows with `stamps` [n] int32 hold a candidate."""
-    return stamps >= 0
+    # The sign as an unsigned number: TensorFlow compares int32 on the host, wherever they are.
+    return tf.bitcast(stamps, tf.uint32) < tf.constant(2**31, tf.uint32)
 
 
 def times_of(stamps: tf.Tensor) -> tf.Tensor:

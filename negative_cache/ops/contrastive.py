@@ -8,6 +8,8 @@ import math
 
 import tensorflow as tf
 
+from negative_cache.ops import _execution
+
 
 def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
     """Sets `logits` [...] to -inf where `left_out` [...] bool."""
@@ -19,7 +21,11 @@ def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
     if not logits.shape[1]:
         # Of none at all, `tf.math.top_k` has no gradient.
         logits = tf.pad(logits, [[0, 0], [0, 1]], constant_values=-math.inf)
-    return tf.math.top_k(logits, k=tf.minimum(count, tf.shape(logits)[1]), sorted=False).values
+    count = tf.minimum(count, tf.shape(logits)[1])
+    # The gradient of a top-k counts in integers, which an accelerator leaves to the host.
+    return _execution.compiled(
+        lambda values: tf.math.top_k(values, k=count, sorted=False).values, logits
+    )
 
 
 def value_with_gradient(value: tf.Tensor, surrogate: tf.Tensor) -> tf.Tensor:

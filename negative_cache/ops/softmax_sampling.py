@@ -182,7 +182,7 @@ def sample_softmax_with_gradient(
 def _draw_from_large_blocks(scorer, num_samples, block_size, with_mean, seed):
     draws = draw_from_large_blocks(
         scorer,
-        lambda shape: draw_uniforms(shape, seed),
+        lambda num_blocks: _random_of_blocks(seed, num_blocks),
         num_samples=num_samples,
         block_size=block_size,
         with_mean=with_mean,
@@ -440,6 +440,15 @@ def draw_uniforms(shape, seed: Seed) -> tf.Tensor:
         seed = [0, seed]
     # A fixed algorithm, where the default depends on the device. XLA has its own stream of it.
     return tf.random.stateless_uniform(shape, seed, alg="philox")
+
+
+def _random_of_blocks(seed: Seed, num_blocks: int) -> Callable[..., tf.Tensor]:
+    """(block, shape) -> uniform random numbers, of which never more than a block's exist."""
+    seed = [0, seed] if isinstance(seed, int) else seed
+    seeds = tf.random.stateless_uniform(
+        [num_blocks, 2], seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"
+    )
+    return lambda block, shape: draw_uniforms(shape, seeds[block])
 
 
 def seed_or_random(seed: Seed) -> Seed:

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
-from negative_cache.ops._large_blocks import SCORES_AT_ONCE
+from negative_cache.ops._large_blocks import choose_blocks
 
 # On a CPU, a block at the most: see `softmax_sampling` for why it is bounded from both sides.
 _BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**21
@@ -60,10 +60,9 @@ def top_k_scores(
     like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
     if block_size is None:
         num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else 256
+        block_size = min(_BLOCK_EMBEDDINGS // scorer.dim, _BLOCK_SCORES // max(num_queries, 1))
         if _execution.is_on_accelerator(like):
-            block_size = SCORES_AT_ONCE // max(num_queries, 1)
-        else:
-            block_size = min(_BLOCK_EMBEDDINGS // scorer.dim, _BLOCK_SCORES // max(num_queries, 1))
+            block_size, _ = choose_blocks(scorer.num_queries, num_candidates, None)
     best = _best_of_runs if approximate else _best_of_all
     scores, indices = _execution.as_constant(lambda: best(scorer, k, max(block_size, 1)), like=like)
     found = is_admissible(scores)

@@ -108,7 +108,8 @@ class Scoring:
     Args:
       queries: [B, d] float32.
       transform: elementwise, nondecreasing function of the inner products.
-      candidate_ids: [capacity] ids, compared with `positive_ids`.
+      candidate_ids: [capacity] ids, compared with `positive_ids`; candidates are their own ids
+        where None.
       positive_ids: [B] or [B, P]; candidates with an id of a query's own are left out for it.
       max_scores: [B]; candidates that score higher are left out.
     """
@@ -126,7 +127,10 @@ class Scoring:
         self._transform = transform
         self._candidate_ids = candidate_ids
         if positive_ids is not None:
-            positive_ids = tf.convert_to_tensor(positive_ids, candidate_ids.dtype)
+            if candidate_ids is not None:
+                positive_ids = tf.convert_to_tensor(positive_ids, candidate_ids.dtype)
+            else:
+                positive_ids = tf.cast(positive_ids, tf.int32)
             if positive_ids.shape.rank == 1:
                 positive_ids = positive_ids[:, tf.newaxis]
         self._positive_ids = positive_ids
@@ -197,8 +201,10 @@ class Scoring:
         """Scores [B, ...] of candidates; `INADMISSIBLE` for ids of -1 and for those left out."""
         scores = products if self._transform is None else self._transform(products)
         admissible = ids >= 0
-        if self._candidate_ids is not None:
-            their_ids = tf.gather(self._candidate_ids, tf.maximum(ids, 0))
+        if self._positive_ids is not None:
+            their_ids = ids
+            if self._candidate_ids is not None:
+                their_ids = tf.gather(self._candidate_ids, tf.maximum(ids, 0))
             admissible &= ~is_among(their_ids, self._positive_ids)
         if self._max_scores is not None:
             admissible &= scores <= self._like(self._max_scores, scores)

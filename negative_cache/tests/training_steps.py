@@ -59,32 +59,38 @@ def candidates(ids) -> dict[str, np.ndarray]:
     }
 
 
-def batch_of(ids) -> dict:
+def titled(ids) -> dict[str, np.ndarray]:
+    """Features of candidates `ids`, with a string."""
+    return {**candidates(ids), "title": np.array([f"candidate {i}" for i in ids])}
+
+
+def batch_of(ids, features=candidates) -> dict:
     """A batch of a `DualEncoder` of positives `ids`, as tensors."""
-    features = {key: tf.constant(values) for key, values in candidates(ids).items()}
+    features = {key: tf.constant(values) for key, values in features(ids).items()}
     return {"query": features, "candidate": features}
 
 
-def model_of(task: CachedRetrieval) -> DualEncoder:
+def model_of(task: CachedRetrieval, features=candidates) -> DualEncoder:
     """A compiled model whose towers are one, with all of its variables."""
     model = DualEncoder(task.candidate_network, task.candidate_network, task)
     model.compile(keras.optimizers.SGD(0.1), jit_compile=False)
-    model(batch_of(range(BATCH)))
+    model(batch_of(range(BATCH), features))
     model.optimizer.build(model.trainable_variables)
     return model
 
 
-def streaming(**kwargs) -> CachedRetrieval:
+def streaming(specs=SPECS, **kwargs) -> CachedRetrieval:
     """A task whose cache streams."""
     settings = {"temperature": 0.5, "candidate_id_key": "id", "embedding_dim": DIM, "seed": 1}
-    return CachedRetrieval(Tower(), SPECS, NUM_ROWS, **{**settings, **kwargs})
+    return CachedRetrieval(Tower(), specs, NUM_ROWS, **{**settings, **kwargs})
 
 
-def covering(cache=None, **kwargs) -> CachedRetrieval:
+def covering(cache=None, features=candidates, **kwargs) -> CachedRetrieval:
     """A task whose cache covers a corpus."""
     tower = Tower()
-    corpus = tf.data.Dataset.from_tensor_slices(candidates(range(NUM_ROWS))).batch(100)
-    cache = Cache.from_dataset(corpus, tower, candidate_id_key="id", verbose=0, **(cache or {}))
+    corpus = tf.data.Dataset.from_tensor_slices(features(range(NUM_ROWS))).batch(100)
+    cache = {"candidate_id_key": "id", "verbose": 0, **(cache or {})}
+    cache = Cache.from_dataset(corpus, tower, **cache)
     return CachedRetrieval(tower, cache=cache, **{"temperature": 0.5, "seed": 1, **kwargs})
 
 
@@ -143,6 +149,27 @@ TASKS_WITH_BRANCHES: dict[str, Callable[[], CachedRetrieval]] = {
     ),
     "Nyström, k-means++": lambda: streaming(
         corrector=NystromCorrector(20, landmarks="k-means++", num_encoded=5)
+    ),
+}
+
+
+# Those of which a part is on the host; features come with a title.
+TITLED = {**SPECS, "title": tf.io.FixedLenFeature([], tf.string)}
+TASKS_ON_HOST: dict[str, Callable[[], CachedRetrieval]] = {
+    "strings": lambda: streaming(TITLED, in_batch_negatives=True, remove_accidental_hits=True),
+    "strings, corrector": lambda: streaming(TITLED, corrector=Corrector(hidden_units=16)),
+    "strings as ids": lambda: streaming(
+        TITLED, candidate_id_key="title", remove_accidental_hits=True, refresh_fraction=0.05
+    ),
+    "corpus of strings": lambda: covering({"candidate_id_key": "title"}, titled),
+    "corpus, features on the host": lambda: covering(
+        {"on_host": ["bytes", "count"]}, titled, corrector=NystromCorrector(20)
+    ),
+    "corpus, index, ids on the host": lambda: covering(
+        {"on_host": ["id"], "index": _index()}, titled
+    ),
+    "corpus, all on the host": lambda: covering(
+        {"on_host": [*TITLED, "embedding"], "index": _coded()}, titled, refresh_fraction=0.05
     ),
 }
 

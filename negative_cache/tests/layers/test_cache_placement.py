@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import Cache, CachedRetrieval, Corrector, TreeIndex
+from negative_cache import Cache, CachedRetrieval, Corrector, NystromCorrector, TreeIndex
 from negative_cache.ops import _execution
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.retrieval_cases import DIM, Table, make_queries, make_table
@@ -120,8 +120,11 @@ def test_a_corrector_refuses_a_content_that_is_on_the_host():
         CachedRetrieval(tower, cache=cache, corrector=Corrector(content_key="bag"))
 
 
-def test_refuses_several_replicas():
-    with two_replicas().scope(), pytest.raises(ValueError, match="each keeps its rows"):
+@pytest.mark.parametrize(
+    "strategy", [two_replicas, lambda: tf.distribute.OneDeviceStrategy("CPU:1")]
+)
+def test_refuses_replicas(strategy):
+    with strategy().scope(), pytest.raises(ValueError, match="each replica keeps its rows"):
         Cache(SPECS, 6, on_host=["tokens"])
 
 
@@ -141,6 +144,16 @@ class TestFilesOfEarlierVersions:
         cache.save_own_variables(store)
         with pytest.raises(ValueError, match="written by an earlier version of negative_cache"):
             Cache(SPECS, 6).load_own_variables(store)
+
+    def test_those_of_a_nystrom_corrector_too(self):
+        corrector, store = NystromCorrector(4), {}
+        corrector.make(DIM)
+        corrector._description = corrector._description.replace('"layout": 2', '"was": 1')
+        corrector.save_own_variables(store)
+        again = NystromCorrector(4)
+        again.make(DIM)
+        with pytest.raises(ValueError, match="written by an earlier version of negative_cache"):
+            again.load_own_variables(store)
 
     def test_checkpoints_are_refused_and_say_why(self, tmp_path):
         cache = Cache(SPECS, 6)

@@ -149,16 +149,73 @@ def test_blocks_cover_all_candidates_within_the_share_of_memory(queries, candida
     assert size <= math.ceil(max(most, 128) / 128) * 128
 
 
-@pytest.mark.parametrize("num_zeros", [0, 1, 500])
-def test_a_weight_of_zero_is_never_picked_however_near_to_one_the_number_is(num_zeros):
-    weights = np.random.default_rng(0).random(1000).astype(np.float32)
-    weights[len(weights) - num_zeros :] = 0.0
-    nearly_one = np.nextafter(np.float32(1.0), np.float32(0.0))
-    picked = _large_blocks._pick(
-        tf.constant(weights)[tf.newaxis, tf.newaxis], tf.constant([[0.0, nearly_one, 1.0]])
+@pytest.mark.parametrize("down", [0.0, 1e-3])
+def test_a_weight_of_zero_is_never_picked_however_sums_are_rounded(down, monkeypatch):
+    rng = np.random.default_rng(0)
+    weights = rng.random([1, 1, 1000]).astype(np.float32)
+    zeros = rng.random(1000) < 0.5
+    zeros[[0, -1]] = True
+    weights[..., zeros] = 0.0
+    exact = tf.cumsum
+
+    def rounded(values, axis):
+        # In parallel, sums of the same may differ, go up and down, and end below the last.
+        noise = rng.uniform(1.0 - down, 1.0, values.shape).astype(np.float32)
+        return exact(values, axis=axis) * noise
+
+    monkeypatch.setattr(_large_blocks.tf, "cumsum", rounded)
+    uniforms = np.concatenate(
+        [[0.0, np.nextafter(np.float32(1.0), np.float32(0.0)), 1.0], rng.random(500)]
     )
-    assert np.all(weights[picked.numpy()] > 0.0)
-    assert picked.numpy()[0, 0] == 0
+    picked = _large_blocks._pick(
+        tf.constant(weights), tf.constant(uniforms[np.newaxis], tf.float32)
+    )
+    assert np.all(weights[0, 0, picked.numpy()] > 0.0)
+
+
+def test_random_numbers_are_those_of_one_block_at_a_time():
+    # Of all blocks at once they would be a fourth of the scores.
+    variable = tf.Variable(tf.zeros([128 * 64, DIM]))
+    shapes = []
+    exact = tf.random.stateless_uniform
+
+    def recording(shape, *args, **kwargs):
+        shapes.append(shape)
+        return exact(shape, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf.random, "stateless_uniform", recording)
+        tf.function(
+            lambda: sample_softmax_with_gradient(tf.zeros([4, DIM]), variable, block_size=128)
+        )()
+    assert shapes == [[64, 2], [3, 4, 1]]
+
+
+def test_a_block_of_which_every_score_is_infinitely_low_is_left_out():
+    queries, candidates = random_problem(300)
+    candidates[:256] = -np.abs(candidates[:256])
+    queries, candidates[256:] = np.abs(queries), np.abs(candidates[256:])
+    sample, gradient = in_graph(
+        queries,
+        candidates,
+        block_size=128,
+        seed=1,
+        score_transform=lambda scores: tf.math.log(tf.maximum(scores, 0.0)),
+    )
+    products = queries @ candidates[256:].T
+    np.testing.assert_allclose(sample.log_partition, np.log(products.sum(axis=1)), rtol=1e-5)
+    assert np.all(sample.indices >= 256) and np.all(np.isfinite(gradient))
+
+
+def test_the_tail_of_many_candidates_counts_for_the_gradient_of_a_float16_cache():
+    # One candidate, and 2^17 others of which each has less than 2^-24 of its mass.
+    num_others = 2**17
+    candidates = np.zeros([num_others + 1, DIM], np.float32)
+    candidates[0, 0], candidates[1:, 1] = 17.5, 1.0
+    queries = np.array([[1.0, 0.0, 0.0, 0.0]], np.float32)
+    _, gradient = in_graph(queries, tf.constant(candidates, tf.float16), seed=1)
+    tail = num_others * np.exp(-17.5)
+    np.testing.assert_allclose(gradient[0, 1], tail / (1.0 + tail), rtol=1e-2)
 
 
 @pytest.mark.parametrize("device", ["CPU", "GPU"])
