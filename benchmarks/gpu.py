@@ -155,7 +155,7 @@ def fill(cache, vocabulary):
     for start in range(0, cache.cache_size, rows):
         ids = (start + tf.range(rows, dtype=tf.int64)) % vocabulary
         items = {"id": ids, "embedding": normalized([rows, cache.embeddings.shape[1]], start)}
-        items["log_sampling_probability"] = tf.fill([rows], float("nan"))
+        items["log_sampling_probability"] = tf.zeros([rows])
         index, cache.index = cache.index, None
         cache.update(new_items=items)
         cache.index = index

@@ -20,7 +20,7 @@ from negative_cache.ops import (
     SoftmaxSample,
     contrastive,
     merge_samples,
-    sample_softmax,
+    sample_softmax_with_gradient,
     top_k_scores,
 )
 
@@ -175,9 +175,15 @@ class CacheClassificationLoss(CacheLoss):
         samples = []
         for source, offset in candidates.offsets.items():
             embeddings = candidates.sources[source][self.embedding_key]
-            sample = sample_softmax(queries, embeddings, score_transform=self.score_transform)
+            sample, _ = sample_softmax_with_gradient(
+                queries,
+                embeddings,
+                score_transform=self.score_transform,
+                compute_gradient=False,
+                log_zero=contrastive.NOT_A_CANDIDATE,
+            )
             samples.append(_shift(sample, offset))
-        return merge_samples(samples)
+        return merge_samples(samples, log_zero=contrastive.NOT_A_CANDIDATE)
 
     def _score_all(self, queries, candidates) -> tf.Tensor:
         embeddings = [
@@ -255,7 +261,8 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
                     SoftmaxSample(*(values[shard] for values in by_shard)), shard * candidates.size
                 )
                 for shard in range(util.num_replicas())
-            ]
+            ],
+            log_zero=contrastive.NOT_A_CANDIDATE,
         )
         return merged.indices[:, 0], merged.log_partition
 

@@ -262,6 +262,7 @@ class CachedNegatives:
             queries, items, conditions, correction, seed, compute_gradient=exact
         )
         is_some = tf.math.is_finite(sample.log_partition)
+        is_some &= sample.log_partition > 0.5 * contrastive.NOT_A_CANDIDATE
         self._metrics.log_partition.update_state(
             tf.where(is_some, sample.log_partition, 0.0), tf.cast(is_some, tf.float32)
         )
@@ -342,6 +343,7 @@ class CachedNegatives:
             "max_scores": conditions.max_scores,
             "seed": seed,
             "compute_gradient": compute_gradient,
+            "log_zero": contrastive.NOT_A_CANDIDATE,
         }
         if self._cache.row_key is not None:
             # The positives' own rows. A fingerprint is its own.

@@ -385,17 +385,22 @@ class TreeIndex(StateLayer):
         num_samples: int = 1,
         *,
         compute_gradient: bool = True,
+        log_zero: float = -math.inf,
         **options,
     ) -> tuple[SoftmaxSample, tf.Tensor | None]:
         """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
 
         The queries it is taken by are those divided by the temperature, as in
         `ops.sample_softmax_with_gradient`; it is None where it is not wanted. The derivatives of
-        a `score_transform` in the second-order terms count as constants. Other arguments and
-        errors are those of `sample`.
+        a `score_transform` in the second-order terms count as constants. `log_zero` is as there.
+        Other arguments and errors are those of `sample`.
         """
         sample, _, gradient = self._sample(
-            query_embeddings, num_samples, compute_gradient=compute_gradient, **options
+            query_embeddings,
+            num_samples,
+            compute_gradient=compute_gradient,
+            log_zero=log_zero,
+            **options,
         )
         return sample, gradient
 
@@ -487,6 +492,7 @@ class TreeIndex(StateLayer):
         row_transform=None,
         seed=None,
         compute_gradient=False,
+        log_zero=-math.inf,
     ):
         if candidate_ids is not None and positive_ids is None:
             raise ValueError("`candidate_ids` are used together with `positive_ids`.")
@@ -507,6 +513,7 @@ class TreeIndex(StateLayer):
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
             seed=seed_or_random(seed),
             compute_gradient=compute_gradient,
+            log_zero=log_zero,
         )
         return _execution.as_constant(draw, like=self.state_variable)
 

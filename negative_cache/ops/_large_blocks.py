@@ -155,4 +155,4 @@ def _pick(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     threshold = uniforms[..., tf.newaxis] * cdf[..., -1:]
     # The first that is past the threshold, or where rounding leaves none, the heaviest.
     is_past = (cdf > threshold) & (weights > 0.0)
-    return tf.argmax(tf.where(is_past, math.inf, weights), axis=2, output_type=tf.int32)
+    return tf.argmax(tf.where(is_past, tf.float32.max, weights), axis=2, output_type=tf.int32)

@@ -1,26 +1,27 @@
 """The pieces of a softmax cross-entropy whose negatives come from several places.
 
-Logits are float32; -inf means "not a candidate of this query" and takes part in nothing, gradient
-included.
+Logits are float32; one of `NOT_A_CANDIDATE` takes part in nothing, gradient included. It is finite,
+for those who check that all numbers are (`tf.debugging.enable_check_numerics`).
 """
-
-import math
 
 import tensorflow as tf
 
 from negative_cache.ops import _execution
 
+# The exponential of it is zero beside that of any logit.
+NOT_A_CANDIDATE = -1e30
+
 
 def leave_out(logits: tf.Tensor, left_out: tf.Tensor) -> tf.Tensor:
-    """Sets `logits` [...] to -inf where `left_out` [...] bool."""
-    return tf.where(left_out, -math.inf, logits)
+    """Sets `logits` [...] to `NOT_A_CANDIDATE` where `left_out` [...] bool."""
+    return tf.where(left_out, NOT_A_CANDIDATE, logits)
 
 
 def keep_hardest(logits: tf.Tensor, count: int) -> tf.Tensor:
     """Keeps the `count` largest of each row of `logits` [B, N], or all: [B, min(count, N)]."""
     if not logits.shape[1]:
         # Of none at all, `tf.math.top_k` has no gradient.
-        logits = tf.pad(logits, [[0, 0], [0, 1]], constant_values=-math.inf)
+        logits = tf.pad(logits, [[0, 0], [0, 1]], constant_values=NOT_A_CANDIDATE)
     count = tf.minimum(count, tf.shape(logits)[1])
     # The gradient of a top-k counts in integers, which an accelerator leaves to the host.
     return _execution.compiled(

@@ -131,6 +131,7 @@ def sample_softmax_with_gradient(
     block_size: int | None = None,
     seed: Seed = None,
     compute_gradient: bool = True,
+    log_zero: float = -math.inf,
     **scoring,
 ) -> tuple[SoftmaxSample, tf.Tensor | None]:
     """`sample_softmax`, and in the same pass the exact gradient of log Z by the query.
@@ -145,6 +146,8 @@ def sample_softmax_with_gradient(
       block_size: candidates scored at a time. Chosen from the shapes where None.
       seed: as in `sample_softmax`.
       compute_gradient: whether the gradient is wanted.
+      log_zero: what stands for the logarithm of zero in the sample: a number below -1e29 for those
+        who check that all numbers are finite.
       **scoring: the further arguments of `sample_softmax`.
 
     Returns:
@@ -160,7 +163,7 @@ def sample_softmax_with_gradient(
     if block_size is not None and block_size < 1:
         raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:
-        return _sample_of_nothing(scorer, num_samples, compute_gradient)
+        return _sample_of_nothing(scorer, num_samples, compute_gradient, log_zero)
     seed = seed_or_random(seed)
     like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
     is_for_accelerator = _execution.is_on_accelerator(like) and scorer.has_known_size
@@ -172,11 +175,11 @@ def sample_softmax_with_gradient(
     # Not the opposite of "is admissible": what is NaN must stay NaN.
     is_empty = log_partition <= 0.5 * INADMISSIBLE
     sample = SoftmaxSample(
-        tf.cast(indices, tf.int64), scores, tf.where(is_empty, -math.inf, log_partition)
+        tf.cast(indices, tf.int64), scores, tf.where(is_empty, log_zero, log_partition)
     )
     if compute_gradient:
         gradient = tf.where(is_empty[:, tf.newaxis], 0.0, gradient)
-    return _without_draws_from_nothing(sample), gradient
+    return _without_draws_from_nothing(sample, log_zero), gradient
 
 
 def _draw_from_large_blocks(scorer, num_samples, block_size, with_mean, seed):
@@ -239,7 +242,9 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
     return tf.where(is_some, strict, widened)
 
 
-def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> SoftmaxSample:
+def merge_samples(
+    samples: Sequence[SoftmaxSample], *, seed: Seed = None, log_zero: float = -math.inf
+) -> SoftmaxSample:
     """Merges samples over disjoint candidate sets A, B, … into one sample over their union.
 
     log Z = logaddexp(log Z_A, log Z_B), and A's draw is kept with probability Z_A / Z,
@@ -249,6 +254,7 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
     Args:
       samples: `SoftmaxSample`s with the same B and S, whose indices are already those of the union.
       seed: as in `sample_softmax`. Must differ from the seeds of the samples themselves.
+      log_zero: as in `sample_softmax_with_gradient`, which has given it to the samples too.
 
     Returns:
       A `SoftmaxSample` over the union.
@@ -272,7 +278,8 @@ def merge_samples(samples: Sequence[SoftmaxSample], *, seed: Seed = None) -> Sof
             tf.gather(indices, winners, batch_dims=2)[..., 0],
             tf.gather(scores, winners, batch_dims=2)[..., 0],
             overall_max + tf.math.log(tf.reduce_sum(weights, axis=1)),
-        )
+        ),
+        log_zero,
     )
 
 
@@ -412,22 +419,25 @@ def wide_inverse_cdf(
     return tf.minimum(position, num_weights - 1)
 
 
-def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool):
+def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool, log_zero: float):
     draws = [scorer.num_queries, num_samples]
     sample = SoftmaxSample(
         tf.fill(draws, tf.constant(-1, tf.int64)),
-        tf.fill(draws, -math.inf),
-        tf.fill([scorer.num_queries], -math.inf),
+        tf.fill(draws, log_zero),
+        tf.fill([scorer.num_queries], log_zero),
     )
     return sample, tf.zeros([scorer.num_queries, scorer.dim]) if with_gradient else None
 
 
-def _without_draws_from_nothing(sample: SoftmaxSample) -> SoftmaxSample:
+def _without_draws_from_nothing(
+    sample: SoftmaxSample, log_zero: float = -math.inf
+) -> SoftmaxSample:
     # Nor from candidates of which one scores NaN or inf: there is no law to draw from.
-    has_law = tf.math.is_finite(sample.log_partition)[:, tf.newaxis]
+    has_law = tf.math.is_finite(sample.log_partition) & is_admissible(sample.log_partition)
+    has_law = has_law[:, tf.newaxis]
     return SoftmaxSample(
         tf.where(has_law, sample.indices, tf.constant(-1, tf.int64)),
-        tf.where(has_law, sample.scores, -math.inf),
+        tf.where(has_law, sample.scores, log_zero),
         sample.log_partition,
     )
 
@@ -460,4 +470,4 @@ def seed_or_random(seed: Seed) -> Seed:
 
 def _or_zero(maxima: tf.Tensor) -> tf.Tensor:
     """Replaces the -inf of an empty set, so that subtracting it leaves -inf and not NaN."""
-    return tf.where(tf.equal(maxima, -math.inf), 0.0, maxima)
+    return tf.where(maxima < tf.float32.min, 0.0, maxima)

@@ -343,9 +343,9 @@ def _log_normal_cdf(values: tf.Tensor) -> tf.Tensor:
     return tf.math.log(0.5 * tf.math.erfc(-values / math.sqrt(2.0)) + 1e-30)
 
 
-def without_nothing(log_partition: tf.Tensor) -> tf.Tensor:
-    """-inf where there is no candidate. What is NaN stays NaN."""
-    return tf.where(log_partition <= 0.5 * INADMISSIBLE, -math.inf, log_partition)
+def without_nothing(log_partition: tf.Tensor, log_zero: float = -math.inf) -> tf.Tensor:
+    """`log_zero` where there is no candidate. What is NaN stays NaN."""
+    return tf.where(log_partition <= 0.5 * INADMISSIBLE, log_zero, log_partition)
 
 
 def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:

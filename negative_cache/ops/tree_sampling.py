@@ -9,6 +9,7 @@ bring the law to the softmax itself: a new draw y' replaces y with probability
 min(1, w(y') / w(y)), where w = exp(score) / q.
 """
 
+import math
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -54,6 +55,7 @@ def sample_tree(
     correction_steps: int,
     seed: Seed = None,
     compute_gradient: bool = False,
+    log_zero: float = -math.inf,
 ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
     """Draws candidates nearly in proportion to exp(score), and estimates log Z.
 
@@ -65,6 +67,7 @@ def sample_tree(
       correction_steps: K, Metropolis-Hastings steps for each draw.
       seed: as in `sample_softmax`.
       compute_gradient: whether the gradient is wanted.
+      log_zero: as in `sample_softmax_with_gradient`.
 
     Returns:
       A `SoftmaxSample` with exact scores and the cut's estimate of log Z; the proposal's
@@ -97,8 +100,8 @@ def sample_tree(
     found = is_admissible(scores) & has_law
     sample = SoftmaxSample(
         tf.where(found, tf.cast(ids, tf.int64), tf.constant(-1, tf.int64)),
-        tf.where(found, scores, -float("inf")),
-        without_nothing(log_partition),
+        tf.where(found, scores, log_zero),
+        without_nothing(log_partition, log_zero),
     )
     sample = SoftmaxSample(*(tf.stop_gradient(part) for part in sample))
     return sample, tf.stop_gradient(log_probability), gradient
@@ -118,7 +121,7 @@ def search_tree(tree: Tree, queries: tf.Tensor, k: int, beam: int) -> tuple[tf.T
     ids = tf.cast(ids, tf.int64)
     found = is_admissible(best.values)
     return (
-        tf.where(found, best.values, -float("inf")),
+        tf.where(found, best.values, -math.inf),
         tf.where(found, ids, tf.constant(-1, tf.int64)),
     )
 
@@ -211,7 +214,9 @@ def _correct(draws: TreeDraws, random, num_samples: int, steps: int) -> TreeDraw
     """The states [B, S] of S independent chains after `steps` steps, out of B x S(K + 1) draws."""
     # Of the same shape: the draws of one chain, step by step.
     parts = [
-        tf.reshape(part, [-1, num_samples, 1 + steps]) for part in (*draws, tf.math.log(random))
+        tf.reshape(part, [-1, num_samples, 1 + steps])
+        # A random number may be zero.
+        for part in (*draws, tf.math.log(tf.maximum(random, 1e-30)))
     ]
     ids, scores, log_probability, log_uniform = parts
     log_weight = tf.where(is_admissible(scores), scores - log_probability, INADMISSIBLE)
