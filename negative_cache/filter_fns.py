@@ -45,7 +45,7 @@ class IsInCacheFilterFn(CacheFilterFn):
         """
         codes = tf.stack([self._number(cache.data, new_items, key) for key in self.keys], axis=1)
         codes = _number_rows(codes)
-        cache_size = tf.shape(cache.age)[0]
+        cache_size = tf.shape(tf.convert_to_tensor(cache.data[self.keys[0]]))[0]
         return codes[cache_size:] > tf.reduce_max(codes[:cache_size])
 
     def _number(self, cache_data, new_items, key: str) -> tf.Tensor:

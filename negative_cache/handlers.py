@@ -5,6 +5,7 @@ rows, and lets the batch's positives enter the cache. The variables are those of
 updated in place.
 """
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 
 import tensorflow as tf
@@ -34,6 +35,8 @@ class _Handler(keras.layers.Layer):
         self.embedding_key = embedding_key
         self.data_keys = data_keys
         self.use_cross_replica = use_cross_replica
+        # Not a dict, which Keras would look for layers in.
+        self.cache_managers = types.MappingProxyType(dict(cache_managers))
         self._caches = {
             source: Cache(manager.specs, manager.cache_size, embedding_key, manager.use_lru)
             for source, manager in cache_managers.items()
@@ -50,7 +53,10 @@ class _Handler(keras.layers.Layer):
         new_items = self._new_items(pos_item_embeddings, features)
         loss = CacheLossReturn(
             *self.cache_loss(
-                item_network, query_embeddings, pos_item_embeddings, self._as_negative_caches()
+                doc_network=item_network,
+                query_embeddings=query_embeddings,
+                pos_doc_embeddings=pos_item_embeddings,
+                cache=self._as_negative_caches(),
             )
         )
         _write_summaries(loss)
@@ -58,6 +64,8 @@ class _Handler(keras.layers.Layer):
             new_items = {key: _concat_replicas(value) for key, value in new_items.items()}
             masks = {source: _concat_replicas(mask) for source, mask in masks.items()}
         updates = self._refreshed_rows(loss)
+        if self.use_cross_replica:
+            updates = {source: _concat_updates(update) for source, update in updates.items()}
         for source, cache in self._caches.items():
             cache.update(
                 new_items=new_items, new_items_mask=masks[source], **updates.get(source, {})
@@ -87,6 +95,7 @@ class _Handler(keras.layers.Layer):
                 "updated_item_mask": masks.get(source),
             }
             for source in data
+            if data[source]
         }
 
 
@@ -96,12 +105,13 @@ class CacheLossHandler(_Handler):
     Args:
       cache_manager: a `CacheManager`, which says what the cache is like.
       cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
-        position, and may return the updates of its only source without naming the source.
+        keyword, and may return the updates of its only source without naming the source.
       embedding_key: the feature that holds the embeddings.
       data_keys: the features that the item network encodes. These and the embeddings are all that
         the cache holds.
-      use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
-        replica's cache takes its own batch only where False, as it should with
+      use_cross_replica: whether the batches of all replicas enter every replica's cache, and the
+        rows that any has refreshed are written to it, so that the caches stay equal. Each replica's
+        cache takes its own only where False, as it should with
         `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
         which every item would otherwise stand once a replica.
       **kwargs: those of a Keras layer, `name` for instance.
@@ -150,6 +160,11 @@ class CacheLossHandler(_Handler):
         )
 
     @property
+    def cache_manager(self) -> CacheManager:
+        """What the cache is like."""
+        return self.cache_managers[_SOURCE]
+
+    @property
     def cache(self) -> NegativeCache:
         """The cache, whose data are the live variables."""
         return self._caches[_SOURCE].as_negative_cache()
@@ -183,7 +198,8 @@ class CacheLossHandler(_Handler):
 
     def _refreshed_rows(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
         data = loss.updated_item_data or {}
-        if data and not any(isinstance(part, Mapping) for part in data.values()):
+        names_sources = all(part is None or isinstance(part, Mapping) for part in data.values())
+        if not names_sources:
             loss = loss._replace(
                 updated_item_data={_SOURCE: data},
                 updated_item_indices={_SOURCE: loss.updated_item_indices},
@@ -198,12 +214,13 @@ class MultiCacheLossHandler(_Handler):
     Args:
       cache_managers: source -> `CacheManager`, which says what the cache of that source is like.
       cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
-        position.
+        keyword.
       embedding_key: the feature that holds the embeddings.
       data_keys: the features that the item network encodes. These and the embeddings are all that
         a cache holds.
-      use_cross_replica: whether the batches of all replicas enter every replica's cache. Each
-        replica's cache takes its own batch only where False, as it should with
+      use_cross_replica: whether the batches of all replicas enter every replica's cache, and the
+        rows that any has refreshed are written to it, so that the caches stay equal. Each replica's
+        cache takes its own only where False, as it should with
         `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
         which every item would otherwise stand once a replica.
       **kwargs: those of a Keras layer, `name` for instance.
@@ -282,6 +299,16 @@ def _write_summaries(loss: CacheLossReturn) -> None:
 
 def _concat_replicas(value: tf.Tensor) -> tf.Tensor:
     return util.cross_replica_concat(tf.convert_to_tensor(value), axis=0)
+
+
+def _concat_updates(update: Mapping) -> dict:
+    """Arguments of `Cache.update` with the rows that all replicas have refreshed."""
+    data, mask = update["updated_item_data"], update["updated_item_mask"]
+    return {
+        "updated_item_data": {key: _concat_replicas(value) for key, value in data.items()},
+        "updated_item_indices": _concat_replicas(update["updated_item_indices"]),
+        "updated_item_mask": None if mask is None else _concat_replicas(mask),
+    }
 
 
 def _check_arguments(cache_managers, cache_loss, embedding_key: str, data_keys) -> None:

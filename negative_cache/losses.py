@@ -8,13 +8,21 @@ Shapes: B queries of dimension d, C candidates in all caches together, G queries
 together.
 """
 
-import abc
-from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
 from negative_cache import _validation, retrieval_fns, util
+from negative_cache._abstract_losses import (  # noqa: F401
+    AbstractCacheClassificationLoss,
+    CacheLoss,
+    CacheLossReturn,
+    DocNetwork,
+    TensorFn,
+    _RetrievalReturn,
+    losses_of,
+    reduce_or_zero,
+)
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import (
     SoftmaxSample,
@@ -24,52 +32,8 @@ from negative_cache.ops import (
     top_k_scores,
 )
 
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
-DocNetwork = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
 
-
-class CacheLossReturn(NamedTuple):
-    """What a cache loss returns.
-
-    Attributes:
-      training_loss: the loss to differentiate. Its value means nothing.
-      interpretable_loss: the loss to look at, -log p⁺.
-      updated_item_data: source -> feature name -> [m, ...] new values for rows of that source.
-      updated_item_indices: source -> [m] int64, their rows in that source.
-      updated_item_mask: source -> [m] bool; entries with False must change nothing.
-      staleness: ‖ĝ(y) − g(y)‖² / ‖g(y)‖² of the retrieved candidates.
-    """
-
-    training_loss: tf.Tensor
-    interpretable_loss: tf.Tensor
-    updated_item_data: Mapping[str, Mapping[str, tf.Tensor]]
-    updated_item_indices: Mapping[str, tf.Tensor]
-    updated_item_mask: Mapping[str, tf.Tensor]
-    staleness: tf.Tensor
-
-
-class CacheLoss(abc.ABC):
-    """A loss that takes its negatives from caches."""
-
-    @abc.abstractmethod
-    def __call__(
-        self,
-        doc_network: DocNetwork,
-        query_embeddings: tf.Tensor,
-        pos_doc_embeddings: tf.Tensor,
-        cache: Mapping[str, NegativeCache],
-    ) -> CacheLossReturn:
-        """Computes the loss of [B, d] queries and their positives [B, d].
-
-        Args:
-          doc_network: candidates' features (feature name -> [B, ...]) -> their embeddings [B, d].
-          query_embeddings: [B, d].
-          pos_doc_embeddings: [B, d].
-          cache: source -> cache.
-        """
-
-
-class CacheClassificationLoss(CacheLoss):
+class CacheClassificationLoss(AbstractCacheClassificationLoss):
     """Softmax cross-entropy over the positive and everything cached, from one draw per query.
 
     With scores s and cached embeddings ĝ (Lindgren, Reddi, Guo and Kumar, "Efficient Training of
@@ -122,6 +86,14 @@ class CacheClassificationLoss(CacheLoss):
         """Computes the loss, as `CacheLoss` describes it."""
         queries, positives = _check_pairs(query_embeddings, pos_doc_embeddings)
         candidates = _Candidates(cache, self.embedding_key, self.data_keys, queries.shape[1])
+        if type(self)._retrieve_from_cache is not CacheClassificationLoss._retrieve_from_cache:
+            found = self._calculate_training_loss_and_summaries(
+                doc_network, query_embeddings, pos_doc_embeddings, cache, self.reducer
+            )
+            indices = tf.cast(found.retrieval_return.retrieved_indices[:, 0], tf.int64)
+            fresh = tf.stop_gradient(found.retrieved_negative_embeddings)
+            updates = self._updates(indices, fresh, candidates)
+            return CacheLossReturn(*found[:2], *updates, found.staleness)
 
         indices, log_partition = self._retrieve(tf.stop_gradient(queries), candidates)
         features = self._fetch(indices, candidates)
@@ -129,18 +101,29 @@ class CacheClassificationLoss(CacheLoss):
         fresh = doc_network({key: features[key] for key in self.data_keys})
         fresh = _check_encoded(fresh, queries.shape)
 
-        positive_scores = self._score(queries, positives)
-        negative_scores = self._score(queries, fresh)
-        # 1 − p⁺ = sigmoid(log Ẑ − s⁺) and −log p⁺ = softplus(log Ẑ − s⁺), both without overflow.
-        log_odds = tf.stop_gradient(log_partition - positive_scores)
-        training_loss = tf.sigmoid(log_odds) * (negative_scores - positive_scores)
-        fresh = tf.stop_gradient(fresh)
-        return CacheLossReturn(
-            self._reduce(training_loss),
-            self._reduce(tf.nn.softplus(log_odds)),
-            *self._updates(indices, fresh, candidates),
-            self._reduce(contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))),
+        training_loss, interpretable_loss = losses_of(
+            self._score_documents(queries, positives),
+            self._score_documents(queries, fresh),
+            log_partition,
         )
+        fresh = tf.stop_gradient(fresh)
+        staleness = contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))
+        return CacheLossReturn(
+            reduce_or_zero(training_loss, self.reducer),
+            reduce_or_zero(interpretable_loss, self.reducer),
+            *self._updates(indices, fresh, candidates),
+            reduce_or_zero(staleness, self.reducer),
+        )
+
+    def _retrieve_from_cache(self, query_embeddings, cache):
+        """Retrieves from all scores; the loss itself does without them where it can."""
+        queries = tf.convert_to_tensor(query_embeddings)
+        candidates = _Candidates(cache, self.embedding_key, self.data_keys, queries.shape[1])
+        scores = self._score_all(tf.stop_gradient(queries), candidates)
+        indices, _ = self._retrieve_from_scores(scores)
+        features = candidates.gather(indices)
+        data = {key: features[key] for key in self.data_keys}
+        return _RetrievalReturn(data, scores, indices[:, tf.newaxis], features[self.embedding_key])
 
     def _retrieve(self, queries, candidates):
         """Returns the drawn candidates [B] int64, -1 where there is none, and log Ẑ [B]."""
@@ -213,19 +196,13 @@ class CacheClassificationLoss(CacheLoss):
             indices = tf.gather(columns, indices, batch_dims=1)
         return indices[:, 0], tf.reduce_logsumexp(scores, axis=1)
 
-    def _score(self, queries, docs) -> tf.Tensor:
-        products = tf.cast(queries, tf.float32) * tf.cast(docs, tf.float32)
+    def _score_documents(self, query_embeddings, doc_embeddings) -> tf.Tensor:
+        """[B] scores of queries [B, d] with the candidate of each [B, d]."""
+        products = tf.cast(query_embeddings, tf.float32) * tf.cast(doc_embeddings, tf.float32)
         return self._transform(tf.reduce_sum(products, axis=1))
 
     def _transform(self, products) -> tf.Tensor:
         return products if self.score_transform is None else self.score_transform(products)
-
-    def _reduce(self, losses) -> tf.Tensor:
-        if self.reducer is None:
-            return losses
-        loss = self.reducer(losses)
-        # The last batch of a replica may be empty: the mean over nothing is NaN.
-        return tf.where(tf.size(losses) > 0, loss, tf.zeros_like(loss))
 
 
 class DistributedCacheClassificationLoss(CacheClassificationLoss):

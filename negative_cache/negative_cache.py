@@ -71,7 +71,8 @@ class CacheManager:
     def update_cache(
         self,
         cache: NegativeCache,
-        new_items: Mapping[str, tf.Tensor],
+        *,
+        new_items: Mapping[str, tf.Tensor] | None = None,
         new_items_mask: tf.Tensor | None = None,
         updated_item_data: Mapping[str, tf.Tensor] | None = None,
         updated_item_indices: tf.Tensor | None = None,
@@ -85,10 +86,10 @@ class CacheManager:
         Args:
           cache: what to update. It is left as it is.
           new_items: feature name -> [n, ...] new candidates, n <= C, with exactly the cache's
-            features.
+            features; none where None.
           new_items_mask: [n] bool; items with False are not inserted.
           updated_item_data: feature name -> [m, ...] new values of existing rows, for any of the
-            cache's features.
+            cache's features; none where None.
           updated_item_indices: [m] int, their rows.
           updated_item_mask: [m] bool; entries with False change nothing, whatever their row.
 
@@ -99,13 +100,16 @@ class CacheManager:
           ValueError: where names, dtypes or shapes do not match the specs, or n exceeds the cache.
         """
         _validation.check_keys(cache.data, self.specs, what="cache.data", exact=True)
-        new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
-        _validation.check_fits(new_items, self.cache_size, what="new_items")
+        if new_items is not None:
+            new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
+            _validation.check_fits(new_items, self.cache_size, what="new_items")
         cache = NegativeCache(dict(cache.data), tf.convert_to_tensor(cache.age) + 1)
         if updated_item_data is not None:
             cache = self._update_rows(
                 cache, updated_item_data, updated_item_indices, updated_item_mask
             )
+        if new_items is None:
+            return cache
         like = next(iter(new_items.values()))
         mask = _validation.check_mask(new_items_mask, like, what="new_items_mask")
         rows = insertion_rows(oldest_rows(cache.age, tf.size(mask)), mask)

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 
-class AbstractRetrievalFn(abc.ABC):
+class AbstractRetrievalFn(tf.Module, metaclass=abc.ABCMeta):
     """Picks one candidate for every query."""
 
     @abc.abstractmethod
@@ -36,6 +36,7 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """
 
     def __init__(self, inv_temp: float = 1.0):
+        super().__init__()
         self.inv_temp = inv_temp
 
     def __call__(self, scores: tf.Tensor) -> tf.Tensor:

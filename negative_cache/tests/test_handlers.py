@@ -148,7 +148,7 @@ def test_any_callable_is_a_loss(names_its_source):
 
 
 def test_a_loss_may_update_nothing():
-    handler = make_handler(loss=lambda *_: CacheLossReturn(1.0, 1.0, None, None, None, 0.0))
+    handler = make_handler(loss=lambda **_: CacheLossReturn(1.0, 1.0, None, None, None, 0.0))
     step(handler, ItemNetwork(), [3])
     assert cached_titles(handler.cache) == [3, -1, -1, -1]
 
@@ -203,7 +203,7 @@ def make_multi_handler(**kwargs):
 )
 def test_new_items_enter_the_caches_they_are_meant_for(new_items_cache, news, books):
     # A loss without updates, since nothing can be drawn from caches without items.
-    handler = make_multi_handler(loss=lambda *_: CacheLossReturn(1.0, 1.0, {}, {}, {}, 0.0))
+    handler = make_multi_handler(loss=lambda **_: CacheLossReturn(1.0, 1.0, {}, {}, {}, 0.0))
     step(handler, ItemNetwork(), [8, 9], new_items_cache=new_items_cache)
     assert sorted(handler.cache) == ["books", "news"]
     assert cached_titles(handler.cache["news"]) == news

@@ -157,7 +157,7 @@ def test_is_a_pure_function(manager):
 
 
 def test_new_items_by_position(manager):
-    cache = manager.update_cache(manager.init_cache(), {"id": [5]})
+    cache = manager.update_cache(manager.init_cache(), new_items={"id": [5]})
     assert ids_and_ages(cache) == ([5, 0, 0, 0], [0, 1, 1, 1])
 
 
