@@ -7,6 +7,7 @@ towers, data order and number of steps; both are evaluated against the whole cor
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import pathlib
 import time
@@ -277,6 +278,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         num_negatives=options.num_negatives,
         seed=options.seed,
     )
+    draws_plot = importlib.util.find_spec("matplotlib") is not None
+    if not draws_plot:
+        print("There will be no plot: matplotlib is not installed (pip install matplotlib).")
     corpus = installed_code.load()
     print(f"{len(corpus):,} functions, {len(corpus.train):,} of them to train on")
     data = Data(corpus)
@@ -286,7 +290,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ]
     print(f"\n{len(corpus.validation):,} held-out queries against all {len(corpus):,} functions\n")
     print(table(results))
-    plot(results, options.output / "mrr.png")
+    written = [options.output / "results.json"]
+    if draws_plot:
+        written.insert(0, options.output / "mrr.png")
+        plot(results, written[0])
     record = {
         "settings": dataclasses.asdict(settings),
         "results": [
@@ -300,8 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for result in results
         ],
     }
-    (options.output / "results.json").write_text(json.dumps(record, indent=1))
-    print(f"\nPlot and figures: {options.output}/mrr.png, {options.output}/results.json")
+    written[-1].write_text(json.dumps(record, indent=1))
+    print("\nWritten: " + ", ".join(map(str, written)))
     print(answer(results[1].model, data, options.query or QUERIES))
 
 

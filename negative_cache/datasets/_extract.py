@@ -88,9 +88,12 @@ def find_sources(roots: Sequence[str], excluded_package: str) -> list[SourceFile
                 # Links to files are followed (some installers make nothing else), links to folders
                 # are not, so there is no cycle to fall into.
                 real_path = os.path.realpath(path)
-                if _is_candidate_file(path) and real_path not in seen:
+                relative = os.path.relpath(path, root)
+                if not _is_text(relative) or real_path in seen:
+                    continue
+                if _is_candidate_file(path):
                     seen.add(real_path)
-                    found.append(SourceFile(path, _module_name(os.path.relpath(path, root))))
+                    found.append(SourceFile(path, _module_name(relative)))
     return found
 
 
@@ -104,6 +107,15 @@ def _is_candidate_file(path: str) -> bool:
         return False
     # A named pipe called x.py would block its reader for ever.
     return stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES
+
+
+def _is_text(path: str) -> bool:
+    """Whether a name is one that can be written: a file system may hold any bytes."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _module_name(relative_path: str) -> str:

@@ -336,8 +336,8 @@ class Cache(StateLayer):
         replaced first. With a `row_key`, new items go to the rows of their ids instead.
 
         Args:
-          new_items: feature name -> [n, ...] new candidates, n <= C, with exactly the cache's
-            features.
+          new_items: feature name -> [n, ...] new candidates, with exactly the cache's features;
+            n <= C without a `row_key`. Of items of one id the first is written.
           new_items_mask: [n] bool; items with False are not inserted.
           updated_item_data: feature name -> [m, ...] new values of existing rows, for any of the
             cache's features.
@@ -345,10 +345,12 @@ class Cache(StateLayer):
           updated_item_mask: [m] bool; entries with False change nothing.
 
         Raises:
-          ValueError: where names, dtypes or shapes do not match the specs, or n exceeds the cache.
+          ValueError: where names, dtypes or shapes do not match the specs, or n exceeds a cache
+            without a `row_key`.
         """
         new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
-        _validation.check_fits(new_items, self.cache_size, what="new_items")
+        if self.row_key is None:
+            _validation.check_fits(new_items, self.cache_size, what="new_items")
         new_items_mask = _validation.check_mask(
             new_items_mask, new_items[self.embedding_key], what="new_items_mask"
         )
@@ -361,7 +363,7 @@ class Cache(StateLayer):
 
     def _update(self, new_items, new_items_mask, updates):
         fits = None
-        if new_items_mask.shape[0] is None:
+        if self.row_key is None and new_items_mask.shape[0] is None:
             # A batch whose size was unknown until now is refused before anything changes.
             fits = tf.debugging.assert_less_equal(
                 tf.size(new_items_mask),
@@ -411,17 +413,12 @@ class Cache(StateLayer):
         else:
             is_known = mask & (rows >= 0)
             self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
+            # A batch may bring a candidate several times, which is one write.
+            is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
             inserted, mask = masked_rows(rows, is_known), is_known
         self._rows.write_on_device(inserted, new_items)
-        self._fill_times(inserted, mask)
+        self._times.fill(inserted, mask)
         return inserted, updated, [*changed, (inserted.rows, mask)]
-
-    def _fill_times(self, rows, mask):
-        """Makes `rows` young and filled; entries of which there are none have False in `mask`."""
-        if self.row_key is not None:
-            # A batch may bring a candidate twice.
-            mask &= Groups.of(tf.cast(rows.rows, tf.int32), mask).rank == 0
-        self._times.fill(rows, mask)
 
     def _forget(self):
         self._times.forget()
@@ -431,7 +428,7 @@ class Cache(StateLayer):
         mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))
         rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
         self._rows.write(rows, items)
-        self._fill_times(rows, mask)
+        self._times.fill(rows, mask)
 
     def _rewrite(self, rows, items, mask):
         mask = self._admit(items, mask)

@@ -243,6 +243,15 @@ class CachedRetrieval(CachingLayer):
             self._frequency = FrequencyEstimator(max(4 * cache_size, _NUM_BUCKETS) | 1)
         self._make_cache_state(cache, index, embedding_dim)
 
+    @property
+    def factorized_metrics(self) -> list[keras.metrics.Metric]:
+        """The `metrics`, under the name that `tfrs.tasks.Retrieval` has for them; may be set."""
+        return self._task_metrics
+
+    @factorized_metrics.setter
+    def factorized_metrics(self, metrics) -> None:
+        self._task_metrics = _as_list(metrics)
+
     def __call__(self, *args, **kwargs):
         # The tower is called before, and Keras forgets what a layer inside of this one has added.
         with kept_losses(self.candidate_network):
@@ -303,7 +312,7 @@ class CachedRetrieval(CachingLayer):
 
         Raises:
           ValueError: where features do not match `feature_specs`, a shape does not fit, or N
-            exceeds `cache_size`.
+            exceeds the size of a cache that streams.
         """
         training = True if training is None else training
         queries = tf.convert_to_tensor(query_embeddings)
@@ -311,7 +320,8 @@ class CachedRetrieval(CachingLayer):
         _retrieval_checks.check_embeddings(queries, candidates)
         queries, candidates = tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
         items = self._cache_items(candidate_features, candidates, candidate_sampling_probability)
-        if self.cache_size and training:
+        streams = self._cache is not None and self._cache.row_key is None
+        if streams and training:
             _validation.check_fits(items, self.cache_size, what="candidate_features")
         weight = {}
         if sample_weight is not None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import email
+import importlib.util
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -34,6 +36,21 @@ def test_trains_prints_plots_and_answers(tmp_path, monkeypatch, capsys):
     assert cached["candidates_encoded"] == min(1024, len(corpus.train)) + 8 * 64 * 2
     for result in record["results"]:
         assert all(0.0 < mrr <= 1.0 for mrr in result["history"]["val_mrr"])
+
+
+@pytest.mark.end_to_end
+def test_without_matplotlib_it_says_so_first_and_does_all_else(tmp_path, monkeypatch, capsys):
+    corpus = installed_code.load(
+        tmp_path / "cache", roots=[pathlib.Path(email.__file__).parent], verbose=0
+    )
+    monkeypatch.setattr(installed_code, "load", lambda: corpus)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    demo.main(["--steps", "2", "--cache-size", "1024", "--output", str(tmp_path / "results")])
+    printed = capsys.readouterr().out
+    assert printed.startswith("There will be no plot: matplotlib is not installed")
+    assert "“" in printed and (tmp_path / "results" / "results.json").exists()
+    assert not (tmp_path / "results" / "mrr.png").exists()
 
 
 @pytest.mark.parametrize(

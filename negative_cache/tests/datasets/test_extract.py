@@ -122,6 +122,19 @@ def test_file_is_skipped(tmp_path, path):
     assert names(corpus) == ["kept.specimen"]
 
 
+@pytest.mark.parametrize("name", [b"caf\xe9.py", b"caf\xe9/a.py"])
+def test_a_name_that_is_no_text_is_skipped(tmp_path, name):
+    path = os.fsencode(tmp_path) + b"/" + name
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w") as file:
+            file.write(many("skipped", 2))
+    except OSError:
+        pytest.skip("The file system takes no such name.")
+    corpus = load(tmp_path, {"kept.py": SPECIMEN})
+    assert names(corpus) == ["kept.specimen"]
+
+
 @pytest.mark.parametrize(
     "path", ["contest.py", "latest.py", "testing.py", "pkg/negative_cache/a.py"]
 )

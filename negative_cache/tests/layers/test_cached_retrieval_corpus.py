@@ -417,3 +417,29 @@ def test_no_tower_of_another_width_than_that_of_the_cache():
     )
     with pytest.raises(ValueError, match=f"dimension {DIM}. Received embeddings of {DIM + 1}"):
         CachedRetrieval(tower, cache=cache)
+
+
+def test_a_batch_may_have_more_rows_than_the_corpus_and_one_candidate_many_times():
+    table = make_table(5)
+    task = make_corpus_task(table)
+    ids = np.array([0, 1, 1, 4, 4, 4, 2, 0])
+    for call in (lambda f: f(), lambda f: tf.function(f)()):
+        assert np.isfinite(call(lambda: step(task, make_queries(8), ids)))
+    assert int(task.cache.num_filled) == 5 and int(task.cache.num_skipped) == 0
+    np.testing.assert_allclose(task.cache.embeddings, table, rtol=1e-6)
+    features = {"id": tf.constant([3, 3, 3, 3, 3, 3], tf.int64)}
+    first = np.arange(6.0)[:, np.newaxis] + np.ones([6, DIM])
+    task.cache.update(new_items={**features, "embedding": first})
+    np.testing.assert_array_equal(task.cache.embeddings[3], [1.0] * DIM)
+
+
+def test_metrics_may_be_set_as_those_of_a_retrieval_task_are():
+    table = make_table(5)
+    task = make_corpus_task(table, metrics=keras.metrics.MeanSquaredError(name="a"))
+    assert [metric.name for metric in task.factorized_metrics] == ["a"]
+    task.factorized_metrics = keras.metrics.MeanSquaredError(name="b")
+    step(task, make_queries(2), np.array([0, 1]))
+    (metric,) = task.factorized_metrics
+    assert metric.name == "b" and float(metric.result()) > 0.0
+    task.factorized_metrics = None
+    assert task.factorized_metrics == []
