@@ -423,8 +423,8 @@ def test_a_batch_may_have_more_rows_than_the_corpus_and_one_candidate_many_times
     table = make_table(5)
     task = make_corpus_task(table)
     ids = np.array([0, 1, 1, 4, 4, 4, 2, 0])
-    for call in (lambda f: f(), lambda f: tf.function(f)()):
-        assert np.isfinite(call(lambda: step(task, make_queries(8), ids)))
+    for run in (lambda f: f(), lambda f: tf.function(f)()):
+        assert np.isfinite(run(lambda: step(task, make_queries(8), ids)))
     assert int(task.cache.num_filled) == 5 and int(task.cache.num_skipped) == 0
     np.testing.assert_allclose(task.cache.embeddings, table, rtol=1e-6)
     features = {"id": tf.constant([3, 3, 3, 3, 3, 3], tf.int64)}
