@@ -164,6 +164,27 @@ else:
         return model.steps_per_execution
 
 
+def deserialize(config):
+    """`keras.utils.deserialize_keras_object` of what a file says, which may be anything.
+
+    Keras 2 would import whatever module a function's description names, and so call any function
+    there is. A function comes from Keras itself, or is one that is registered as serializable or
+    given as a custom object.
+
+    Raises:
+      ValueError: where it is another one.
+    """
+    if isinstance(config, dict) and config.get("class_name") == "function":
+        module = config.get("module") or "builtins"
+        if module != "builtins" and module.split(".")[0] not in ("keras", "tf_keras"):
+            raise ValueError(
+                "A file can name functions that are registered"
+                " (`keras.utils.register_keras_serializable`) or given as custom objects. Received:"
+                f" {config.get('config')!r} of the module {module!r}."
+            )
+    return keras.utils.deserialize_keras_object(config)
+
+
 @contextlib.contextmanager
 def kept_losses(network: Callable):
     """In it, a layer may be called, and the losses that it has added remain those from before.

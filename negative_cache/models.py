@@ -121,7 +121,7 @@ class DualEncoder(_compat.Model):
     def from_config(cls, config):
         config = dict(config)
         for name in ("query_network", "candidate_network", "task"):
-            config[name] = keras.utils.deserialize_keras_object(config[name])
+            config[name] = _compat.deserialize(config[name])
         if config["candidate_network"] is None:
             config["candidate_network"] = config["task"].candidate_network
         return cls(**config)

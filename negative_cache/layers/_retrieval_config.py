@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from negative_cache._compat import keras
+from negative_cache._compat import deserialize, keras
 from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
 
 # The arguments that a configuration holds as they are.
@@ -62,7 +62,6 @@ def to_config(task, feature_specs, metrics: Mapping[str, list]) -> dict:
 
 def from_config(config: Mapping) -> dict:
     """The arguments that `to_config` has described, and the others as they are."""
-    deserialize = keras.utils.deserialize_keras_object
     specs = config["feature_specs"]
     frequency = config["frequency_correction"]
     return {

@@ -37,6 +37,14 @@ class RowTimes:
             "queue": self._queue,
         }
 
+    def limits(self):
+        """As of `StateLayer`."""
+        num_rows = self._stamps.shape[0]
+        yield "the number of steps", self.step, 0, tf.int32.max
+        yield "the number of filled rows", self.num_filled, 0, num_rows
+        if self._queue:
+            yield "a row", self._queue["rows"], 0, num_rows - 1
+
     @property
     def stamps(self) -> Int32Variable:
         """[C] int32."""

@@ -138,6 +138,26 @@ class StateLayer(keras.layers.Layer):
                     if name + suffix in store
                 }
                 component.assign(_from_arrays(arrays, component))
+        self._check_limits()
+
+    def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
+        """Names, state variables, and the least and largest values that they may have.
+
+        Files are input: what is a place or a number of rows must be one.
+        """
+        return iter(())
+
+    def _check_limits(self) -> None:
+        for name, variable, least, largest in self._limits():
+            for component in by_replica(variable):
+                values = np.asarray(component.numpy())
+                values = values if values.dtype.kind in "iu" else values.astype(np.float64)
+                is_wrong = ~((values >= least) & (values <= largest))
+                if np.any(is_wrong):
+                    raise ValueError(
+                        f"The file is damaged: {name} of the layer {self.name!r} must lie between"
+                        f" {least} and {largest}. Received: {values[is_wrong].reshape(-1)[0]}."
+                    )
 
     def _check_description(self, received: str) -> None:
         if received != self._description:

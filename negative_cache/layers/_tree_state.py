@@ -55,6 +55,22 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
     return fields
 
 
+def tree_limits(shape: TreeShape, state):
+    """What the places that the variables hold may be, as of `StateLayer._limits`."""
+    for depth in range(shape.num_levels):
+        level, below, num_owned = str(depth), str(depth + 1), shape.num_owned(depth)
+        num_nodes = shape.num_blocks[depth] * shape.widths[depth]
+        yield "a child", state.children[level], -1, num_owned - 1
+        yield "an owner", state.owners[below], -1, num_nodes - 1
+        yield "a free block", state.free[below], 0, num_owned - 1
+        yield "the number of free blocks", state.num_free[below], 0, num_owned
+        largest = float(np.finfo(np.float32).max)
+        yield "a mean", state.mean[level], -largest, largest
+        yield "a statistic", state.stats[level], 0.0, largest
+    yield "a member", state.members, -1, shape.capacity - 1
+    yield "a slot", state.position, -1, shape.num_leaves * shape.leaf_size - 1
+
+
 def tree_levels(state) -> tuple[TreeLevel, ...]:
     """The node levels of the variables."""
     return tuple(

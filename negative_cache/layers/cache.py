@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import keras
+from negative_cache._compat import deserialize, keras
 from negative_cache.layers import _cache_index
 from negative_cache.layers._cache_rows import CacheRows
 from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById, write_in_order
@@ -449,6 +449,13 @@ class Cache(StateLayer):
         follow = functools.partial(_cache_index.follow, self.index, self.is_filled)
         _execution.as_constant(follow, rows, embeddings, mask, like=self.index.state_variable)
 
+    def _limits(self):
+        largest = float(tf.as_dtype(self.embeddings.dtype).max)
+        yield "an embedding", self.embeddings, -largest, largest
+        yield from self._times.limits()
+        if self.row_key is not None:
+            yield "a row", self._state.rows_by_id["rows"], -1, self.cache_size - 1
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -464,7 +471,7 @@ class Cache(StateLayer):
 
     @classmethod
     def from_config(cls, config):
-        index = keras.utils.deserialize_keras_object(config.get("index"))
+        index = deserialize(config.get("index"))
         return cls(**{**config, "specs": specs_of(config["specs"]), "index": index})
 
     def _check_updates(self, items, indices, mask):

@@ -14,7 +14,12 @@ from negative_cache.layers._state import LAYOUT, StateLayer, on_every_replica
 from negative_cache.layers._tree_candidates import StoredEmbeddings
 from negative_cache.layers._tree_codes import CodedResiduals
 from negative_cache.layers._tree_maintenance import TreeMaintenance
-from negative_cache.layers._tree_state import assign_topology, empty_topology, make_tree_variables
+from negative_cache.layers._tree_state import (
+    assign_topology,
+    empty_topology,
+    make_tree_variables,
+    tree_limits,
+)
 from negative_cache.layers._tree_tightening import tighten
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import SoftmaxSample, _execution
@@ -461,6 +466,9 @@ class TreeIndex(StateLayer):
             beam = max(self.beam, math.ceil(4 * k / self.leaf_size))
         queries = self._scaled(query_embeddings, None)
         return search_tree(self.tree, queries, k, self._checked_beam(beam))
+
+    def _limits(self):
+        return tree_limits(self._shape, self._state)
 
     def get_config(self):
         return {

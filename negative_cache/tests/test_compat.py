@@ -33,6 +33,24 @@ def test_keras_is_that_of_tensorflow():
     assert is_legacy == _compat.IS_KERAS_2
 
 
+@pytest.mark.parametrize("module", ["os", "tensorflow", "builtins.os", "subprocess"])
+def test_a_file_cannot_name_any_function_there_is(module):
+    config = {"module": module, "class_name": "function", "config": "system"}
+    with pytest.raises(ValueError, match="A file can name functions that are registered"):
+        _compat.deserialize({**config, "registered_name": "function"})
+
+
+def test_functions_of_keras_and_registered_ones_come_out_of_a_file():
+    @_compat.keras.utils.register_keras_serializable("test_compat")
+    def twice(scores):
+        return 2.0 * scores
+
+    for function in (twice, _compat.keras.activations.tanh):
+        config = _compat.keras.utils.serialize_keras_object(function)
+        assert _compat.deserialize(config) is function
+    assert _compat.deserialize(None) is None
+
+
 def test_loss_is_divided_by_the_number_of_replicas():
     loss = tf.constant(6.0)
     assert _compat.scale_loss_for_distribution(loss).numpy() == 6.0
