@@ -44,8 +44,7 @@ class BackupAndRestore(keras.callbacks.Callback):
     have changed, a learning rate for instance. Other callbacks see the batches that are passed
     over, and keep no state of their own: an `EarlyStopping` starts to count anew. So do the running
     means of losses and metrics that a model is compiled with, as opposed to those of its layers.
-    Dropout of Keras 2 goes on with the same random numbers only after
-    `keras.backend.experimental.enable_tf_random_generator()`.
+    Dropout of Keras 2 goes on with other random numbers, which no variable holds.
 
     Args:
       backup_dir: folder of this training alone. The checkpoints in it are deleted when `fit` has

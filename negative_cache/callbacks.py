@@ -1,5 +1,6 @@
 """Keras callbacks: metrics over the whole corpus, and a cache that is filled and refreshed."""
 
+import copy
 import itertools
 from collections.abc import Iterable, Sequence
 
@@ -26,7 +27,8 @@ class CorpusMetrics(keras.callbacks.Callback):
       k: the cut-offs of recall.
       candidate_id_key: name of the candidate feature that is unique in the corpus, as in
         `evaluation.evaluate`.
-      every: evaluate at every so many epochs.
+      every: evaluate at every so many epochs. The epochs between repeat the last metrics, since
+        `ModelCheckpoint` of Keras 3 saves what it knows nothing of; a patience counts epochs.
       verbose: 1 shows a progress bar while the corpus is encoded.
       networks: the pair (query network, candidate network), for a model that does not have them as
         `query_network` and `candidate_network`.
@@ -59,10 +61,21 @@ class CorpusMetrics(keras.callbacks.Callback):
         self.verbose = verbose
         self.networks = networks
         self._encoders = None if networks is None else evaluation.encoders_of(networks)
+        self._last = {}
+
+    def __deepcopy__(self, memo):
+        # Tuners copy callbacks for each trial, and datasets cannot be copied.
+        return copy.copy(self)
+
+    def on_train_begin(self, logs=None):
+        self._last = {}
 
     def on_epoch_end(self, epoch, logs=None):
-        if (epoch + 1) % self.every == 0 and logs is not None:
-            logs.update({f"val_{name}": value for name, value in self.evaluate().items()})
+        if logs is None:
+            return
+        if (epoch + 1) % self.every == 0:
+            self._last = {f"val_{name}": value for name, value in self.evaluate().items()}
+        logs.update(self._last)
 
     def evaluate(self, model: keras.Model | None = None) -> dict[str, float]:
         """Computes the metrics now, of `model` or the model that the callback is set to."""
@@ -109,6 +122,9 @@ class CacheWarmStart(keras.callbacks.Callback):
         self.candidates = candidates
         self.verbose = verbose
         self.task = task
+
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
 
     def on_train_begin(self, logs=None):
         task = cached_task(self.model, self.task)

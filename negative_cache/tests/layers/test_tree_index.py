@@ -378,7 +378,7 @@ def test_constructor_refuses(arguments, message):
         (lambda index: index.top_k(np.zeros([2, DIM], np.float32), 0), "`k`"),
         (lambda index: index.top_k(np.zeros([2, DIM], np.float32), 301), "`k`"),
         (
-            lambda index: index.sample(np.zeros([2, DIM], np.float32), positive_ids=[1, 2]),
+            lambda index: index.sample(np.zeros([2, DIM], np.float32), candidate_ids=[1, 2]),
             "together",
         ),
         (
