@@ -13,6 +13,11 @@ import numpy as np
 import tensorflow as tf
 
 
+def normalized(shape, seed):
+    """Rows of unit length, the same for the same seed."""
+    return tf.math.l2_normalize(tf.random.stateless_normal(shape, [seed, seed]), axis=-1)
+
+
 def side_by_side(
     functions: Mapping[str, Callable[[], object]], *, repeats: int = 11, warmup: int = 2
 ) -> dict[str, np.ndarray]:

@@ -30,6 +30,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import _measure
 import numpy as np
 import tensorflow as tf
+from _measure import normalized
 
 import negative_cache as nc
 from negative_cache import ops
@@ -51,10 +52,6 @@ BATCH, DIM, VOCABULARY, HIDDEN = 1024, 128, 100_000, 512
 CACHE_SIZES = {"131k": 131072, "1M": 1048576, "4M": 4 * 1048576}
 # Steps between two looks at the clock, as a training does not wait for each.
 STEPS_AT_ONCE = 5
-
-
-def normalized(shape, seed):
-    return tf.math.l2_normalize(tf.random.stateless_normal(shape, [seed, seed]), axis=-1)
 
 
 # Sampling.

@@ -26,6 +26,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import _measure
 import numpy as np
 import tensorflow as tf
+from _measure import normalized
 
 import negative_cache as nc
 from negative_cache import ops
@@ -43,10 +44,6 @@ DTYPE_SHAPES = ((64, 131072, 128), (256, 131072, 128), (256, 131072, 768))
 UPDATE_SIZES, UPDATE_BATCH, UPDATE_DIM = (4096, 4 * 2**20), 256, 64
 MEMORY_SHAPE = (1024, 2**20, 128)
 SCALE = 20.0
-
-
-def normalized(shape, seed):
-    return tf.math.l2_normalize(tf.random.stateless_normal(shape, [seed, seed]), axis=-1)
 
 
 def filled_cache(size, dim, dtype=tf.float32):

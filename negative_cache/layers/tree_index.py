@@ -23,7 +23,7 @@ from negative_cache.layers._tree_state import (
 from negative_cache.layers._tree_tightening import tighten
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import SoftmaxSample, _execution
-from negative_cache.ops.softmax_sampling import seed_or_random
+from negative_cache.ops._draws import seed_or_random
 from negative_cache.ops.tree_build import build_topology
 from negative_cache.ops.tree_cut import (
     COUNT,

@@ -11,11 +11,11 @@ first. From block to block a draw is kept or replaced in proportion to the parti
 """
 
 import math
-from typing import NamedTuple
 
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
+from negative_cache.ops._draws import Draws, Seed, random_of_blocks
 
 # Scores in memory at a time: 64 MiB, and as much again for each of their exponentials and, with a
 # gradient and a `score_transform`, their slopes.
@@ -28,36 +28,20 @@ _UNROLLED_BLOCKS = 8
 _LIKELY_QUERIES = 1024
 
 
-class Draws(NamedTuple):
-    """Draws from the candidates seen so far.
-
-    Attributes:
-      indices: [B, S] int32.
-      scores: [B, S] float32; anything where a query has had no admissible candidate.
-      log_partition: [B] float32; about `INADMISSIBLE` where a query has had none.
-      mean: [B, d] float32, Σ_y P(y|x) s' y; zero where it is not wanted.
-    """
-
-    indices: tf.Tensor
-    scores: tf.Tensor
-    log_partition: tf.Tensor
-    mean: tf.Tensor
-
-
 def draw_from_large_blocks(
-    scorer: BlockScorer, random_of, *, num_samples: int, block_size: int | None, with_mean: bool
+    scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
 ) -> Draws:
     """Draws from all candidates of `scorer`, whose number is known.
 
     Args:
       scorer: of queries [B, d] and C candidates.
-      random_of: number of blocks -> a function (block, shape) -> uniform random numbers.
+      seed: as in `sample_softmax`, but not None.
       num_samples: S.
       block_size: candidates scored at a time; chosen from the shapes where None.
       with_mean: whether the mean is wanted.
     """
     size, num_blocks = choose_blocks(scorer.num_queries, scorer.num_candidates, block_size)
-    random = random_of(num_blocks)
+    random = random_of_blocks(seed, num_blocks)
 
     def draw_more(block, draws):
         uniforms = random(block, [3, scorer.num_queries, num_samples])

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from negative_cache.ops.softmax_sampling import Seed, draw_uniforms
+from negative_cache.ops._draws import Seed, draw_uniforms
 
 # Where the points are many, k-means++ looks at so many for each one that it chooses.
 _POOL_PER_LANDMARK = 32

@@ -1,12 +1,7 @@
 """Exact sampling from a softmax over many candidates, one block of candidates at a time.
 
-The candidates are cut into blocks, and each block into groups, of every so-many-th candidate. One
-pass over the blocks takes the softmax of each, and keeps of it, for every query, the block's log
-partition and the probabilities of its groups. The log partition of all candidates follows from
-those of the blocks, and a draw is an inverse CDF in three steps: a block, a group of that block,
-and a candidate of that group, whose few scores are computed a second time. No [B, C] array exists,
-no random number or logarithm is spent per candidate, and more draws per query cost nothing but the
-last step.
+The law is one, its executions are two: `_small_blocks` is for a CPU, `_large_blocks` for an
+accelerator. Neither holds an array of all scores.
 
 `merge_samples` joins samples over disjoint candidate sets, so that caches, shards and trees share
 one rule.
@@ -20,21 +15,12 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import (
-    INADMISSIBLE,
-    RESCORING_TOLERANCE,
-    BlockScorer,
-    is_admissible,
-)
+from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, seed_or_random
 from negative_cache.ops._large_blocks import draw_from_large_blocks
+from negative_cache.ops._small_blocks import draw_from_small_blocks
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
-Seed = int | tf.Tensor | Sequence[int] | None
-
-# A probability whose logarithm is as exact as that of a larger one: float32 holds it in full.
-_SMALLEST_PROBABILITY = 1e-30
-# Sizes to plan for where they are not known when a function is traced.
-_LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
 
 
 class SoftmaxSample(NamedTuple):
@@ -167,8 +153,13 @@ def sample_softmax_with_gradient(
     seed = seed_or_random(seed)
     like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
     is_for_accelerator = _execution.is_on_accelerator(like) and scorer.has_known_size
-    draw = _draw_from_large_blocks if is_for_accelerator else _draw_from_small_blocks
-    draw = functools.partial(draw, scorer, num_samples, block_size, compute_gradient)
+    draw = functools.partial(
+        draw_from_large_blocks if is_for_accelerator else draw_from_small_blocks,
+        scorer,
+        num_samples=num_samples,
+        block_size=block_size,
+        with_mean=compute_gradient,
+    )
     indices, scores, log_partition, gradient = _execution.as_constant(
         draw, seed, like=like, may_compile=scorer.has_known_size
     )
@@ -177,69 +168,8 @@ def sample_softmax_with_gradient(
     sample = SoftmaxSample(
         tf.cast(indices, tf.int64), scores, tf.where(is_empty, log_zero, log_partition)
     )
-    if compute_gradient:
-        gradient = tf.where(is_empty[:, tf.newaxis], 0.0, gradient)
+    gradient = tf.where(is_empty[:, tf.newaxis], 0.0, gradient) if compute_gradient else None
     return _without_draws_from_nothing(sample, log_zero), gradient
-
-
-def _draw_from_large_blocks(scorer, num_samples, block_size, with_mean, seed):
-    draws = draw_from_large_blocks(
-        scorer,
-        lambda num_blocks: _random_of_blocks(seed, num_blocks),
-        num_samples=num_samples,
-        block_size=block_size,
-        with_mean=with_mean,
-    )
-    return (*draws[:3], draws.mean if with_mean else None)
-
-
-def _draw_from_small_blocks(scorer, num_samples, block_size, with_mean, seed):
-    """As `_large_blocks.Draws`, whose mean is None where it is not wanted."""
-    block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
-    blocks = _scan_blocks(scorer, block_size, group_size, with_mean)
-    log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
-
-    random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
-    block = inverse_cdf(tf.nn.softmax(blocks.log_partition), random[0])
-    groups_of_block = tf.gather(blocks.group_probability, block, batch_dims=1)
-    group = inverse_cdf(groups_of_block, random[1][..., tf.newaxis])[..., 0]
-    groups_per_block = block_size // group_size
-    first = block * block_size + group
-    rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
-    log_masses = tf.gather(blocks.log_partition, block, batch_dims=1)
-    log_masses += tf.math.log(
-        tf.gather(groups_of_block, group[..., tf.newaxis], batch_dims=2)[..., 0]
-    )
-    scores = _scores_of_groups(scorer, rows, log_masses)
-    pick = inverse_cdf(tf.nn.softmax(scores), random[2][..., tf.newaxis])
-
-    return (
-        tf.gather(rows, pick, batch_dims=2)[..., 0],
-        tf.gather(scores, pick, batch_dims=2)[..., 0],
-        log_partition,
-        blocks.mean if with_mean else None,
-    )
-
-
-def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tensor) -> tf.Tensor:
-    """Scores [B, S, g] of groups `rows` [B, S, g] that have been scored before.
-
-    A candidate whose score is that of `max_scores` may be admitted by one scoring and not by the
-    other. One that was left out before may be all that its group would be drawn for: what alone has
-    more than the mass [B, S] that was found for its group was not in it. Where nothing is left of a
-    group, it was drawn for candidates that only this scoring leaves out.
-    """
-    strict, widened = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, -1]))
-    shape = tf.shape(rows)
-    if widened is None:
-        return tf.reshape(strict, shape)
-    most = log_masses + RESCORING_TOLERANCE * tf.maximum(tf.abs(log_masses), 1.0)
-    strict, widened = (
-        tf.where(part <= most[..., tf.newaxis], part, INADMISSIBLE)
-        for part in (tf.reshape(strict, shape), tf.reshape(widened, shape))
-    )
-    is_some = tf.reduce_any(is_admissible(strict), axis=2, keepdims=True)
-    return tf.where(is_some, strict, widened)
 
 
 def merge_samples(
@@ -283,142 +213,6 @@ def merge_samples(
     )
 
 
-class _Blocks(NamedTuple):
-    """What one pass over the candidates keeps.
-
-    Attributes:
-      log_partition: [B, blocks].
-      group_probability: [B, blocks, groups per block], the softmax over a block, summed by groups.
-      mean: [B, d], Σ_y P(y|x) s' y over all candidates; zero where it is not wanted.
-    """
-
-    log_partition: tf.Tensor
-    group_probability: tf.Tensor
-    mean: tf.Tensor
-
-
-def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mean: bool) -> _Blocks:
-    groups_per_block = block_size // group_size
-    num_full_blocks = scorer.num_candidates // block_size
-    remainder = scorer.num_candidates - num_full_blocks * block_size
-    has_remainder = tf.is_tensor(remainder) or remainder > 0
-    num_blocks = num_full_blocks + int(has_remainder)
-
-    def scan_block(block, size, log_partitions, group_probabilities, seen_partition, mean):
-        embeddings = scorer.read_block(block * block_size, size)
-        scores, slopes = scorer.score_block(
-            embeddings, block * block_size, size, with_slopes=with_mean
-        )
-        if size is not block_size:
-            padding = [[0, 0], [0, block_size - size]]
-            scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
-        # The softmax is one fused operation, faster than exp alone, and faster still where it may
-        # overwrite the scores: what else needs them must come first, and be small.
-        some_scores = tf.identity(scores[:, :groups_per_block])
-        with tf.control_dependencies([some_scores]):
-            probability = tf.nn.softmax(scores)
-        # Groups are columns here: this sum is of whole rows, faster than one within short rows.
-        grouped = [scorer.num_queries, group_size, groups_per_block]
-        group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
-
-        # log Z = s(y) - log P(y) for any y, here the best of some, unless its P(y) is too small.
-        some_probability = tf.reduce_max(probability[:, :groups_per_block], axis=1)
-        log_partition = tf.cond(
-            tf.reduce_all(some_probability > _SMALLEST_PROBABILITY),
-            lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(some_probability),
-            lambda: tf.reduce_logsumexp(
-                scorer.score_block(embeddings, block * block_size, size)[0], axis=1
-            ),
-        )
-        if with_mean:
-            weights = probability[:, :size]
-            block_mean = scorer.combine(weights, slopes, embeddings, block * block_size, size)
-            new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
-            share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
-            mean += share * (block_mean - mean)
-            seen_partition = new_partition
-        return (
-            log_partitions.write(block, log_partition),
-            group_probabilities.write(block, group_probability),
-            seen_partition,
-            mean,
-        )
-
-    state = (
-        tf.TensorArray(tf.float32, num_blocks),
-        tf.TensorArray(tf.float32, num_blocks),
-        tf.fill([scorer.num_queries], 2.0 * INADMISSIBLE),
-        tf.zeros([scorer.num_queries, scorer.dim]),
-    )
-    if tf.is_tensor(num_full_blocks) or num_full_blocks > 0:
-        _, *state = tf.while_loop(
-            lambda block, *_: block < num_full_blocks,
-            lambda block, *state: (block + 1, *scan_block(block, block_size, *state)),
-            (tf.constant(0), *state),
-            parallel_iterations=1,
-        )
-    if has_remainder:
-        state = scan_block(num_full_blocks, remainder, *state)
-    log_partitions, group_probabilities, _, mean = state
-    return _Blocks(
-        tf.transpose(log_partitions.stack()),
-        tf.transpose(group_probabilities.stack(), [1, 0, 2]),
-        mean,
-    )
-
-
-def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
-    """The block size, a multiple of the group size, and the group size, both from the shapes.
-
-    A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
-    scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that what one
-    read brings into the processor's cache is still there when it is scored, and at most 2^21
-    scores; within these limits it is as large as can be, because every block costs some operations.
-    """
-    num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else _LIKELY_QUERIES
-    num_candidates = scorer.num_candidates
-    if not isinstance(num_candidates, int):
-        num_candidates = _LIKELY_CANDIDATES
-    balanced = math.sqrt(max(num_candidates, 1) / (num_samples * scorer.dim))
-    group_size = min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
-    if block_size is None:
-        block_size = max(min(2**21 // scorer.dim, 2**21 // max(num_queries, 1)), group_size)
-    else:
-        group_size = min(group_size, block_size)
-    block_size = max(min(block_size, num_candidates), 1)
-    return math.ceil(block_size / group_size) * group_size, group_size
-
-
-def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
-    """[..., S] int32 positions drawn in proportion to `weights` [..., n] by `uniforms` [..., S].
-
-    A position of weight zero is never drawn, unless all are zero.
-    """
-    cdf = tf.cumsum(weights, axis=-1)
-    positions = tf.searchsorted(cdf, uniforms * cdf[..., -1:], side="right")
-    return tf.minimum(positions, tf.shape(weights)[-1] - 1)
-
-
-def wide_inverse_cdf(
-    weights: tf.Tensor, uniforms: tf.Tensor, more_uniforms: tf.Tensor
-) -> tf.Tensor:
-    """`inverse_cdf` of [B, n] for large n, first among runs of neighbours and then within one.
-
-    It takes partial sums of a fraction of the weights only, which are slow, and one more uniform
-    number for each draw.
-    """
-    run = 64
-    num_weights = weights.shape[1]
-    num_runs = math.ceil(num_weights / run)
-    weights = tf.pad(weights, [[0, 0], [0, num_runs * run - num_weights]])
-    runs = tf.reshape(weights, [-1, num_runs, run])
-    which = inverse_cdf(tf.reduce_sum(runs, axis=2), uniforms)
-    within = tf.gather(runs, which, batch_dims=1)
-    position = which * run + inverse_cdf(within, more_uniforms[..., tf.newaxis])[..., 0]
-    # Weights that are NaN lead into the padding.
-    return tf.minimum(position, num_weights - 1)
-
-
 def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool, log_zero: float):
     draws = [scorer.num_queries, num_samples]
     sample = SoftmaxSample(
@@ -440,32 +234,6 @@ def _without_draws_from_nothing(
         tf.where(has_law, sample.scores, log_zero),
         sample.log_partition,
     )
-
-
-def draw_uniforms(shape, seed: Seed) -> tf.Tensor:
-    """Uniform random numbers in [0, 1) of `shape`; the same ones for the same seed."""
-    if seed is None:
-        return tf.random.uniform(shape)
-    if isinstance(seed, int):
-        seed = [0, seed]
-    # A fixed algorithm, where the default depends on the device. XLA has its own stream of it.
-    return tf.random.stateless_uniform(shape, seed, alg="philox")
-
-
-def _random_of_blocks(seed: Seed, num_blocks: int) -> Callable[..., tf.Tensor]:
-    """(block, shape) -> uniform random numbers, of which never more than a block's exist."""
-    seed = [0, seed] if isinstance(seed, int) else seed
-    seeds = tf.random.stateless_uniform(
-        [num_blocks, 2], seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"
-    )
-    return lambda block, shape: draw_uniforms(shape, seeds[block])
-
-
-def seed_or_random(seed: Seed) -> Seed:
-    """`seed`, or where None a random one, for what XLA compiles: it has no `tf.random.set_seed`."""
-    if seed is None:
-        return tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
-    return seed
 
 
 def _or_zero(maxima: tf.Tensor) -> tf.Tensor:

@@ -15,13 +15,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
-from negative_cache.ops.softmax_sampling import (
-    Seed,
-    SoftmaxSample,
-    draw_uniforms,
-    inverse_cdf,
-    wide_inverse_cdf,
-)
+from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, wide_inverse_cdf
+from negative_cache.ops.softmax_sampling import SoftmaxSample
 from negative_cache.ops.tree_cut import (
     Cut,
     Scoring,

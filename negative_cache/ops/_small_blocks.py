@@ -1,0 +1,185 @@
+"""Exact sampling from a softmax on a CPU: one block after the other, while it is in the cache.
+
+The candidates are cut into blocks, and each block into groups, of every so-many-th candidate. One
+pass over the blocks takes the softmax of each, and keeps of it, for every query, the block's log
+partition and the probabilities of its groups. The log partition of all candidates follows from
+those of the blocks, and a draw is an inverse CDF in three steps: a block, a group of that block,
+and a candidate of that group, whose few scores are computed a second time. No [B, C] array exists,
+no random number or logarithm is spent per candidate, and more draws per query cost nothing but the
+last step.
+"""
+
+import math
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.ops._block_scorer import (
+    INADMISSIBLE,
+    RESCORING_TOLERANCE,
+    BlockScorer,
+    is_admissible,
+)
+from negative_cache.ops._draws import Draws, Seed, draw_uniforms, inverse_cdf
+
+# A probability whose logarithm is as exact as that of a larger one: float32 holds it in full.
+_SMALLEST_PROBABILITY = 1e-30
+# Sizes to plan for where they are not known when a function is traced.
+_LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
+
+
+def draw_from_small_blocks(
+    scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
+) -> Draws:
+    """As `_large_blocks.draw_from_large_blocks`."""
+    block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
+    blocks = _scan_blocks(scorer, block_size, group_size, with_mean)
+    log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
+
+    random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
+    block = inverse_cdf(tf.nn.softmax(blocks.log_partition), random[0])
+    groups_of_block = tf.gather(blocks.group_probability, block, batch_dims=1)
+    group = inverse_cdf(groups_of_block, random[1][..., tf.newaxis])[..., 0]
+    groups_per_block = block_size // group_size
+    first = block * block_size + group
+    rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
+    log_masses = tf.gather(blocks.log_partition, block, batch_dims=1)
+    log_masses += tf.math.log(
+        tf.gather(groups_of_block, group[..., tf.newaxis], batch_dims=2)[..., 0]
+    )
+    scores = _scores_of_groups(scorer, rows, log_masses)
+    pick = inverse_cdf(tf.nn.softmax(scores), random[2][..., tf.newaxis])
+
+    return Draws(
+        tf.gather(rows, pick, batch_dims=2)[..., 0],
+        tf.gather(scores, pick, batch_dims=2)[..., 0],
+        log_partition,
+        blocks.mean,
+    )
+
+
+def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tensor) -> tf.Tensor:
+    """Scores [B, S, g] of groups `rows` [B, S, g] that have been scored before.
+
+    A candidate whose score is that of `max_scores` may be admitted by one scoring and not by the
+    other. One that was left out before may be all that its group would be drawn for: what alone has
+    more than the mass [B, S] that was found for its group was not in it. Where nothing is left of a
+    group, it was drawn for candidates that only this scoring leaves out.
+    """
+    strict, widened = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, -1]))
+    shape = tf.shape(rows)
+    if widened is None:
+        return tf.reshape(strict, shape)
+    most = log_masses + RESCORING_TOLERANCE * tf.maximum(tf.abs(log_masses), 1.0)
+    strict, widened = (
+        tf.where(part <= most[..., tf.newaxis], part, INADMISSIBLE)
+        for part in (tf.reshape(strict, shape), tf.reshape(widened, shape))
+    )
+    is_some = tf.reduce_any(is_admissible(strict), axis=2, keepdims=True)
+    return tf.where(is_some, strict, widened)
+
+
+class _Blocks(NamedTuple):
+    """What one pass over the candidates keeps.
+
+    Attributes:
+      log_partition: [B, blocks].
+      group_probability: [B, blocks, groups per block], the softmax over a block, summed by groups.
+      mean: [B, d], Σ_y P(y|x) s' y over all candidates; zero where it is not wanted.
+    """
+
+    log_partition: tf.Tensor
+    group_probability: tf.Tensor
+    mean: tf.Tensor
+
+
+def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mean: bool) -> _Blocks:
+    groups_per_block = block_size // group_size
+    num_full_blocks = scorer.num_candidates // block_size
+    remainder = scorer.num_candidates - num_full_blocks * block_size
+    has_remainder = tf.is_tensor(remainder) or remainder > 0
+    num_blocks = num_full_blocks + int(has_remainder)
+
+    def scan_block(block, size, log_partitions, group_probabilities, seen_partition, mean):
+        embeddings = scorer.read_block(block * block_size, size)
+        scores, slopes = scorer.score_block(
+            embeddings, block * block_size, size, with_slopes=with_mean
+        )
+        if size is not block_size:
+            padding = [[0, 0], [0, block_size - size]]
+            scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
+        # The softmax is one fused operation, faster than exp alone, and faster still where it may
+        # overwrite the scores: what else needs them must come first, and be small.
+        some_scores = tf.identity(scores[:, :groups_per_block])
+        with tf.control_dependencies([some_scores]):
+            probability = tf.nn.softmax(scores)
+        # Groups are columns here: this sum is of whole rows, faster than one within short rows.
+        grouped = [scorer.num_queries, group_size, groups_per_block]
+        group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
+
+        # log Z = s(y) - log P(y) for any y, here the best of some, unless its P(y) is too small.
+        some_probability = tf.reduce_max(probability[:, :groups_per_block], axis=1)
+        log_partition = tf.cond(
+            tf.reduce_all(some_probability > _SMALLEST_PROBABILITY),
+            lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(some_probability),
+            lambda: tf.reduce_logsumexp(
+                scorer.score_block(embeddings, block * block_size, size)[0], axis=1
+            ),
+        )
+        if with_mean:
+            weights = probability[:, :size]
+            block_mean = scorer.combine(weights, slopes, embeddings, block * block_size, size)
+            new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
+            share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
+            mean += share * (block_mean - mean)
+            seen_partition = new_partition
+        return (
+            log_partitions.write(block, log_partition),
+            group_probabilities.write(block, group_probability),
+            seen_partition,
+            mean,
+        )
+
+    state = (
+        tf.TensorArray(tf.float32, num_blocks),
+        tf.TensorArray(tf.float32, num_blocks),
+        tf.fill([scorer.num_queries], 2.0 * INADMISSIBLE),
+        tf.zeros([scorer.num_queries, scorer.dim]),
+    )
+    if tf.is_tensor(num_full_blocks) or num_full_blocks > 0:
+        _, *state = tf.while_loop(
+            lambda block, *_: block < num_full_blocks,
+            lambda block, *state: (block + 1, *scan_block(block, block_size, *state)),
+            (tf.constant(0), *state),
+            parallel_iterations=1,
+        )
+    if has_remainder:
+        state = scan_block(num_full_blocks, remainder, *state)
+    log_partitions, group_probabilities, _, mean = state
+    return _Blocks(
+        tf.transpose(log_partitions.stack()),
+        tf.transpose(group_probabilities.stack(), [1, 0, 2]),
+        mean,
+    )
+
+
+def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
+    """The block size, a multiple of the group size, and the group size, both from the shapes.
+
+    A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
+    scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that what one
+    read brings into the processor's cache is still there when it is scored, and at most 2^21
+    scores; within these limits it is as large as can be, because every block costs some operations.
+    """
+    num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else _LIKELY_QUERIES
+    num_candidates = scorer.num_candidates
+    if not isinstance(num_candidates, int):
+        num_candidates = _LIKELY_CANDIDATES
+    balanced = math.sqrt(max(num_candidates, 1) / (num_samples * scorer.dim))
+    group_size = min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
+    if block_size is None:
+        block_size = max(min(2**21 // scorer.dim, 2**21 // max(num_queries, 1)), group_size)
+    else:
+        group_size = min(group_size, block_size)
+    block_size = max(min(block_size, num_candidates), 1)
+    return math.ceil(block_size / group_size) * group_size, group_size
