@@ -71,6 +71,23 @@ def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, wh
         )
 
 
+def check_rows(rows, num_rows: int, name: str) -> tf.Tensor:
+    """Returns `rows` [n] as integers from 0 to below `num_rows`, which are looked at if known."""
+    rows = tf.convert_to_tensor(rows)
+    if rows.shape.rank not in (1, None) or not rows.dtype.is_integer:
+        raise ValueError(
+            f"`{name}` must be integers of shape [n]. Received dtype {rows.dtype.name}, shape"
+            f" {rows.shape}."
+        )
+    if tf.executing_eagerly():
+        wrong = tf.boolean_mask(rows, (rows < 0) | (rows >= num_rows)).numpy()
+        if wrong.size:
+            raise ValueError(
+                f"`{name}` must lie between 0 and {num_rows - 1}. Received: {wrong[:5].tolist()}."
+            )
+    return rows
+
+
 def check_keys(received: Iterable[str], wanted: Iterable[str], *, what: str, exact: bool) -> None:
     """Checks that the keys `received` are the keys `wanted`, or some of them where not `exact`."""
     received, wanted = set(received), set(wanted)

@@ -132,7 +132,7 @@ class Corpus:
             )
         _validation.check_id(id_key, self.specs, "candidate_id_key", "feature_specs")
         self.id_key = id_key
-        self._dataset = dataset
+        self._dataset, self._network = dataset, network
 
         def encode(features):
             inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
@@ -160,6 +160,9 @@ class Corpus:
             else tf.fill([1, *spec.shape], "")
             for key, spec in self.specs.items()
         }
+        if isinstance(self._network, keras.layers.Layer) and not self._network.built:
+            # Under a strategy, variables that are first made in a graph cannot be lifted out of it.
+            self._encode.python_function(example)
         return int(self._encode.get_concrete_function(example).output_shapes[1])
 
     def items(self) -> Iterator[dict[str, tf.Tensor]]:

@@ -161,7 +161,7 @@ class Cache(StateLayer):
 
     def age_of(self, rows: tf.Tensor) -> tf.Tensor:
         """[n] int32, `age` of `rows` [n]."""
-        return self._times.age_of(rows)
+        return self._times.age_of(_validation.check_rows(rows, self.cache_size, "rows"))
 
     @property
     def saved(self) -> bool:
@@ -301,7 +301,18 @@ class Cache(StateLayer):
         return RowsById.find(self._state.rows_by_id, ids)
 
     def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
-        """[count] int64, the rows touched longest ago, the smallest first among equals."""
+        """[count] int64, the rows touched longest ago, the smallest first among equals.
+
+        Raises:
+          ValueError: where `count` is no number of rows.
+        """
+        if not tf.is_tensor(count):
+            _validation.check_count(count, "count", at_least=0)
+            if count > self.cache_size:
+                raise ValueError(
+                    f"`count` must be at most {self.cache_size}, the number of rows. Received:"
+                    f" {count}."
+                )
         return self._times.oldest(count)
 
     def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
@@ -312,7 +323,12 @@ class Cache(StateLayer):
         Args:
           rows: [n] int, different rows that are filled.
           embeddings: [n, d] float.
+
+        Raises:
+          ValueError: where a shape or dtype does not fit, or, outside of a `tf.function`, a row
+            does not exist.
         """
+        rows = _validation.check_rows(rows, self.cache_size, "rows")
         items = {self.embedding_key: embeddings}
         items, rows, mask = self._check_updates(items, rows, None)
         on_every_replica(self._rewrite, rows, items, mask)

@@ -6,8 +6,10 @@ import tensorflow as tf
 
 from negative_cache._compat import keras
 from negative_cache.layers import Cache, TreeIndex, _row_times
+from negative_cache.layers._variables import by_replica
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.retrieval_cases import DIM, INT_ID, Table, make_table
+from negative_cache.tests.replicas import two_replicas
 from negative_cache.tests.tree_invariants import check_tree
 
 TITLES = np.array([f"title {i}" for i in range(13)])
@@ -271,3 +273,29 @@ def test_a_fill_that_fails_leaves_an_empty_cache():
         cache.fill(twice, verbose=0)
     assert cache.num_filled.numpy() == np.count_nonzero(cache.filled) == 0
     np.testing.assert_array_equal(cache.rows_of(tf.constant([0, 5], tf.int64)), [-1, -1])
+
+
+@pytest.mark.parametrize(
+    ["call", "message"],
+    [
+        (lambda cache: cache.age_of([0, 13, -1]), r"between 0 and 12. Received: \[13, -1\]"),
+        (lambda cache: cache.age_of([0.0]), "must be integers of shape"),
+        (lambda cache: cache.age_of([[0]]), "must be integers of shape"),
+        (lambda cache: cache.rewrite([13], np.ones([1, DIM])), r"Received: \[13\]"),
+        (lambda cache: cache.oldest(14), "`count` must be at most 13, .* Received: 14"),
+        (lambda cache: cache.oldest(-1), "`count` must be .* Received: -1"),
+    ],
+)
+def test_rows_that_there_are_not_are_refused(call, message):
+    cache = from_dataset()
+    with pytest.raises(ValueError, match=message):
+        call(cache)
+
+
+def test_under_a_strategy_the_tower_need_not_have_been_called():
+    with two_replicas().scope():
+        tower = keras.Sequential([keras.layers.Embedding(13, DIM), keras.layers.Dense(DIM)])
+        ids = tf.data.Dataset.range(13).batch(5)
+        cache = Cache.from_dataset(ids, tower, verbose=0)
+    for rows in by_replica(cache.embeddings):
+        np.testing.assert_allclose(rows, tower(np.arange(13)), rtol=1e-5)
