@@ -228,7 +228,10 @@ class Encoder:
         is_layer = isinstance(network, keras.layers.Layer)
         kwargs = {"training": False} if is_layer or _networks.takes_training(network) else {}
         self._embed = tf.function(
-            lambda features: tf.cast(network(features, **kwargs), tf.float32), reduce_retracing=True
+            lambda features: tf.cast(
+                network(_networks.inputs_of(network, features), **kwargs), tf.float32
+            ),
+            reduce_retracing=True,
         )
         self._is_traced = False
 

@@ -138,6 +138,9 @@ class DualEncoder(_compat.Model):
     def export(self, filepath, format="tf_saved_model", **kwargs):
         """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
+        The inputs of the endpoints' signatures have the names of the features, "features" where a
+        tower takes a single tensor.
+
         Args:
           filepath: the folder to write.
           format: "tf_saved_model", the only one.
@@ -159,7 +162,7 @@ class DualEncoder(_compat.Model):
             archive.add_endpoint(
                 f"embed_{name}",
                 _inference_function(network),
-                input_signature=[self._input_specs[name]],
+                input_signature=[_named(self._input_specs[name])],
             )
         archive.write_out(str(filepath), **kwargs)
 
@@ -208,6 +211,18 @@ def _specs_of(features):
     return tf.nest.map_structure(
         lambda values: tf.TensorSpec([None, *values.shape[1:]], values.dtype), features
     )
+
+
+def _named(specs):
+    """Specs of features with their names, which are those of the signature's inputs then."""
+    if not isinstance(specs, Mapping):
+        return specs
+    return {
+        key: tf.TensorSpec(spec.shape, spec.dtype, name=key)
+        if isinstance(spec, tf.TensorSpec)
+        else spec
+        for key, spec in specs.items()
+    }
 
 
 def _check_inputs(inputs):

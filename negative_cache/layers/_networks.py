@@ -1,7 +1,7 @@
 """What a layer can know about a tower that it is given, and how it calls it."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import tensorflow as tf
 
@@ -17,10 +17,28 @@ def takes_training(network: Callable[..., tf.Tensor]) -> bool:
         return False
 
 
+def inputs_of(network: Callable[..., tf.Tensor], features):
+    """What of `features` a tower takes: a functional model says what its inputs are.
+
+    Keras 3 would flatten a dictionary of more features by their sorted names, and take the first.
+    """
+    inputs = getattr(network, "inputs", None) if isinstance(network, keras.Model) else None
+    if not inputs or not isinstance(features, Mapping):
+        return features
+    structure = network.input
+    if isinstance(structure, Mapping):
+        return {key: features[key] for key in structure if key in features}
+    names = getattr(network, "input_names", None) or [tensor.name for tensor in inputs]
+    if not set(names) <= set(features):
+        return features
+    found = [features[name] for name in names]
+    return found if isinstance(structure, list | tuple) else found[0]
+
+
 def embed(network: Callable[..., tf.Tensor], features, training: bool | None) -> tf.Tensor:
     """Calls a tower, and checks that it returns embeddings [n, dim]."""
     kwargs = {"training": training} if takes_training(network) else {}
-    embeddings = network(features, **kwargs)
+    embeddings = network(inputs_of(network, features), **kwargs)
     shape = getattr(embeddings, "shape", None)
     if shape is None or len(shape) != 2 or shape[1] is None:
         name = getattr(network, "name", None) or getattr(network, "__name__", network)

@@ -12,6 +12,7 @@ from negative_cache import (
     DualEncoder,
     NystromCorrector,
     TreeIndex,
+    evaluation,
 )
 from negative_cache._compat import keras
 from negative_cache.tests.replicas import two_replicas
@@ -265,6 +266,63 @@ def test_export_embeds_like_the_towers_and_holds_no_cache(tmp_path):
         ids = {"id": tf.range(batch_size, dtype=tf.int64)}
         np.testing.assert_allclose(served.embed_query(ids), model.query_network(ids))
         np.testing.assert_allclose(served.embed_candidate(ids), model.candidate_network(ids))
+
+
+@pytest.mark.parametrize("form", ["dictionary", "one input", "two inputs"])
+def test_a_functional_tower_gets_its_inputs_and_no_other_feature(form, tmp_path):
+    # "a" comes before the inputs in the order of names.
+    specs = {
+        key: tf.io.FixedLenFeature([], dtype)
+        for key, dtype in (("a", tf.int64), ("x", tf.int64), ("y", tf.int64))
+    }
+    x, y = (keras.Input([], dtype="int64", name=name) for name in ("x", "y"))
+    inputs = {"dictionary": {"x": x, "y": y}, "one input": x, "two inputs": [y, x]}[form]
+    table = keras.layers.Embedding(100, DIM)
+    outputs = table(x) if form == "one input" else table(x) + 2.0 * table(y)
+    tower = keras.Model(inputs, outputs)
+    task = CachedRetrieval(tower, specs, 8, in_batch_negatives=True, candidate_id_key="a", seed=1)
+    model = DualEncoder(keras.layers.Embedding(100, DIM), tower, task)
+    model.compile(keras.optimizers.SGD(0.0))
+    ids = np.arange(8)
+    features = {"a": 90 - ids, "x": ids, "y": 10 + ids}
+    data = tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": features}).batch(4)
+    model.fit(data, epochs=1, verbose=0)
+    rows = tf.convert_to_tensor(table.embeddings).numpy()
+    expected = rows[:8] if form == "one input" else rows[:8] + 2.0 * rows[10:18]
+    np.testing.assert_allclose(model.predict(data, verbose=0)["candidate"], expected, rtol=1e-6)
+    order = np.argsort(task.cache.data["x"].numpy())
+    np.testing.assert_allclose(task.cache.embeddings.numpy()[order], expected, rtol=1e-6)
+    encoder = evaluation.Encoder(tower)
+    tensors = {key: tf.constant(values) for key, values in features.items()}
+    np.testing.assert_allclose(encoder.embed(tensors), expected, rtol=1e-6)
+    model.export(tmp_path / "model")
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    np.testing.assert_allclose(served.embed_candidate(tensors), expected, rtol=1e-6)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again.predict(data, verbose=0)["candidate"], expected, rtol=1e-6)
+
+
+def test_exported_signatures_take_the_features_by_their_names(tmp_path):
+    class Sum(keras.layers.Layer):
+        def call(self, features):
+            return tf.stack([features["a"], tf.cast(features["b"], tf.float32)], axis=1)
+
+    specs = {"a": tf.io.FixedLenFeature([], tf.float32), "b": tf.io.FixedLenFeature([], tf.int64)}
+    tower = Sum()
+    task = CachedRetrieval(tower, specs, 4)
+    single = keras.layers.Dense(2, kernel_initializer="ones")
+    model = DualEncoder(single, tower, task)
+    features = {"a": tf.constant([1.5, 2.5]), "b": tf.constant([3, 4], tf.int64)}
+    model({"query": tf.ones([2, 3]), "candidate": features})
+    model.export(tmp_path / "model")
+    signatures = tf.saved_model.load(str(tmp_path / "model")).signatures
+    (embedded,) = signatures["embed_candidate"](**features).values()
+    np.testing.assert_allclose(embedded, [[1.5, 3.0], [2.5, 4.0]])
+    inputs = signatures["embed_candidate"].structured_input_signature[1]
+    assert {name: spec.dtype for name, spec in inputs.items()} == {"a": tf.float32, "b": tf.int64}
+    (embedded,) = signatures["embed_query"](features=tf.ones([1, 3])).values()
+    np.testing.assert_allclose(embedded, [[3.0, 3.0]])
 
 
 def test_export_needs_a_model_that_has_seen_a_batch(tmp_path):
