@@ -1,5 +1,6 @@
 """A layer that has a candidate tower and a cache of what it encodes."""
 
+import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -40,14 +41,15 @@ class CachingLayer(StateLayer):
             total_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "total_encoded"),
         )
         if self.cache_size:
-            self._staleness = RunningMean(name="staleness")
-            self._log_partition = RunningMean(name="log_partition")
-            self._fill = Latest(name="fill")
-            self._skipped_rows = Latest(name="skipped_rows")
-            self._encoded = Latest(name="candidates_encoded")
+            prefix = _log_prefix(self)
+            self._staleness = RunningMean(name=prefix + "staleness")
+            self._log_partition = RunningMean(name=prefix + "log_partition")
+            self._fill = Latest(name=prefix + "fill")
+            self._skipped_rows = Latest(name=prefix + "skipped_rows")
+            self._encoded = Latest(name=prefix + "candidates_encoded")
             names = ["probe_staleness", "probe_corrected_staleness"]
             num_probes = 0 if not self.probe_size else 1 if self.corrector is None else 2
-            self._probe_metrics = [Latest(name=name) for name in names[:num_probes]]
+            self._probe_metrics = [Latest(name=prefix + name) for name in names[:num_probes]]
         self._cache = cache
         if cache is not None:
             self._count(cache.num_filled)
@@ -305,3 +307,10 @@ class CachingLayer(StateLayer):
         return _validation.check_items(
             features, self.feature_specs, what="candidate_features", exact=True
         )
+
+
+def _log_prefix(layer: keras.layers.Layer) -> str:
+    """What tells the logs of a task that has been given a name from those of others."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(layer).__name__).lower()
+    is_automatic = re.fullmatch(rf"{re.escape(words)}(_\d+)?", layer.name)
+    return "" if is_automatic else f"{layer.name}_"

@@ -128,6 +128,8 @@ class CachedRetrieval(CachingLayer):
       save_cache: whether files hold the cache. Without it they are smaller, and a training that
         goes on from one starts with an empty cache.
       seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
+      **kwargs: of the layer. A `name` that is given is put before those of its metrics in the logs,
+        which several tasks in one model need.
 
     Raises:
       ValueError: where an argument is out of range or contradicts another.

@@ -244,6 +244,36 @@ def test_an_empty_batch_teaches_nothing_and_enters_nothing(options):
         np.testing.assert_array_equal(before[0], cache.embeddings)
 
 
+def test_tasks_that_have_names_have_logs_of_their_own():
+    class TwoTasks(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.tower = Tower(1)
+            self.tasks = [
+                CachedRetrieval(self.tower, {"id": INT_ID}, size, name=name, seed=1)
+                for name, size in (("clicks", 8), ("orders", 100))
+            ]
+            self.first, self.second = self.tasks
+
+        def call(self, inputs):
+            return self.tower(inputs)
+
+        def train_step(self, data):
+            embeddings = self.tower(data)
+            for task in self.tasks:
+                task(embeddings, embeddings, data)
+            return {metric.name: metric.result() for metric in self.metrics}
+
+    model = TwoTasks()
+    model.compile(keras.optimizers.SGD(0.0), run_eagerly=True)
+    ids = {"id": tf.range(8, dtype=tf.int64)}
+    history = model.fit(tf.data.Dataset.from_tensors(ids), epochs=1, verbose=0).history
+    assert history["clicks_fill"] == [1.0] and history["orders_fill"] == pytest.approx([0.08])
+    # A name that Keras gives tells nothing.
+    again = CachedRetrieval(Tower(1), {"id": INT_ID}, 8, name="cached_retrieval_7")
+    assert again.training_metrics[0].name == "staleness"
+
+
 def folder_size(path):
     return sum(
         os.path.getsize(os.path.join(folder, file))
