@@ -23,7 +23,7 @@ class DualEncoder(_compat.Model):
     * `"negative"`, optional: features [B, M, ...] of M explicit negatives of each query. Lists of
       different length are `tf.RaggedTensor`s, or padded, with a `"negative_mask"` [B, M] bool.
       Where the features have the task's `candidate_id_key`, those that are a positive of their
-      query are left out, as in the batch.
+      query are left out with `remove_accidental_hits` or `"known_positive_ids"`.
     * `"known_positive_ids"`, optional: [B, P] ids of further right candidates of each query, see
       `CachedRetrieval`.
     * `"candidate_sampling_probability"`, optional: [N] float, see `CachedRetrieval`.
@@ -172,6 +172,8 @@ class DualEncoder(_compat.Model):
         if "negative" not in inputs:
             return known
         negatives, mask = _padded(inputs["negative"])
+        if mask is not None and "negative_mask" in inputs:
+            raise ValueError('Ragged lists need no "negative_mask". Received both.')
         ids = negatives
         if isinstance(negatives, Mapping):
             ids = negatives.get(self.task.candidate_id_key)
@@ -192,7 +194,14 @@ def _padded(features):
     ragged = [part for part in tf.nest.flatten(features) if isinstance(part, tf.RaggedTensor)]
     if not ragged:
         return features, None
-    mask = tf.sequence_mask(ragged[0].row_lengths())
+    lengths = ragged[0].row_lengths()
+    for part in ragged[1:]:
+        same = tf.debugging.assert_equal(
+            part.row_lengths(), lengths, "The ragged features of negatives must be of one length."
+        )
+        with tf.control_dependencies([] if same is None else [same]):
+            lengths = tf.identity(lengths)
+    mask = tf.sequence_mask(lengths)
     return tf.nest.map_structure(
         lambda part: part.to_tensor() if isinstance(part, tf.RaggedTensor) else part, features
     ), mask
@@ -225,11 +234,23 @@ def _named(specs):
     }
 
 
+_REQUIRED = frozenset(("query", "candidate"))
+_OPTIONAL = frozenset(
+    ("negative", "negative_mask", "known_positive_ids", "candidate_sampling_probability")
+)
+
+
 def _check_inputs(inputs):
-    if not isinstance(inputs, Mapping) or not {"query", "candidate"} <= set(inputs):
+    if not isinstance(inputs, Mapping) or not set(inputs) >= _REQUIRED:
         received = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(
             f'A batch must be a dictionary with "query" and "candidate". Received: {received}.'
+        )
+    unknown = sorted(set(inputs) - _REQUIRED - _OPTIONAL)
+    if unknown or ("negative_mask" in inputs and "negative" not in inputs):
+        raise ValueError(
+            'A batch has "query" and "candidate", and may have'
+            f' {sorted(_OPTIONAL)}, the mask with "negative" only. Received: {sorted(inputs)}.'
         )
 
 

@@ -1,7 +1,7 @@
 """A corpus of candidates: read from a dataset, encoded, and found again by id."""
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -108,6 +108,7 @@ class Corpus:
         network: Callable[..., tf.Tensor],
         feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None,
         id_key: str | None,
+        on_host: Sequence[str] = (),
     ):
         if not callable(network):
             raise ValueError(
@@ -132,6 +133,12 @@ class Corpus:
             )
         _validation.check_id(id_key, self.specs, "candidate_id_key", "feature_specs")
         self.id_key = id_key
+        for name in on_host:
+            if name not in (*self.specs, EMBEDDING):
+                raise ValueError(
+                    "`on_host` must be names of the candidates' features"
+                    f" {sorted(self.specs)}, or {EMBEDDING!r}. Received: {on_host!r}."
+                )
         self._dataset, self._network = dataset, network
 
         def encode(features):

@@ -10,6 +10,8 @@ from negative_cache.layers._corpus import EMBEDDING, ONE_FEATURE
 from negative_cache.layers._state import describe_specs
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
+from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.temperature import LearnedTemperature
 from negative_cache.layers.tree_index import TreeIndex
 
 REDUCTIONS = ("sum_over_batch_size", "sum", "none")
@@ -171,6 +173,16 @@ def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
             "`temperature` must be a number. To learn it, leave it out and give"
             f" `score_transform=LearnedTemperature()`. Received: {task.temperature!r}."
         )
+    transform = task.score_transform
+    if transform is not None and (not callable(transform) or isinstance(transform, type)):
+        raise ValueError(
+            f"`score_transform` must be a function or a layer. Received: {transform!r}."
+        )
+    if task.temperature is not None and isinstance(transform, LearnedTemperature):
+        raise ValueError(
+            "A `LearnedTemperature` is the temperature: leave `temperature` out. Received:"
+            f" temperature={task.temperature}."
+        )
     if task.temperature is not None and not task.temperature > 0:
         raise ValueError(f"`temperature` must be positive. Received: {task.temperature}.")
     if task.num_hard_negatives is not None:
@@ -193,6 +205,11 @@ def check_settings(task, index, reserved_names: tuple[str, ...]) -> None:
         if not task.cache_size:
             raise ValueError("`index` needs a cache. Received: cache_size=0.")
         check_weighting(task.frequency_correction, index, "frequency_correction")
+        if task.corrector is not None and not index.store_embeddings:
+            raise ValueError(
+                "A `corrector` needs an index that stores embeddings. Received one with"
+                " store_embeddings=False."
+            )
         if task.corrector is not None and task.corrector.content_key is not None:
             raise ValueError(
                 "A corrector with a `content_key` cannot be used with an `index`, whose nodes have"
@@ -214,7 +231,7 @@ def _check_candidate_id(task) -> None:
     if key is None:
         for name in ("remove_accidental_hits", "frequency_correction"):
             if getattr(task, name):
-                raise ValueError(f"`{name}=True` needs a `candidate_id_key`. Received: None.")
+                raise ValueError(f"`{name}` needs a `candidate_id_key`. Received: None.")
         return
     _validation.check_id(key, specs, "candidate_id_key", "feature_specs")
 
@@ -247,6 +264,25 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> None:
         raise ValueError(
             "`negative_embeddings` must be floating point of shape [batch, negatives, dim], here"
             f" {wanted}. Received dtype {negatives.dtype.name}, shape {negatives.shape}."
+        )
+
+
+def check_frequency(value) -> None:
+    """Checks `frequency_correction`."""
+    if not isinstance(value, bool | FrequencyEstimator):
+        raise ValueError(
+            "`frequency_correction` must be True, False or a `FrequencyEstimator`. Received:"
+            f" {value!r}."
+        )
+
+
+def check_id_kind(task, ids: tf.Tensor, name: str) -> None:
+    """Checks that `ids` are strings where those of the task's candidates are, and only there."""
+    wanted = tf.as_dtype(task.feature_specs[task.candidate_id_key].dtype)
+    if (ids.dtype == tf.string) != (wanted == tf.string):
+        raise ValueError(
+            f"`{name}` must be of the kind of the feature {task.candidate_id_key!r},"
+            f" {wanted.name}. Received dtype: {ids.dtype.name}."
         )
 
 

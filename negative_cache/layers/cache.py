@@ -216,7 +216,8 @@ class Cache(StateLayer):
             know the number of candidates first.
           candidate_network: the candidate tower, features -> [n, d]; called in inference mode.
           feature_specs: feature name -> spec, or a single spec; taken from the dataset where None,
-            which must be a `tf.data.Dataset` then.
+            which must be a `tf.data.Dataset` then. Training batches must have the same features:
+            leave out what neither the tower nor the id needs.
           candidate_id_key: the feature that identifies a candidate, the later `row_key`. Where the
             tower takes a single tensor, it is that, under the name "candidate".
           cache_size: the number of candidates.
@@ -231,7 +232,7 @@ class Cache(StateLayer):
           ValueError: where the features of the dataset are not those of the specs, two candidates
             have the same id, or the dataset has more candidates than `cache_size`, or none.
         """
-        corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key)
+        corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key, on_host)
         size = corpus.count() if cache_size is None else cache_size
         embedding = tf.io.FixedLenFeature([corpus.embedding_dim()], embedding_dtype)
         cache = cls(

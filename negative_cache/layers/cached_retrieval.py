@@ -115,7 +115,9 @@ class CachedRetrieval(CachingLayer):
         `FrequencyEstimator` of 4 million buckets, or the one that is given: 30 buckets for each
         candidate of the corpus are enough. Needs `candidate_id_key`, and with a cache
         `use_lru=False`: it takes the cache for a sample of the stream, in which LRU keeps rows that
-        are drawn often for longer. So it does where `candidate_sampling_probability` is given.
+        are drawn often for longer. `candidate_sampling_probability` in a call assumes the same, of
+        which nothing is checked. 12 bytes a bucket, in memory and in files, also in those without
+        the cache.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
         sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`, which then
@@ -221,7 +223,8 @@ class CachedRetrieval(CachingLayer):
         self.use_lru = use_lru
         self.false_negative_margin = false_negative_margin
         self.exact_query_gradient = exact_query_gradient
-        self.frequency_correction = bool(frequency_correction)
+        _retrieval_checks.check_frequency(frequency_correction)
+        self.frequency_correction = frequency_correction is not False
         self.embedding_dtype = tf.as_dtype(embedding_dtype)
         self.reduction = reduction or "none"
         self.corrector = corrector
@@ -241,8 +244,7 @@ class CachedRetrieval(CachingLayer):
         if isinstance(frequency_correction, FrequencyEstimator):
             self._frequency = frequency_correction
         elif frequency_correction:
-            # Odd, because ids are often multiples of a power of two, which would share few buckets.
-            self._frequency = FrequencyEstimator(max(4 * cache_size, _NUM_BUCKETS) | 1)
+            self._frequency = FrequencyEstimator(max(4 * cache_size, _NUM_BUCKETS))
         self._make_cache_state(cache, index, embedding_dim)
 
     @property
@@ -304,8 +306,9 @@ class CachedRetrieval(CachingLayer):
             `remove_accidental_hits` or `known_positive_ids` say so.
           negative_mask: [B, M] bool, which of the explicit negatives there are; the others are
             padding, whatever they are.
-          known_positive_ids: [B, P] ids of further candidates that are right for each query: a
-            `tf.RaggedTensor`, or padded with -1, or with "" where ids are strings. They are left
+          known_positive_ids: [B, P] ids of further candidates that are right for each query, of the
+            kind of the feature `candidate_id_key`: a `tf.RaggedTensor`, or padded with -1, or with
+            "" where ids are strings. They are left
             out of its negatives in the batch, among the explicit ones and in the cache, as is its
             own positive then. Needs `candidate_id_key`.
 
@@ -366,7 +369,9 @@ class CachedRetrieval(CachingLayer):
             explicit = tf.cast(explicit, tf.float32)
             ids = None
             if left_out is not None and negative_ids is not None:
-                ids = fingerprint(tf.convert_to_tensor(negative_ids))
+                ids = tf.convert_to_tensor(negative_ids)
+                _retrieval_checks.check_id_kind(self, ids, "negative_ids")
+                ids = fingerprint(ids)
             negative_logits.append(
                 self._scores_of_explicit(scaled_queries, explicit, negative_mask, ids, left_out)
             )
@@ -452,6 +457,7 @@ class CachedRetrieval(CachingLayer):
         if not is_known:
             return own
         ids, is_there = _retrieval_checks.check_known_positives(known_positive_ids, queries)
+        _retrieval_checks.check_id_kind(self, ids, "known_positive_ids")
         return tf.concat([own, tf.where(is_there, fingerprint(ids), own)], axis=1)
 
     def _not_a_negative(self, items, scores, threshold, left_out):

@@ -7,6 +7,9 @@ from negative_cache._compat import keras
 from negative_cache.layers._state import StateLayer, on_every_replica
 from negative_cache.layers._variables import make_state_variable, scatter_rows
 
+# 2^64 over the golden ratio, as a signed number.
+_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
+
 
 @keras.utils.register_keras_serializable("negative_cache")
 class FrequencyEstimator(StateLayer):
@@ -23,11 +26,12 @@ class FrequencyEstimator(StateLayer):
     candidate. `occupancy` says what came of it.
 
     Args:
-      num_buckets: size of both arrays.
+      num_buckets: size of both arrays, of 12 bytes a bucket together, in memory and in files.
       learning_rate: weight of the newest gap in the moving average.
 
     Raises:
-      ValueError: where `num_buckets` is not positive or `learning_rate` is outside (0, 1].
+      ValueError: where `num_buckets` is not positive, `learning_rate` is outside (0, 1], or keys
+        are no integers.
     """
 
     def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs):
@@ -46,8 +50,8 @@ class FrequencyEstimator(StateLayer):
         self.built = True
 
     def update(self, keys: tf.Tensor) -> None:
-        """Counts the occurrences `keys` [n] int64 of a batch."""
-        on_every_replica(self._update, keys)
+        """Counts the occurrences `keys` [n] of a batch, integers."""
+        on_every_replica(self._update, _as_keys(keys))
 
     def _update(self, keys):
         buckets = self._bucket(keys)
@@ -69,12 +73,14 @@ class FrequencyEstimator(StateLayer):
     def probability(self, keys: tf.Tensor, never_seen: float | None = None) -> tf.Tensor:
         """Estimates the probability that a draw from the stream is each of `keys` [n]: [n] float32.
 
+        Keys are integers; for ids that are strings a task takes their fingerprints.
+
         A candidate never seen has the probability `never_seen`, or where None that of one
         occurrence in the whole stream so far.
         """
         if never_seen is None:
             never_seen = 1.0 / (tf.cast(self._state.num_seen, tf.float32) + 1.0)
-        gap = tf.gather(self._state.gap, self._bucket(keys))
+        gap = tf.gather(self._state.gap, self._bucket(_as_keys(keys)))
         return tf.where(gap > 0.0, 1.0 / tf.maximum(gap, 1.0), never_seen)
 
     @property
@@ -93,4 +99,15 @@ class FrequencyEstimator(StateLayer):
         }
 
     def _bucket(self, keys):
-        return tf.math.floormod(keys, tf.cast(self.num_buckets, keys.dtype))
+        # Ids are often multiples of a round number, which then share few buckets: mixed, they are
+        # spread over all (Knuth's multiplicative hashing, wrapping around).
+        mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
+        mixed = tf.bitwise.bitwise_xor(mixed, mixed // 2**32)
+        return tf.math.floormod(mixed, tf.constant(self.num_buckets, tf.int64))
+
+
+def _as_keys(keys) -> tf.Tensor:
+    keys = tf.convert_to_tensor(keys)
+    if not keys.dtype.is_integer:
+        raise ValueError(f"`keys` must be integers. Received dtype: {keys.dtype.name}.")
+    return tf.cast(keys, tf.int64)

@@ -12,7 +12,8 @@ class LearnedTemperature(keras.layers.Layer):
     """Divides scores by a temperature that is trained with the towers, as a `score_transform`.
 
     Its logarithm is the weight (Radford et al., arXiv 2103.00020), clipped where it is used: at a
-    limit the gradient is zero.
+    limit the gradient is zero. Weight decay would pull it to 1: leave `log_temperature` out of it.
+    `temperature` is its value.
 
     Args:
       initial: the temperature at the start.

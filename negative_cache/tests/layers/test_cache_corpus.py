@@ -299,3 +299,17 @@ def test_under_a_strategy_the_tower_need_not_have_been_called():
         cache = Cache.from_dataset(ids, tower, verbose=0)
     for rows in by_replica(cache.embeddings):
         np.testing.assert_allclose(rows, tower(np.arange(13)), rtol=1e-5)
+
+
+def test_a_name_on_host_that_is_none_is_refused_before_the_corpus_is_read():
+    def never():
+        raise AssertionError("The corpus is read.")
+        yield
+
+    spec = {"id": tf.io.FixedLenFeature([], tf.int64)}
+    with pytest.raises(
+        ValueError, match="features \\['id'\\], or 'embedding'. Received: \\['idd'\\]"
+    ):
+        Cache.from_dataset(
+            never(), Table(make_table()), spec, candidate_id_key="id", on_host=["idd"]
+        )

@@ -225,11 +225,11 @@ def test_outside_of_the_replicas_candidates_reach_every_cache():
         ({"candidate_id_key": "title"}, "Received: 'title', and specs for .'id'"),
         (
             {"candidate_id_key": None, "remove_accidental_hits": True},
-            "`remove_accidental_hits=True` needs a `candidate_id_key`",
+            "`remove_accidental_hits` needs a `candidate_id_key`",
         ),
         (
             {"candidate_id_key": None, "frequency_correction": True},
-            "`frequency_correction=True` needs a `candidate_id_key`",
+            "`frequency_correction` needs a `candidate_id_key`",
         ),
         ({"feature_specs": {"id": tf.io.FixedLenFeature([], tf.float32)}}, "scalar integer or"),
         ({"feature_specs": {"id": INT_ID, "embedding": INT_ID}}, "Received: .'embedding'"),

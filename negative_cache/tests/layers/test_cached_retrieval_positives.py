@@ -152,6 +152,8 @@ def test_any_number_of_further_positives(count):
         ({"negative_mask": [[1, 0]] * 3}, "`negative_mask` must be boolean"),
         ({"negative_mask": [[True]] * 3}, "`negative_mask` must be .* here \\(3, 2\\)"),
         ({"negative_ids": [[1]] * 3}, "`negative_ids` must have shape"),
+        ({"negative_ids": [["1", "2"]] * 3}, "`negative_ids` must be of the kind .* 'id', int64"),
+        ({"known_positive_ids": [["1"]] * 3}, "`known_positive_ids` must be of the kind"),
     ],
 )
 def test_refuses(kwargs, message):
@@ -196,3 +198,32 @@ def test_a_model_trains_with_lists_of_different_length(as_ragged):
     scores = queries.astype(np.float64) @ TABLE.T
     losses = [cross_entropy(scores[i, i], scores[i, negatives[i]]) for i in range(4)]
     assert logged == pytest.approx(np.mean(losses), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"negatives": tf.constant([[1], [2]])},
+        {"positives": tf.constant([[1], [2]])},
+        {"negative_mask": tf.constant([[True], [False]])},
+    ],
+)
+def test_a_batch_with_parts_that_there_are_not_is_refused(more):
+    model = DualEncoder(Table(TABLE), Table(TABLE), make_task(TABLE, cache_size=0))
+    ids = {"id": tf.constant([0, 1], tf.int64)}
+    with pytest.raises(ValueError, match='A batch has "query" and "candidate", and may have'):
+        model({"query": ids, "candidate": ids, **more})
+
+
+def test_ragged_negatives_must_be_of_one_length_and_have_no_mask():
+    tower = Table(TABLE)
+    model = DualEncoder(tower, tower, make_task(TABLE, cache_size=0))
+    ids = {"id": tf.constant([0, 1], tf.int64)}
+    lists = tf.ragged.constant([[1], [2, 3]], tf.int64)
+    batch = {"query": ids, "candidate": ids, "negative": {"id": lists}}
+    other = {"id": lists, "b": tf.ragged.constant([[1, 1], [2]], tf.int64)}
+    with pytest.raises(tf.errors.InvalidArgumentError, match="must be of one length"):
+        model({**batch, "negative": other})
+    masked = {**batch, "negative_mask": tf.ones([2, 2], tf.bool)}
+    with pytest.raises(ValueError, match='need no "negative_mask"'):
+        model.compute_loss(masked, None, model(masked))

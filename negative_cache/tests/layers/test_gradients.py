@@ -65,6 +65,8 @@ def dense_loss(task, queries, table, cached, options):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_variable_gets_the_gradient_of_the_dense_loss(name, transform):
     options = dict(OPTIONS[name])
+    if "temperature" in options and transform is LearnedTemperature:
+        pytest.skip("Refused: it is the temperature.")
     table = make_table(NUM_CANDIDATES)
     transform = transform(0.5) if transform is LearnedTemperature else transform()
     kwargs = {key: value() if callable(value) else value for key, value in options.items()}
@@ -107,3 +109,27 @@ def test_every_variable_gets_the_gradient_of_the_dense_loss(name, transform):
 def test_a_temperature_that_would_not_be_trained_is_refused(as_variable):
     with pytest.raises(ValueError, match="must be a number.*LearnedTemperature"):
         make_task(make_table(), temperature=as_variable(0.5))
+
+
+@pytest.mark.parametrize(
+    ["kwargs", "message"],
+    [
+        (
+            lambda: {"temperature": 0.05, "score_transform": LearnedTemperature()},
+            "is the temperature: leave `temperature` out. Received: temperature=0.05",
+        ),
+        (lambda: {"score_transform": LearnedTemperature}, "must be a function or a layer"),
+        (lambda: {"score_transform": 0.07}, "must be a function or a layer. Received: 0.07"),
+        (lambda: {"frequency_correction": 6000}, "must be True, False or a `Freq.*: 6000"),
+        (
+            lambda: {
+                "corrector": Corrector(),
+                "index": TreeIndex(6, DIM, store_embeddings=False, residual_bytes=0),
+            },
+            "needs an index that stores embeddings",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make_task(make_table(), **kwargs())
