@@ -306,3 +306,18 @@ class TestInt32Variable:
         np.testing.assert_array_equal(variable, [-1, -6, 1, -8])
         scatter_rows(variable, tf.constant([2, 0]), tf.constant([-100, 200]))
         np.testing.assert_array_equal(variable, [200, -6, -100, -8])
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if "index" not in name])
+@pytest.mark.parametrize("device", ["CPU", "GPU"])
+def test_no_step_keeps_the_scores_of_all_rows_for_its_gradient(name, device, monkeypatch):
+    monkeypatch.setattr(_execution, "device_type", lambda like=None: device)
+    model = model_of(TASKS[name]())
+    step = tf.function(model.train_step).get_concrete_function((batch_of(range(BATCH)),))
+    # What a gradient needs of a call or a loop leaves it as an output.
+    largest = max(
+        (tensor.shape.num_elements() or 0, operation.type)
+        for operation in step.graph.get_operations()
+        for tensor in operation.outputs
+    )
+    assert 0 < largest[0] < NUM_ROWS * BATCH, largest
