@@ -159,11 +159,12 @@ class DualEncoder(_compat.Model):
         archive = keras.export.ExportArchive()
         for name, network in (("query", self.query_network), ("candidate", self.candidate_network)):
             archive.track(network)
-            archive.add_endpoint(
-                f"embed_{name}",
-                _inference_function(network),
-                input_signature=[_named(self._input_specs[name])],
+            # Traced here: Keras 3 would take no specs of ragged and sparse features.
+            function = tf.function(
+                _inference_function(network), input_signature=[_named(self._input_specs[name])]
             )
+            function.get_concrete_function()
+            archive.add_endpoint(f"embed_{name}", function)
         archive.write_out(str(filepath), **kwargs)
 
     def _about_negatives(self, inputs):
@@ -217,9 +218,17 @@ def _inference_function(network):
 
 
 def _specs_of(features):
-    return tf.nest.map_structure(
-        lambda values: tf.TensorSpec([None, *values.shape[1:]], values.dtype), features
-    )
+    return tf.nest.map_structure(_spec_of, features)
+
+
+def _spec_of(values):
+    """The spec of a feature of any number of rows: dense, ragged or sparse."""
+    shape = [None, *values.shape[1:]]
+    if isinstance(values, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(shape, values.dtype, values.ragged_rank, values.row_splits.dtype)
+    if isinstance(values, tf.SparseTensor):
+        return tf.SparseTensorSpec(shape, values.dtype)
+    return tf.TensorSpec(shape, values.dtype)
 
 
 def _named(specs):
@@ -260,7 +269,10 @@ def _describe(specs):
         return {name: _describe(part) for name, part in specs.items()}
     if isinstance(specs, list | tuple):
         return [_describe(part) for part in specs]
-    return [specs.shape.as_list(), specs.dtype.name]
+    description = [specs.shape.as_list(), specs.dtype.name]
+    if isinstance(specs, tf.RaggedTensorSpec):
+        return [specs.ragged_rank, "ragged", *description]
+    return ["sparse", *description] if isinstance(specs, tf.SparseTensorSpec) else description
 
 
 def _example(description):
@@ -269,6 +281,9 @@ def _example(description):
         return {name: _example(part) for name, part in description.items()}
     if not isinstance(description[-1], str):
         return [_example(part) for part in description]
-    shape, dtype = description
+    *kind, shape, dtype = description
     shape = [size or 1 for size in shape]
-    return tf.fill(shape, "") if dtype == "string" else tf.zeros(shape, dtype)
+    values = tf.fill(shape, "") if dtype == "string" else tf.zeros(shape, dtype)
+    if "ragged" in kind:
+        return tf.RaggedTensor.from_tensor(values, ragged_rank=kind[0])
+    return tf.sparse.from_dense(values) if "sparse" in kind else values

@@ -333,6 +333,44 @@ def test_a_functional_tower_gets_its_inputs_and_no_other_feature(form, tmp_path)
     np.testing.assert_allclose(again.predict(data, verbose=0)["candidate"], expected, rtol=1e-6)
 
 
+@keras.utils.register_keras_serializable("test_models")
+class Bag(keras.layers.Layer):
+    """The mean of the embeddings of a list of ids, ragged or sparse."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        values = np.random.default_rng(0).normal(size=[NUM_CANDIDATES, DIM])
+        self.table = self.add_weight(
+            shape=values.shape, initializer=keras.initializers.Constant(values), name="table"
+        )
+
+    def call(self, inputs):
+        ids = inputs["ids"]
+        if isinstance(ids, tf.SparseTensor):
+            ids = tf.RaggedTensor.from_sparse(ids)
+        rows = tf.gather(tf.convert_to_tensor(self.table), ids.flat_values)
+        return tf.reduce_mean(ids.with_flat_values(rows), axis=1)
+
+
+@pytest.mark.parametrize("form", ["ragged", "sparse"])
+def test_queries_of_lists_are_exported_and_saved(form, tmp_path):
+    tower = keras.layers.Embedding(NUM_CANDIDATES, DIM)
+    model = DualEncoder(Bag(), tower, CachedRetrieval(tower, INT_ID, 8, seed=1))
+    model.compile(keras.optimizers.SGD(0.1))
+    lists = tf.ragged.constant([[1], [2, 3], [4, 5, 6], [7]], tf.int64)
+    lists = lists if form == "ragged" else lists.to_sparse()
+    data = {"query": {"ids": lists}, "candidate": tf.range(4, dtype=tf.int64)}
+    model.fit(tf.data.Dataset.from_tensor_slices(data).batch(2), epochs=1, verbose=0)
+    expected = model(data)["query"].numpy()
+    model.export(tmp_path / "model")
+    served = tf.saved_model.load(str(tmp_path / "model"))
+    np.testing.assert_allclose(served.embed_query({"ids": lists}), expected, rtol=1e-6)
+    model.save(tmp_path / "model.keras")
+    again = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(again(data)["query"], expected, rtol=1e-6)
+    assert int(again.task.cache.num_filled) == 4
+
+
 def test_exported_signatures_take_the_features_by_their_names(tmp_path):
     class Sum(keras.layers.Layer):
         def call(self, features):
