@@ -131,13 +131,21 @@ class StateLayer(keras.layers.Layer):
             )
         self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
         for name, component in self._saved_variables():
-            if name in store:
+            is_there = name in store
+            if component.dtype == tf.string:
+                is_there = is_there and name + _LENGTHS in store
+            if is_there:
                 arrays = {
                     suffix: np.asarray(store[name + suffix])
                     for suffix in ("", _LENGTHS)
                     if name + suffix in store
                 }
                 component.assign(_from_arrays(arrays, component))
+            elif name.endswith("_0"):
+                # A file may be of fewer replicas, and not of fewer variables.
+                raise ValueError(
+                    f"The file is damaged: it lacks a part of the state of the layer {self.name!r}."
+                )
         self._check_limits()
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:

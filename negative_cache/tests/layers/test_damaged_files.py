@@ -9,6 +9,7 @@ from negative_cache.layers import _row_times
 
 DIM, SIZE = 3, 40
 SPECS = {
+    "title": tf.io.FixedLenFeature([], tf.string),
     "id": tf.io.FixedLenFeature([], tf.int64),
     "embedding": tf.io.FixedLenFeature([DIM], tf.float32),
 }
@@ -16,7 +17,8 @@ SPECS = {
 
 def make_cache():
     cache = Cache(SPECS, SIZE, row_key="id")
-    cache.fill([{"id": np.arange(SIZE), "embedding": np.ones([SIZE, DIM], np.float32)}], verbose=0)
+    items = {"id": np.arange(SIZE), "embedding": np.ones([SIZE, DIM], np.float32)}
+    cache.fill([{**items, "title": np.array(["a title"] * SIZE)}], verbose=0)
     return cache
 
 
@@ -63,3 +65,14 @@ def test_every_value_that_has_limits_is_checked(make, monkeypatch):
     assert checked > 5
     # What is whole loads after all that.
     fresh.load_own_variables(dict(store))
+
+
+@pytest.mark.parametrize("make", [make_cache, make_index])
+def test_a_file_that_lacks_an_array_is_refused(make):
+    layer, store = make(), {}
+    layer.save_own_variables(store)
+    fresh = make()
+    for name in sorted(set(store) - {"description"}):
+        damaged = {key: value for key, value in store.items() if key != name}
+        with pytest.raises(ValueError, match="The file is damaged: it lacks a part"):
+            fresh.load_own_variables(damaged)
