@@ -167,8 +167,9 @@ class Corpus:
             else tf.fill([1, *spec.shape], "")
             for key, spec in self.specs.items()
         }
-        if isinstance(self._network, keras.layers.Layer) and not self._network.built:
-            # Under a strategy, variables that are first made in a graph cannot be lifted out of it.
+        is_unbuilt = isinstance(self._network, keras.layers.Layer) and not self._network.built
+        if is_unbuilt and tf.distribute.has_strategy():
+            # Variables of replicas that are first made in a graph cannot be lifted out of it.
             self._encode.python_function(example)
         return int(self._encode.get_concrete_function(example).output_shapes[1])
 
