@@ -60,7 +60,7 @@ def measure_variance(data, options):
     settings = demo.Settings(steps=options.steps // 4)
     model = demo.train("for the variance", data, settings.cache_size, settings).model
     batch = next(iter(data.pairs(data.corpus.train).shuffle(10_000, seed=1).batch(64)))
-    model.task._update_cache = lambda items, updates: None
+    model.task.cached.end_step = lambda batch, contribution: None
     rows = []
     for estimator in ESTIMATORS:
         by_query, by_words = gradients(model, batch, estimator, options.draws)

@@ -6,6 +6,18 @@ from negative_cache._compat import RunningMean, keras
 
 
 @keras.utils.register_keras_serializable("negative_cache")
+class MeanIfAny(RunningMean):
+    """A mean over an epoch; NaN if there was nothing to take it of.
+
+    What only training measures must not look like a measurement of zero in an evaluation.
+    """
+
+    def result(self):
+        mean = super().result()
+        return tf.where(tf.convert_to_tensor(self.count) > 0, mean, float("nan"))
+
+
+@keras.utils.register_keras_serializable("negative_cache")
 class Latest(RunningMean):
     """The last value it was given, for quantities whose average over an epoch says nothing.
 

@@ -1,31 +1,51 @@
-"""`CachedRetrieval`: the retrieval task with a cache of negatives behind it."""
+"""`CachedRetrieval`: the retrieval task with the usual list of negatives."""
+
+from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
-from negative_cache import _validation
-from negative_cache._compat import become_task, kept_losses, keras
-from negative_cache.layers import _cached_negatives, _retrieval_checks, _retrieval_config
-from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
-from negative_cache.layers._caching_layer import CachingLayer
-from negative_cache.layers._corpus import ONE_FEATURE, fingerprint
-from negative_cache.layers._scores import Scores
+from negative_cache import _features, _towers, _validation
+from negative_cache._compat import deserialize, kept_losses, keras
+from negative_cache.layers._negatives import checks
+from negative_cache.layers._negatives.base import Negatives
+from negative_cache.layers._negatives.cached import CachedNegatives
+from negative_cache.layers._negatives.explicit import Explicit
+from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
+from negative_cache.layers._negatives.from_corpus import FromCorpus
+from negative_cache.layers._negatives.in_batch import InBatch
+from negative_cache.layers._negatives.rows import INTERNAL_KEYS
+from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers._variables import is_on_host
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.retrieval import Retrieval
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.ops import contrastive
-from negative_cache.ops._block_scorer import is_among
 
-# Of 12 bytes each; 2 % of 100,000 candidates share theirs.
-_NUM_BUCKETS = 2**22
+# The arguments that a configuration holds as they are.
+_PLAIN = (
+    "cache_size",
+    "num_negatives",
+    "in_batch_negatives",
+    "num_hard_negatives",
+    "use_lru",
+    "exact_query_gradient",
+    "save_cache",
+    "seed",
+    "write_back",
+    "refresh_fraction",
+    "probe_size",
+    "probe_every",
+)
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class CachedRetrieval(CachingLayer):
+class CachedRetrieval(Retrieval):
     """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
@@ -181,330 +201,247 @@ class CachedRetrieval(CachingLayer):
         embedding_dtype: str | tf.DType = tf.float32,
         save_cache: bool = True,
         seed: int | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
-        become_task(CachedRetrieval)
-        # Embeddings are scored in float32 and features keep their dtypes, whatever the precision
-        # policy is. Of another dtype, Keras 3 would let metrics count in half precision.
-        super().__init__(**{"autocast": False, "dtype": "float32", **kwargs})
+        decided = {
+            "cache_size": cache_size,
+            "candidate_id_key": candidate_id_key,
+            "index": index,
+            "embedding_dim": embedding_dim,
+            "embedding_dtype": tf.as_dtype(embedding_dtype),
+            "use_lru": use_lru,
+            "save_cache": save_cache,
+        }
         if cache is not None:
-            given = _retrieval_checks.Given(
-                feature_specs,
-                cache_size,
-                candidate_id_key,
-                index,
-                embedding_dim,
-                tf.as_dtype(embedding_dtype),
-                use_lru,
-                save_cache,
-            )
-            given = _retrieval_checks.check_corpus(cache, given)
-            feature_specs, cache_size, candidate_id_key, index, embedding_dim = given[:5]
-            embedding_dtype, use_lru, save_cache = given[5:]
+            feature_specs = checks.check_corpus(cache, feature_specs)
+            decided = checks.decided_by(cache, decided)
             remove_accidental_hits = True
         elif feature_specs is None or cache_size is None:
             raise ValueError(
                 "A task needs `feature_specs` and `cache_size`, or a `cache`. Received:"
                 f" feature_specs={feature_specs!r}, cache_size={cache_size}."
             )
-        self._takes_one_tensor = not isinstance(feature_specs, Mapping)
-        self.feature_specs = (
-            {ONE_FEATURE: feature_specs} if self._takes_one_tensor else dict(feature_specs)
+        checks.check_network(candidate_network)
+        cache_size = _validation.check_count(decided["cache_size"], "cache_size", at_least=0)
+        named_specs = dict(_features.named(feature_specs))
+        checks.check_features(named_specs, INTERNAL_KEYS)
+        id_key = decided["candidate_id_key"]
+        if id_key is not None:
+            _validation.check_id(id_key, named_specs, "candidate_id_key", "feature_specs")
+        seed = random.randrange(2**31) if seed is None else operator.index(seed)
+        num_negatives = _validation.check_count(num_negatives, "num_negatives")
+        sources: list[Negatives] = []
+        if in_batch_negatives:
+            sources.append(_in_batch(num_hard_negatives))
+        elif num_hard_negatives is not None:
+            raise ValueError(
+                "`num_hard_negatives` needs `in_batch_negatives=True`. Received:"
+                f" num_hard_negatives={num_hard_negatives}, in_batch_negatives=False."
+            )
+        sources.append(Explicit())
+        if cache is None and not write_back:
+            raise ValueError(
+                "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
+            )
+        of_rows = {
+            "corrector": corrector,
+            "refresh_fraction": refresh_fraction,
+            "probe_size": probe_size,
+        }
+        if not cache_size:
+            checks.check_needs_cache(index=index, **of_rows)
+        of_rows |= {
+            "num_negatives": num_negatives,
+            "exact_query_gradient": exact_query_gradient,
+            "probe_every": probe_every,
+            "seed": seed,
+        }
+        if cache is not None:
+            sources.append(
+                FromCorpus(cache, write_back=write_back, feature_specs=feature_specs, **of_rows)
+            )
+        elif cache_size:
+            spec = CacheSpec(
+                feature_specs,
+                cache_size,
+                use_lru,
+                index,
+                embedding_dim,
+                embedding_dtype,
+                saved=save_cache,
+            )
+            sources.append(FromCache(spec, **of_rows))
+        super().__init__(
+            candidate_network,
+            sources,
+            temperature=temperature,
+            score_transform=score_transform,
+            candidate_id_key=id_key,
+            remove_accidental_hits=remove_accidental_hits,
+            false_negative_margin=false_negative_margin,
+            frequency_correction=frequency_correction,
+            reduction=reduction,
+            metrics=metrics,
+            batch_metrics=batch_metrics,
+            loss_metrics=loss_metrics,
+            **kwargs,
         )
-        self.candidate_network = candidate_network
+        self.feature_specs = named_specs
         self.cache_size = cache_size
-        self.temperature = temperature
-        self.score_transform = score_transform
         self.num_negatives = num_negatives
         self.in_batch_negatives = in_batch_negatives
         self.num_hard_negatives = num_hard_negatives
-        self.candidate_id_key = candidate_id_key
-        self.remove_accidental_hits = remove_accidental_hits
-        self.use_lru = use_lru
-        self.false_negative_margin = false_negative_margin
-        self.exact_query_gradient = exact_query_gradient
-        _retrieval_checks.check_frequency(frequency_correction)
-        self.frequency_correction = frequency_correction is not False
-        self.embedding_dtype = tf.as_dtype(embedding_dtype)
-        self.reduction = reduction or "none"
-        self.corrector = corrector
         self.refresh_fraction = refresh_fraction
         self.write_back = write_back
         self.probe_size = probe_size
         self.probe_every = probe_every
-        _retrieval_checks.check_settings(self, index, _cached_negatives.INTERNAL_KEYS)
-        _retrieval_checks.check_schedule(self, cache)
-        self.save_cache = save_cache
-        self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
-        self._scores = Scores(temperature, score_transform)
-        self._task_metrics = _as_list(metrics)
-        self._batch_metrics = _as_list(batch_metrics)
-        self._loss_metrics = _as_list(loss_metrics)
-        self._frequency = None
-        if isinstance(frequency_correction, FrequencyEstimator):
-            self._frequency = frequency_correction
-        elif frequency_correction:
-            self._frequency = FrequencyEstimator(max(4 * cache_size, _NUM_BUCKETS))
-        self._make_cache_state(cache, index, embedding_dim)
+        self.use_lru = decided["use_lru"]
+        self.exact_query_gradient = exact_query_gradient
+        self.embedding_dtype = decided["embedding_dtype"]
+        self.save_cache = decided["save_cache"]
+        self.seed = seed
+        self._takes_one_tensor = not isinstance(feature_specs, Mapping)
+        if any(is_on_host(spec.dtype) for spec in named_specs.values()):
+            self.supports_jit = False
 
     @property
-    def factorized_metrics(self) -> list[keras.metrics.Metric]:
-        """The `metrics`, under the name that `tfrs.tasks.Retrieval` has for them; may be set."""
-        return self._task_metrics
-
-    @factorized_metrics.setter
-    def factorized_metrics(self, metrics) -> None:
-        self._task_metrics = _as_list(metrics)
-
-    def __call__(self, *args, **kwargs):
-        # The tower is called before, and Keras forgets what a layer inside of this one has added.
-        with kept_losses(self.candidate_network):
-            return super().__call__(*args, **kwargs)
+    def cached(self) -> CachedNegatives | None:
+        """The source of negatives that is a cache; None with `cache_size=0`."""
+        return next(iter(self.cached_negatives), None)
 
     @property
-    def frequency(self) -> FrequencyEstimator | None:
-        """What estimates the candidates' frequencies, where `frequency_correction` is."""
-        return self._frequency
+    def cache(self) -> Cache | None:
+        """The `Cache`, or None while the embedding dimension is unknown: until the first call."""
+        return None if self.cached is None else self.cached.cache
 
-    def call(
+    @property
+    def index(self) -> TreeIndex | None:
+        """The `TreeIndex` that negatives are drawn from, if one is."""
+        return None if self.cached is None else self.cached.index
+
+    @property
+    def corrector(self) -> DriftCorrector | None:
+        """What estimates where stale embeddings are now, if something does."""
+        return None if self.cached is None else self.cached.corrector
+
+    def add_to_cache(
         self,
-        query_embeddings: tf.Tensor,
-        candidate_embeddings: tf.Tensor,
         candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
-        sample_weight: tf.Tensor | None = None,
         candidate_sampling_probability: tf.Tensor | None = None,
-        negative_embeddings: tf.Tensor | None = None,
-        training: bool | None = None,
-        compute_metrics: bool = True,
-        compute_batch_metrics: bool = True,
-        score_mask: tf.Tensor | None = None,
-        negative_ids: tf.Tensor | None = None,
-        negative_mask: tf.Tensor | None = None,
-        known_positive_ids: tf.Tensor | tf.RaggedTensor | None = None,
-    ) -> tf.Tensor:
-        """Computes the loss and, in training, moves the cache on by one step.
+    ) -> None:
+        """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
 
         Args:
-          query_embeddings: [B, d] float.
-          candidate_embeddings: [N, d] float, N >= B; row i is the positive of query i, rows from B
-            on are further candidates of the batch.
-          candidate_features: the features [N, ...] that `candidate_embeddings` were computed from.
-          sample_weight: [B] float.
-          candidate_sampling_probability: [N] float, the probability that a draw from the training
-            stream is each candidate, for the log Q correction; clipped from below at 1e-9, or
-            without a cache at 1e-6 as there. As in `tfrs.tasks.Retrieval` the
-            correction then applies to the positive too where `in_batch_negatives`; it does not
-            otherwise, nor under `frequency_correction`.
-          negative_embeddings: [B, M, d] float, explicit negatives of each query.
-          training: whether to draw, encode and update the cache. None means True.
-          compute_metrics: whether to update `metrics`.
-          compute_batch_metrics: whether to update `batch_metrics`.
-          score_mask: [B, N] bool, which of the batch's candidates each query is compared with. Its
-            positive always is one, and the cache is not affected.
-          negative_ids: [B, M], the ids of the explicit negatives, of the kind of the feature
-            `candidate_id_key`: those that are a positive of their query are left out, where
-            `remove_accidental_hits` or `known_positive_ids` say so.
-          negative_mask: [B, M] bool, which of the explicit negatives there are; the others are
-            padding, whatever they are.
-          known_positive_ids: [B, P] ids of further candidates that are right for each query, of the
-            kind of the feature `candidate_id_key`: a `tf.RaggedTensor`, or padded with -1, or with
-            "" where ids are strings. They are left
-            out of its negatives in the batch, among the explicit ones and in the cache, as is its
-            own positive then. Needs `candidate_id_key`.
-
-        Returns:
-          Scalar float32, or [B] where `reduction` is "none".
+          candidate_features: the features [n, ...] of n <= `cache_size` candidates.
+          candidate_sampling_probability: [n] float, as in `call`.
 
         Raises:
-          ValueError: where features do not match `feature_specs`, a shape does not fit, or N
-            exceeds the size of a cache that streams.
+          ValueError: if features do not match `feature_specs`, or n exceeds `cache_size`.
         """
-        training = True if training is None else training
-        queries = tf.convert_to_tensor(query_embeddings)
-        candidates = tf.convert_to_tensor(candidate_embeddings)
-        _retrieval_checks.check_embeddings(queries, candidates)
-        queries, candidates = tf.cast(queries, tf.float32), tf.cast(candidates, tf.float32)
-        items = self._cache_items(candidate_features, candidates, candidate_sampling_probability)
-        streams = self._cache is not None and self._cache.row_key is None
-        if streams and training:
-            _validation.check_fits(items, self.cache_size, what="candidate_features")
-        weight = {}
-        if sample_weight is not None:
-            weight["sample_weight"] = _retrieval_checks.check_weights(sample_weight, queries)
-        num_queries = tf.shape(queries)[0]
-        scaled_queries = self._scores.scale(queries)
-        raw_scores = self._scores.of_all_pairs(scaled_queries, candidates)
-        positive_scores = tf.linalg.diag_part(raw_scores)
-        threshold = None
-        if self.false_negative_margin is not None:
-            threshold = tf.stop_gradient(positive_scores) - self.false_negative_margin
+        if self.cached is None:
+            raise ValueError("There is no cache to add candidates to. Received: cache_size=0.")
+        if not isinstance(self.cached, FromCache):
+            raise ValueError("A cache that covers a corpus is filled by `fill_cache`.")
+        features = self._check_features(candidate_features)
+        self.cached.add(features, candidate_sampling_probability)
 
-        if self._frequency is not None and training:
-            self._frequency.update(items[CANDIDATE_ID])
-        has_probabilities = candidate_sampling_probability is not None
-        _retrieval_checks.check_weighting(has_probabilities, self.index)
-        _retrieval_checks.check_probabilities(has_probabilities, self._cache)
-        log_expected = self._log_expected_occurrences(items, has_probabilities)
-        positive_logits, in_batch_logits = positive_scores, raw_scores
-        if log_expected is not None:
-            in_batch_logits -= log_expected
-            if has_probabilities and self.in_batch_negatives:
-                positive_logits -= log_expected[:num_queries]
-        is_positive = tf.eye(num_queries, tf.shape(candidates)[0], dtype=tf.bool)
-        left_out = self._ids_left_out(items, queries, known_positive_ids)
-        not_a_negative = self._not_a_negative(items, raw_scores, threshold, left_out)
-        if score_mask is not None:
-            not_a_negative |= ~_retrieval_checks.check_score_mask(score_mask, raw_scores)
-        not_a_negative &= ~is_positive
+    def embed_candidates(
+        self, candidate_features: Mapping[str, tf.Tensor] | tf.Tensor
+    ) -> tf.Tensor:
+        """Encodes candidates in inference mode and without gradient; makes the cache if need be.
 
-        negative_logits = []
-        if self.in_batch_negatives:
-            in_batch = contrastive.leave_out(in_batch_logits, is_positive | not_a_negative)
-            if self.num_hard_negatives is not None:
-                in_batch = contrastive.keep_hardest(in_batch, self.num_hard_negatives)
-            negative_logits.append(in_batch)
-        if negative_embeddings is not None:
-            explicit = tf.convert_to_tensor(negative_embeddings)
-            _retrieval_checks.check_negatives(explicit, queries)
-            explicit = tf.cast(explicit, tf.float32)
-            ids = None
-            if left_out is not None and negative_ids is not None:
-                ids = tf.convert_to_tensor(negative_ids)
-                _retrieval_checks.check_id_kind(self, ids, "negative_ids")
-                ids = fingerprint(ids)
-            negative_logits.append(
-                self._scores_of_explicit(scaled_queries, explicit, negative_mask, ids, left_out)
-            )
-        step = None
-        if self.cache_size:
-            if training:
-                self._probe()
-            cache_logit, step = self._cache_logit(
-                scaled_queries, items, threshold, has_probabilities, training, left_out
-            )
-            negative_logits.append(cache_logit[:, tf.newaxis])
-        if not negative_logits:
+        Args:
+          candidate_features: the features [n, ...] of n candidates.
+
+        Returns:
+          [n, d] float32.
+
+        Raises:
+          ValueError: if features do not match `feature_specs`.
+        """
+        features = self._check_features(candidate_features)
+        if self.cached is not None:
+            return tf.stop_gradient(self.cached.encode(features))
+        inputs = features[_features.ONE_FEATURE] if self._takes_one_tensor else features
+        with kept_losses(self.candidate_network):
+            embeddings = _towers.embed(self.candidate_network, inputs, training=False)
+        return tf.stop_gradient(tf.cast(embeddings, tf.float32))
+
+    def fill_cache(self, candidates: Iterable, *, verbose: int = 1) -> None:
+        """Encodes a corpus into the `cache` that covers it, whatever it held.
+
+        Args:
+          candidates: batches of candidate features, in the order of the rows.
+          verbose: 1 for a progress bar, 0 for none.
+
+        Raises:
+          ValueError: as `Cache.from_dataset`, and if the cache does not cover a corpus.
+        """
+        if not isinstance(self.cached, FromCorpus):
             raise ValueError(
-                "There is nothing to tell a positive from. Received `cache_size=0`,"
-                " `in_batch_negatives=False` and `negative_embeddings=None`."
+                "`fill_cache` is for a task with a `cache` that covers a corpus; others are filled"
+                " by `add_to_cache`."
             )
+        self.cached.fill(candidates, verbose=verbose)
 
-        loss = contrastive.softmax_loss(positive_logits, tf.concat(negative_logits, axis=1))
-        loss = contrastive.reduce_losses(loss, self.reduction, **weight)
-        if step is not None:
-            if step.drift_loss is not None:
-                # For the gradient of the corrector, which is none of the task's loss.
-                drift_loss = step.drift_loss
-                if self.reduction == "none":
-                    drift_loss /= tf.cast(num_queries, tf.float32)
-                loss = contrastive.value_with_gradient(loss, loss + drift_loss)
-            self._update_cache(items, step.refreshed)
-            self._end_step(tf.shape(candidates)[0])
-        for metric in self._loss_metrics:
-            metric.update_state(loss)
-        if compute_metrics:
-            for metric in self._task_metrics:
-                metric.update_state(queries, candidates[:num_queries], **weight)
-        if compute_batch_metrics and self._batch_metrics:
-            batch_logits = contrastive.leave_out(in_batch_logits, not_a_negative)
-            batch_logits = tf.maximum(batch_logits, tf.float32.min / 100.0)
-            for metric in self._batch_metrics:
-                metric.update_state(tf.cast(is_positive, tf.float32), batch_logits, **weight)
-        return loss
+    def refresh_cache(self, batch_size: int = 1024, verbose: int = 1) -> None:
+        """Encodes all filled rows again, in inference mode; their ages begin again.
 
-    def get_config(self):
-        specs = self.feature_specs[ONE_FEATURE] if self._takes_one_tensor else self.feature_specs
-        metrics = {
-            "metrics": self._task_metrics,
-            "batch_metrics": self._batch_metrics,
-            "loss_metrics": self._loss_metrics,
+        Args:
+          batch_size: rows encoded at a time.
+          verbose: 1 for a progress bar, 0 for none.
+
+        Raises:
+          ValueError: if there is no cache, `batch_size` is not positive, or `use_lru` is False.
+        """
+        if self.cached is None:
+            raise ValueError("There is no cache to refresh, or none yet.")
+        self.cached.refresh(batch_size, verbose=verbose)
+
+    def get_config(self) -> dict[str, Any]:
+        serialize = keras.utils.serialize_keras_object
+        config = super().get_config()
+        del config["negatives"]
+        # A cache that streams is made by the task; one of a corpus was given, with its index.
+        is_corpus = isinstance(self.cached, FromCorpus)
+        specs = self.feature_specs
+        return {
+            **config,
+            **{name: getattr(self, name) for name in _PLAIN},
+            "feature_specs": (
+                describe_spec(specs[_features.ONE_FEATURE])
+                if self._takes_one_tensor
+                else describe_specs(specs)
+            ),
+            "corrector": serialize(self.corrector),
+            "cache": serialize(self.cache) if is_corpus else None,
+            "index": None if is_corpus else serialize(self.index),
+            "embedding_dim": None if self.cache is None else self.cache.embeddings.shape[1],
+            "embedding_dtype": self.embedding_dtype.name,
         }
-        return {**super().get_config(), **_retrieval_config.to_config(self, specs, metrics)}
 
     @classmethod
-    def from_config(cls, config):
-        return cls(**_retrieval_config.from_config(config))
+    def from_config(cls, config: Mapping[str, Any]) -> CachedRetrieval:
+        specs = config["feature_specs"]
+        objects = ("corrector", "cache", "index")
+        config = {
+            **config,
+            **{name: deserialize(config[name]) for name in objects},
+            "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
+        }
+        return super().from_config(config)
 
-    def _cache_logit(self, scaled_queries, items, threshold, has_probabilities, training, left_out):
-        """[B] log partition of the cache, and what else a training step is."""
-        log_expected = None
-        if self._cache.row_key is None:
-            # A corpus has every candidate once.
-            log_expected = self._log_expected_occurrences(items, has_probabilities, of_rows=True)
-        conditions = _cached_negatives.Conditions(
-            positive_ids=left_out,
-            max_scores=threshold,
-            log_weights=None if log_expected is None else -log_expected,
-        )
-        if not training:
-            return self._negatives().log_partition(scaled_queries, items, conditions), None
-        step = self._negatives().sampled_log_partition(
-            scaled_queries, items, conditions, self._next_seed()
-        )
-        return step.log_partition, step
-
-    def _ids_left_out(self, items, queries, known_positive_ids):
-        """[B, P] int64, fingerprints of the candidates that are no negatives of each query.
-
-        The first is the positive's own. None where nothing is left out by its id.
-        """
-        is_known = known_positive_ids is not None
-        if is_known and self.candidate_id_key is None:
-            raise ValueError("`known_positive_ids` needs a `candidate_id_key`. Received: None.")
-        if not is_known and not self.remove_accidental_hits:
-            return None
-        own = items[CANDIDATE_ID][: tf.shape(queries)[0], tf.newaxis]
-        if not is_known:
-            return own
-        ids, is_there = _retrieval_checks.check_known_positives(known_positive_ids, queries)
-        _retrieval_checks.check_id_kind(self, ids, "known_positive_ids")
-        return tf.concat([own, tf.where(is_there, fingerprint(ids), own)], axis=1)
-
-    def _not_a_negative(self, items, scores, threshold, left_out):
-        """[B, N] bool, the in-batch candidates that are no negatives, or are the positive."""
-        no_negatives = tf.zeros_like(scores, tf.bool)
-        if left_out is not None:
-            no_negatives |= is_among(items[CANDIDATE_ID][tf.newaxis], left_out)
-        if threshold is not None:
-            no_negatives |= scores > threshold[:, tf.newaxis]
-        return no_negatives
-
-    def _scores_of_explicit(self, scaled_queries, explicit, mask, ids, left_out):
-        """[B, M] logits of explicit negatives [B, M, d]."""
-        if mask is not None:
-            mask = _retrieval_checks.check_negative_mask(mask, explicit)
-            # Padding may be embedded as anything.
-            explicit = tf.where(mask[..., tf.newaxis], explicit, 0.0)
-        scores = self._scores.of_own(scaled_queries, explicit)
-        if mask is not None:
-            scores = contrastive.leave_out(scores, ~mask)
-        if ids is not None:
-            _retrieval_checks.check_negative_ids(ids, explicit)
-            scores = contrastive.leave_out(scores, is_among(ids, left_out))
-        return scores
-
-    def _log_expected_occurrences(self, items, has_probabilities, of_rows=False):
-        """[N] log of how often each of the batch's candidates is expected among the negatives.
-
-        Where `of_rows`, [C] the same for the cached candidates.
-        """
-        if not has_probabilities and self._frequency is None:
-            return None
-        # The number of draws from the stream that are negatives now.
-        num_negatives = tf.constant(0.0)
-        if self.in_batch_negatives:
-            num_negatives += tf.cast(tf.shape(items[EMBEDDING])[0], tf.float32)
-        if self.cache_size:
-            num_negatives += tf.cast(self._cache.num_filled, tf.float32)
-        return _cached_negatives.log_expected_occurrences(
-            self._cache.data if of_rows else items,
-            num_negatives,
-            frequency=None if has_probabilities else self._frequency,
-            are_cached=of_rows,
+    def _check_features(
+        self, features: Mapping[str, tf.Tensor] | tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        if self._takes_one_tensor:
+            features = _features.named(features)
+        return _validation.check_items(
+            features, self.feature_specs, what="candidate_features", exact=True
         )
 
 
-def _as_list(metrics) -> list:
-    if metrics is None:
-        return []
-    return list(metrics) if isinstance(metrics, Sequence) else [metrics]
+def _in_batch(num_hard_negatives: int | None) -> InBatch:
+    if num_hard_negatives is not None:
+        _validation.check_count(num_hard_negatives, "num_hard_negatives")
+    return InBatch(num_hard_negatives)

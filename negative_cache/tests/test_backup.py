@@ -98,7 +98,7 @@ def fit(
     task = model.task
     optimizer = model.optimizer.variables
     variables = [*model.get_weights(), *(optimizer() if callable(optimizer) else optimizer)]
-    state = [*variables, *task.cache.data.values(), task.cache.age, task._state.sampling]
+    state = [*variables, *task.cache.data.values(), task.cache.age, task.cached._state.sampling]
     logs = {name: values[-1] for name, values in history.history.items()}
     state = [np.asarray(tf.convert_to_tensor(values)).tolist() for values in state]
     # As text, in which a NaN is equal to itself.

@@ -96,7 +96,7 @@ def state_of(model):
         **state,
         "age": task.cache.age.numpy(),
         "filled": task.cache.filled.numpy(),
-        "sampling": task._state.sampling.numpy(),
+        "sampling": task.cached._state.sampling.numpy(),
         "gaps": task._frequency._state.gap.numpy(),
         **weights_of(model),
     }

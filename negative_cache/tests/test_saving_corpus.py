@@ -83,8 +83,8 @@ def state_of(model):
     return {
         **state,
         "age": task.cache.age.numpy(),
-        "sampling": task._state.sampling.numpy(),
-        "encoded": task._state.total_encoded.numpy(),
+        "sampling": task.cached._state.sampling.numpy(),
+        "encoded": task._state.num_encoded.numpy() + task.cached.num_encoded.numpy(),
         **{f"corrector {i}": variable.numpy() for i, variable in enumerate(own)},
         **{f"weight {i}": weight.numpy() for i, weight in enumerate(model.trainable_variables)},
         "corrected": task.corrector(task.cache.embeddings, task.cache.age, WORDS).numpy(),

@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.layers import CachedRetrieval
+from negative_cache.layers._state import next_seed
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
     INT_ID,
@@ -127,7 +128,7 @@ def test_seeds_near_the_largest_integer_do_not_overflow():
     for seed in (2**31 - 1, 2**40):
         task = make_task(table, filled_with=[5, 6], seed=seed)
         call(task, make_queries(2), [0, 1], table)
-        assert task._next_seed().numpy().tolist() == [seed, 2]
+        assert next_seed(task.cached._state.sampling).numpy().tolist() == [seed, 2]
 
 
 def test_no_two_replicas_of_trainings_with_neighbouring_seeds_share_their_draws():
@@ -137,7 +138,7 @@ def test_no_two_replicas_of_trainings_with_neighbouring_seeds_share_their_draws(
     seen = []
     for task in tasks:
         for _ in range(2):
-            seeds = strategy.run(task._next_seed)
+            seeds = strategy.run(next_seed, (task.cached._state.sampling,))
             seen += [tuple(seed.numpy()) for seed in strategy.experimental_local_results(seeds)]
     assert len(set(seen)) == 8
 
@@ -184,7 +185,7 @@ def test_replicas_have_caches_and_draws_of_their_own():
         def replica_step(ids):
             queries = tf.zeros([2, DIM])
             task(queries, task.candidate_network({"id": ids}), {"id": ids}, training=True)
-            return task._next_seed()
+            return next_seed(task.cached._state.sampling)
 
         return strategy.run(replica_step, (ids,))
 
@@ -202,10 +203,10 @@ def test_outside_of_the_replicas_candidates_reach_every_cache():
     strategy = two_replicas()
     with strategy.scope():
         task = make_task(make_table(), cache_size=3, filled_with=[5, 6])
-        task._next_seed()
+        next_seed(task.cached._state.sampling)
     for rows in strategy.experimental_local_results(task.cache.data["id"]):
         assert rows.numpy().tolist() == [5, 6, 0]
-    for state in strategy.experimental_local_results(task._state.sampling):
+    for state in strategy.experimental_local_results(task.cached._state.sampling):
         assert state.numpy().tolist() == [1, 1]
 
 

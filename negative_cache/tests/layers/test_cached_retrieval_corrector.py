@@ -73,11 +73,11 @@ def test_the_loss_of_a_training_step_has_the_same_value(make):
 def test_draws_follow_the_corrected_law(make):
     table, query = make_table(SIZE), make_queries(1)
     task = taught_task(table, make())
-    task.num_negatives = 20000
+    task.cached.num_negatives = 20000
     rows = corrected_rows(task).astype(np.float64)
     draws = []
-    encode = task._encode
-    task._encode = lambda features, training: (
+    encode = task.cached.encode
+    task.cached.encode = lambda features, training=False: (
         draws.append(features["id"].numpy()),
         encode(features, training),
     )[1]
@@ -370,7 +370,7 @@ def test_a_compiled_training_is_traced_once(make, jit_compile):
         task.refresh_cache(batch_size=SIZE, verbose=0)
     assert len(traces) == 1
     assert np.all(np.isfinite(corrected_rows(task)))
-    assert task._untracked.reencode.experimental_get_tracing_count() == 1
+    assert task.cached._untracked.reencode.experimental_get_tracing_count() == 1
 
 
 @both

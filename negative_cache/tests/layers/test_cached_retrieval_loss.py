@@ -10,6 +10,7 @@ from negative_cache.tests.layers.retrieval_cases import (
     call,
     copy_of_state,
     cross_entropy,
+    freeze_cache,
     make_queries,
     make_table,
     make_task,
@@ -103,7 +104,7 @@ def draw_gradients(task, table, queries, ids, num_draws):
     batch, whose rows are the same queries over and over.
     """
     batch = len(ids)
-    task._update_cache = lambda items, updates: None
+    freeze_cache(task)
     many_queries = tf.constant(np.tile(queries, [num_draws, 1]))
     many_ids = tf.constant(np.tile(ids, num_draws), tf.int64)
     tower = task.candidate_network
@@ -259,7 +260,7 @@ def test_draws_follow_the_softmax_and_differ_from_call_to_call():
     task.candidate_network = lambda features: (
         seen.append(features["id"].numpy()) or tf.gather(tf.constant(table), features["id"])
     )
-    task._update_cache = lambda items, updates: None
+    freeze_cache(task)
     # 20 queries alike at a call: draws of one call differ, and of one call from the next.
     for _ in range(30):
         call(task, np.repeat(queries, 20, axis=0), [0] * 20, table)

@@ -6,7 +6,6 @@ import tensorflow as tf
 
 from negative_cache import CachedRetrieval, DualEncoder, TreeIndex
 from negative_cache._compat import keras
-from negative_cache.layers._cached_negatives import Conditions
 from negative_cache.tests.layers.corpus_cases import make_corpus_task
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
@@ -95,26 +94,19 @@ def test_further_positives_are_negatives_nowhere(kind, form):
     known = form(KNOWN)
     found = losses_of(task, known_positive_ids=known)
     np.testing.assert_allclose(found, expected(negatives), rtol=1e-4)
-    drawn = (
-        task._negatives()
-        ._draw(
-            tf.constant(QUERIES),
-            task._cache_items({"id": tf.constant(IDS, tf.int64)}, tf.constant(TABLE[IDS]), None),
-            _conditions(task, known),
-            None,
-            seed=3,
-            compute_gradient=False,
-        )[0]
-        .indices.numpy()
-    )
+    drawn = drawn_rows(task, known_positive_ids=known)
     ids = task.cache.data["id"].numpy()[drawn]
     for i, left_out in enumerate(LEFT_OUT):
         assert not set(ids[i]) & left_out
 
 
-def _conditions(task, known):
-    items = task._cache_items({"id": tf.constant(IDS, tf.int64)}, tf.constant(TABLE[IDS]), None)
-    return Conditions(positive_ids=task._ids_left_out(items, tf.constant(QUERIES), known))
+def drawn_rows(task, **kwargs):
+    """[B, S] rows that a training step draws."""
+    drawn = []
+    task.cached._write = lambda batch, encoded: drawn.append(encoded)
+    call(task, QUERIES, IDS, TABLE, training=True, **kwargs)
+    assert np.all(drawn[0].mask)
+    return drawn[0].rows.numpy().reshape([len(QUERIES), -1])
 
 
 def test_further_positives_in_the_batch_and_among_explicit_negatives():

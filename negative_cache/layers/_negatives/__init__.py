@@ -1,0 +1,32 @@
+"""Sources of negatives: what stands beside the positive in the softmax of a retrieval loss.
+
+| module | what it holds |
+| --- | --- |
+| `base` | `Negatives`, the protocol, and `Contribution`, what a source adds to a step |
+| `batch` | `Batch`, the checked batch that every source is given, and `LogQ`, its correction |
+| `in_batch`, `explicit` | the batch's other candidates; lists of negatives of each query |
+| `cached` | what the two caches share: draws, their encoding, refreshes, correctors |
+| `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |
+| `samplers` | `Sampler`: the exact sampler and `TreeIndex` behind one call |
+| `rows` | rows of a cache on their way through a step |
+| `scores` | how a query and a candidate are scored |
+| `checks` | checks of arguments |
+"""
+
+from negative_cache.layers._negatives.base import Contribution, Negatives
+from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.explicit import Explicit
+from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
+from negative_cache.layers._negatives.from_corpus import FromCorpus
+from negative_cache.layers._negatives.in_batch import InBatch
+
+__all__ = [
+    "Batch",
+    "CacheSpec",
+    "Contribution",
+    "Explicit",
+    "FromCache",
+    "FromCorpus",
+    "InBatch",
+    "Negatives",
+]

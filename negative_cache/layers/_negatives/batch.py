@@ -1,0 +1,108 @@
+"""A batch as sources of negatives see it: checked, and scored once for all of them."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import tensorflow as tf
+
+from negative_cache.layers import _popularity
+from negative_cache.layers._negatives.scores import Scores
+from negative_cache.layers.frequency import FrequencyEstimator
+
+
+@dataclasses.dataclass(frozen=True)
+class LogQ:
+    """The log Q correction: from the score of a draw from the training stream, log(n p) is taken.
+
+    Attributes:
+      num_draws: scalar float32, n, how many draws from the stream stand among the negatives.
+      frequency: estimates p; None if candidates come with their probabilities.
+    """
+
+    num_draws: tf.Tensor
+    frequency: FrequencyEstimator | None
+
+    def log_expected(
+        self, log_probability: tf.Tensor, ids: tf.Tensor | None, *, are_cached: bool
+    ) -> tf.Tensor:
+        """[n] log of how often each of n candidates is expected among the draws.
+
+        Args:
+          log_probability: [n] float32, what they came with.
+          ids: [n] int64 fingerprints, for the estimate.
+          are_cached: whether they are rows of a cache, which may hold candidates that the stream
+            has not brought.
+        """
+        if self.frequency is not None:
+            log_probability = _popularity.log_estimated_probability(
+                self.frequency, ids, of_rows=are_cached
+            )
+        return _popularity.log_expected_occurrences(log_probability, self.num_draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExplicitNegatives:
+    """Negatives that a batch lists for each of its queries.
+
+    Attributes:
+      embeddings: [B, M, d] float32.
+      mask: [B, M] bool, which of them there are; None if all are.
+      ids: [B, M] int64 fingerprints, if they came with ids that matter.
+    """
+
+    embeddings: tf.Tensor
+    mask: tf.Tensor | None = None
+    ids: tf.Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """B queries and N >= B candidates, of which row i is the positive of query i.
+
+    Attributes:
+      queries: [B, d] float32, divided by the temperature.
+      candidates: [N, d] float32.
+      features: what the candidates were embedded from, feature name -> [N, ...].
+      ids: [N] int64, fingerprints of the candidates' ids; None without a `candidate_id_key`.
+      log_probability: [N] float32, log of the given sampling probabilities, or marks of unknown.
+      scores: how a query and a candidate are scored.
+      pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if there is a `log_q`.
+      positive_logits: [B] float32, s⁺, corrected by log Q where TF-Recommenders corrects it.
+      not_negatives: [B, N] bool, the candidates of the batch that are no negatives of a query,
+        besides its positive: masked, of a right id, or above `max_scores`.
+      left_out_ids: [B, P] int64, fingerprints of candidates that are no negatives of each query,
+        its positive first; None if nothing is left out by its id.
+      max_scores: [B] float32; candidates that score higher are likely unlabelled positives, and no
+        negatives. None without a `false_negative_margin`.
+      explicit: the negatives that the batch lists, if it does.
+      log_q: the correction for popularity, if there is one.
+    """
+
+    queries: tf.Tensor
+    candidates: tf.Tensor
+    features: Mapping[str, tf.Tensor]
+    ids: tf.Tensor | None
+    log_probability: tf.Tensor
+    scores: Scores
+    pair_logits: tf.Tensor
+    positive_logits: tf.Tensor
+    not_negatives: tf.Tensor
+    left_out_ids: tf.Tensor | None = None
+    max_scores: tf.Tensor | None = None
+    explicit: ExplicitNegatives | None = None
+    log_q: LogQ | None = None
+
+    @property
+    def num_queries(self) -> tf.Tensor:
+        """Scalar int32, B."""
+        return tf.shape(self.queries)[0]
+
+    @property
+    def num_candidates(self) -> tf.Tensor:
+        """Scalar int32, N."""
+        return tf.shape(self.candidates)[0]
+
+    @property
+    def is_positive(self) -> tf.Tensor:
+        """[B, N] bool, the pairs of a query and its positive."""
+        return tf.eye(self.num_queries, self.num_candidates, dtype=tf.bool)

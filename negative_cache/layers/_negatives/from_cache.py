@@ -1,0 +1,356 @@
+"""`FromCache`: negatives out of a cache that streams."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from negative_cache import _features, _validation
+from negative_cache._compat import deserialize, keras
+from negative_cache._features import fingerprint
+from negative_cache.layers._corpus import EMBEDDING
+from negative_cache.layers._negatives import checks
+from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.cached import CachedNegatives
+from negative_cache.layers._negatives.rows import (
+    CANDIDATE_ID,
+    INTERNAL_KEYS,
+    LOG_PROBABILITY,
+    EncodedRows,
+)
+from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers.cache import Cache
+from negative_cache.layers.drift_corrector import DriftCorrector
+from negative_cache.layers.tree_index import TreeIndex
+
+if TYPE_CHECKING:
+    from negative_cache.layers._negatives.base import Contribution
+    from negative_cache.layers.retrieval import Retrieval
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """What a streaming cache is to hold, which is made when the embedding dimension is known.
+
+    Args:
+      feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
+        what the tower needs, or one such spec if the tower takes a single tensor.
+      cache_size: C, the number of cached candidates.
+      use_lru: as in `Cache`.
+      index: a `TreeIndex` with the cache's size as its capacity.
+      embedding_dim: d; taken from the first batch if it is None.
+      embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
+      saved: whether files hold the rows.
+
+    Raises:
+      ValueError: if an argument is out of range.
+    """
+
+    feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature
+    cache_size: int
+    use_lru: bool = True
+    index: TreeIndex | None = None
+    embedding_dim: int | None = None
+    embedding_dtype: str | tf.DType = tf.float32
+    saved: bool = True
+
+    def __post_init__(self) -> None:
+        _validation.check_count(self.cache_size, "cache_size")
+        checks.check_features(self.named_specs, INTERNAL_KEYS)
+        if self.index is not None and not isinstance(self.index, TreeIndex):
+            raise ValueError(f"`index` must be a `TreeIndex`. Received: {self.index!r}.")
+
+    @property
+    def named_specs(self) -> dict[str, tf.io.FixedLenFeature]:
+        """Feature name -> spec; a single tensor has a fixed name."""
+        return dict(_features.named(self.feature_specs))
+
+    def make(self, embedding_dim: int, *, has_ids: bool) -> Cache:
+        """The cache, for embeddings [n, d].
+
+        Args:
+          embedding_dim: d.
+          has_ids: whether candidates have ids that the cache is to know.
+        """
+        specs = {
+            **self.named_specs,
+            EMBEDDING: tf.io.FixedLenFeature([embedding_dim], tf.as_dtype(self.embedding_dtype)),
+            LOG_PROBABILITY: tf.io.FixedLenFeature([], tf.float32),
+        }
+        if has_ids:
+            specs[CANDIDATE_ID] = tf.io.FixedLenFeature([], tf.int64)
+        return Cache(
+            specs,
+            self.cache_size,
+            EMBEDDING,
+            self.use_lru,
+            saved=self.saved,
+            index=self.index,
+            name="cache",
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """The arguments as JSON values."""
+        is_mapping = isinstance(self.feature_specs, Mapping)
+        describe = describe_specs if is_mapping else describe_spec
+        return {
+            "feature_specs": describe(self.feature_specs),
+            "cache_size": self.cache_size,
+            "use_lru": self.use_lru,
+            "index": keras.utils.serialize_keras_object(self.index),
+            "embedding_dim": self.embedding_dim,
+            "embedding_dtype": tf.as_dtype(self.embedding_dtype).name,
+            "saved": self.saved,
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> CacheSpec:
+        """The inverse of `get_config`."""
+        specs = config["feature_specs"]
+        specs = specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs)
+        return cls(**{**config, "feature_specs": specs, "index": deserialize(config["index"])})
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class FromCache(CachedNegatives):
+    """The candidates of a cache that streams are negatives: one logit for all of them.
+
+    The logit is the cache's log partition; a few candidates are drawn in proportion to exp(score)
+    and encoded by the tower of now, and carry its gradient. Their embeddings are written back, and
+    the batch's candidates then replace the rows that were used longest ago.
+
+    A candidate that came several times may stand in several rows. Under a `tf.distribute` strategy
+    every replica has a cache of its own.
+
+    Args:
+      cache: a `CacheSpec`; or a `Cache` without a `row_key` whose embedding is called "embedding".
+      num_negatives: S, draws for each query, encoded at every training step.
+      exact_query_gradient: whether the queries' gradient is computed and not sampled, see
+        `CachedRetrieval`.
+      corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
+        now.
+      refresh_fraction: ρ in [0, 1], the share of the rows that are encoded again at each step,
+        those touched longest ago.
+      probe_size: rows that are encoded every `probe_every` steps only to see how stale they are.
+      probe_every: steps from one probe to the next.
+      candidate_network: the tower of the rows, if that is not the task's. The batch's candidates
+        are then encoded by it too, in inference mode, to enter the cache.
+      seed: seed of the draws; random (but under `keras.utils.set_random_seed`) if None.
+      **kwargs: of the layer; see `Negatives`.
+
+    Raises:
+      ValueError: if an argument is out of range or does not go with the cache.
+    """
+
+    def __init__(
+        self,
+        cache: CacheSpec | Cache,
+        *,
+        num_negatives: int = 1,
+        exact_query_gradient: bool = True,
+        corrector: DriftCorrector | None = None,
+        refresh_fraction: float = 0.0,
+        probe_size: int = 0,
+        probe_every: int = 100,
+        candidate_network: Callable[..., tf.Tensor] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            num_negatives=num_negatives,
+            exact_query_gradient=exact_query_gradient,
+            corrector=corrector,
+            refresh_fraction=refresh_fraction,
+            probe_size=probe_size,
+            probe_every=probe_every,
+            candidate_network=candidate_network,
+            seed=seed,
+            **kwargs,
+        )
+        if isinstance(cache, CacheSpec):
+            specs = cache.named_specs
+            self.takes_one_tensor = not isinstance(cache.feature_specs, Mapping)
+        else:
+            specs = checks.check_streaming_cache(cache, INTERNAL_KEYS)
+            self.takes_one_tensor = set(specs) == {_features.ONE_FEATURE}
+            self._cache = cache
+        self.feature_specs = specs
+        self.cache_size = cache.cache_size
+        self.use_lru = cache.use_lru
+        self._has_warned = False
+        # An index is the cache's, once there is one: Keras is to find it there only.
+        self._bound.cache = cache
+        self._make_state(cache.use_lru)
+
+    @property
+    def index(self) -> TreeIndex | None:
+        return self._bound.cache.index
+
+    def bind(self, task: Retrieval, log_prefix: str) -> None:
+        checks.check_weighting(task.frequency is not None, self.index, "frequency_correction")
+        if task.frequency is not None and self.use_lru:
+            raise ValueError(
+                "`frequency_correction` takes the cache for a sample of the stream, which it is"
+                " with `use_lru=False` only: LRU keeps candidates that are drawn often. Received:"
+                " use_lru=True."
+            )
+        self._id_key = task.candidate_id_key
+        if self._id_key is not None:
+            _validation.check_id(
+                self._id_key, self.feature_specs, "candidate_id_key", "feature_specs"
+            )
+        super().bind(task, log_prefix)
+        spec = self._bound.cache
+        if isinstance(spec, CacheSpec):
+            dim = spec.embedding_dim if spec.index is None else spec.index.embedding_dim
+            if dim:
+                self.build_cache(dim)
+
+    def build_cache(self, embedding_dim: int) -> None:
+        """Makes the cache, if it is not made yet; checks its dimension.
+
+        Raises:
+          ValueError: if the cache holds embeddings of another dimension.
+        """
+        if self._cache is None:
+            self._cache = self._bound.cache.make(embedding_dim, has_ids=self._id_key is not None)
+        checks.check_dimension(embedding_dim, self._cache.embeddings)
+        self._build_corrector(embedding_dim)
+
+    def add(
+        self, features: Mapping[str, tf.Tensor], probabilities: tf.Tensor | None = None
+    ) -> None:
+        """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
+
+        Args:
+          features: feature name -> [n, ...], n <= C.
+          probabilities: [n] float, their sampling probabilities, as in `Retrieval.call`.
+
+        Raises:
+          ValueError: if features do not match the cache, or n exceeds C.
+        """
+        features = _validation.check_items(
+            features, self.feature_specs, what="candidate_features", exact=True
+        )
+        embeddings = tf.stop_gradient(self.encode(features))
+        about = self.task.about_candidates(features, embeddings, probabilities)
+        self._cache.update(new_items=self._new_rows(features, embeddings, *about))
+
+    def logits(self, batch: Batch, training: bool) -> Contribution:
+        if batch.log_q is not None:
+            checks.check_weighting(True, self.index)
+            self._check_probabilities(batch)
+        if training:
+            size = {"embedding": batch.candidates}
+            _validation.check_fits(size, self.cache_size, what="candidate_features")
+        return super().logits(batch, training)
+
+    def num_stream_draws(self, num_candidates: tf.Tensor) -> tf.Tensor:
+        del num_candidates
+        return tf.cast(self._cache.num_filled, tf.float32)
+
+    def get_config(self) -> dict[str, Any]:
+        cache = self._bound.cache
+        if isinstance(cache, CacheSpec):
+            if self._cache is not None:
+                dim = int(self._cache.embeddings.shape[1])
+                cache = dataclasses.replace(cache, embedding_dim=dim)
+            described = cache.get_config()
+        else:
+            described = keras.utils.serialize_keras_object(cache)
+        return {**super().get_config(), "cache": described}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FromCache:
+        cache = config["cache"]
+        is_spec = "class_name" not in cache
+        return cls(
+            **{
+                **config,
+                "cache": CacheSpec.from_config(cache) if is_spec else deserialize(cache),
+                "corrector": deserialize(config["corrector"]),
+                "candidate_network": deserialize(config["candidate_network"]),
+            }
+        )
+
+    def _left_out(self, batch: Batch) -> dict[str, tf.Tensor]:
+        if batch.left_out_ids is None:
+            return {}
+        return {"candidate_ids": self._row_ids(), "positive_ids": batch.left_out_ids}
+
+    def _row_ids(self) -> tf.Tensor:
+        """[C] int64, fingerprints of the rows' ids."""
+        if CANDIDATE_ID in self._cache.specs:
+            return tf.convert_to_tensor(self._cache.data[CANDIDATE_ID])
+        return fingerprint(tf.convert_to_tensor(self._cache.data[self._id_key]))
+
+    def _log_weights(self, batch: Batch) -> tf.Tensor | None:
+        if batch.log_q is None:
+            return None
+        if batch.log_q.frequency is None:
+            log_probability, ids = tf.convert_to_tensor(self._cache.data[LOG_PROBABILITY]), None
+        else:
+            log_probability, ids = None, self._row_ids()
+        return -batch.log_q.log_expected(log_probability, ids, are_cached=True)
+
+    def _check_probabilities(self, batch: Batch) -> None:
+        if batch.log_q.frequency is not None:
+            return
+        if LOG_PROBABILITY not in self._cache.specs:
+            raise ValueError(
+                "`candidate_sampling_probability` needs a cache that keeps it: give the source a"
+                f" `CacheSpec`. Received a cache of {sorted(self._cache.specs)}."
+            )
+        if self.use_lru and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "`candidate_sampling_probability` takes the cache for a sample of the stream, which"
+                " it is with `use_lru=False` only: LRU keeps candidates that are drawn often, and"
+                " the correction counts them too often.",
+                stacklevel=2,
+            )
+
+    def _own_rows(self, batch: Batch) -> EncodedRows | None:
+        del batch
+
+    def _write(self, batch: Batch, encoded: EncodedRows | None) -> None:
+        features, embeddings = self._features_in(batch), batch.candidates
+        if features is None:
+            raise ValueError(
+                "The batch's candidates enter a cache that streams, and must have its features"
+                f" {sorted(self.feature_specs)}. Received: {sorted(batch.features)}."
+            )
+        if self.has_own_tower:
+            embeddings = tf.stop_gradient(self.encode(features))
+        rows = self._new_rows(features, embeddings, batch.ids, batch.log_probability)
+        self._cache.update(new_items=rows, **as_updates(encoded))
+
+    def _new_rows(
+        self,
+        features: Mapping[str, tf.Tensor],
+        embeddings: tf.Tensor,
+        ids: tf.Tensor | None,
+        log_probability: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        known = {
+            **features,
+            EMBEDDING: embeddings,
+            LOG_PROBABILITY: log_probability,
+            CANDIDATE_ID: ids,
+        }
+        return {key: known[key] for key in self._cache.specs}
+
+
+def as_updates(encoded: EncodedRows | None) -> dict[str, Any]:
+    """Encoded rows as what `Cache.update` takes."""
+    if encoded is None:
+        return {}
+    return {
+        "updated_item_data": {EMBEDDING: encoded.embeddings},
+        "updated_item_indices": encoded.rows,
+        "updated_item_mask": encoded.mask,
+    }

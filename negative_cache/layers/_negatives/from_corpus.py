@@ -1,0 +1,214 @@
+"""`FromCorpus`: negatives out of a cache that holds a whole corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import tensorflow as tf
+
+from negative_cache import _features
+from negative_cache._compat import deserialize, keras
+from negative_cache.layers._corpus import EMBEDDING, Corpus
+from negative_cache.layers._negatives import checks
+from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.cached import CachedNegatives
+from negative_cache.layers._negatives.from_cache import as_updates
+from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers.cache import Cache
+from negative_cache.layers.drift_corrector import DriftCorrector
+from negative_cache.layers.tree_index import TreeIndex
+
+if TYPE_CHECKING:
+    from negative_cache.layers._negatives.base import Contribution
+    from negative_cache.layers.retrieval import Retrieval
+
+
+@keras.utils.register_keras_serializable("negative_cache")
+class FromCorpus(CachedNegatives):
+    """Every candidate of a corpus is a negative, but the positive: one logit for all of them.
+
+    As with `FromCache`, but each candidate stands in one row from the first step on. A query's
+    positive is left out by its row, and the batch's candidates, which are encoded anyway, are
+    written to their rows. What is stale are the rows that neither draws nor positives come to:
+    `refresh_fraction` encodes them in turn, the callback `CacheRefresh` all at once, and a
+    `corrector` estimates where they are without encoding them.
+
+    Every candidate is there once, so that there are no corrections for popularity. `InBatch` beside
+    it counts the batch's candidates twice, as themselves and as their rows.
+
+    Args:
+      cache: a cache that covers a corpus, as `Cache.from_dataset` makes it.
+      write_back: whether draws and the batch's candidates are written. False leaves rows as they
+        are but for refreshes: a cache that is stale on purpose, as baselines have it.
+      num_negatives: see `FromCache`.
+      exact_query_gradient: see `FromCache`.
+      corrector: see `FromCache`.
+      refresh_fraction: see `FromCache`.
+      probe_size: see `FromCache`.
+      probe_every: see `FromCache`.
+      feature_specs: what the tower takes, if the corpus has one feature that is called "candidate"
+        and the tower takes a dictionary all the same.
+      candidate_network: the tower of the corpus, if that is not the task's. The batch's candidates
+        are then no rows of it: none is written, and positives are left out if they have the
+        feature that is the cache's `row_key`.
+      seed: see `FromCache`.
+      **kwargs: of the layer; see `Negatives`.
+
+    Raises:
+      ValueError: if an argument is out of range or does not go with the cache.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        write_back: bool = True,
+        num_negatives: int = 1,
+        exact_query_gradient: bool = True,
+        corrector: DriftCorrector | None = None,
+        refresh_fraction: float = 0.0,
+        probe_size: int = 0,
+        probe_every: int = 100,
+        feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None = None,
+        candidate_network: Callable[..., tf.Tensor] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(
+            num_negatives=num_negatives,
+            exact_query_gradient=exact_query_gradient,
+            corrector=corrector,
+            refresh_fraction=refresh_fraction,
+            probe_size=probe_size,
+            probe_every=probe_every,
+            candidate_network=candidate_network,
+            seed=seed,
+            **kwargs,
+        )
+        feature_specs = checks.check_corpus(cache, feature_specs)
+        self._write_back = write_back
+        self.takes_one_tensor = not isinstance(feature_specs, Mapping)
+        self.feature_specs = dict(_features.named(feature_specs))
+        self.cache_size = cache.cache_size
+        self._cache = cache
+        self._make_state(cache.use_lru)
+        self._count(cache.num_filled)
+
+    @property
+    def write_back(self) -> bool:
+        return self._write_back
+
+    @property
+    def index(self) -> TreeIndex | None:
+        return self._cache.index
+
+    def bind(self, task: Retrieval, log_prefix: str) -> None:
+        if task.frequency is not None:
+            raise ValueError(
+                "There is no `frequency_correction` with a `cache` of a corpus: it holds every"
+                " candidate once."
+            )
+        if not self.has_own_tower and task.candidate_id_key != self._cache.row_key:
+            raise ValueError(
+                "The `candidate_id_key` of a task must be that of its corpus. Received:"
+                f" {task.candidate_id_key!r}. Wanted: {self._cache.row_key!r}."
+            )
+        super().bind(task, log_prefix)
+
+    def build_cache(self, embedding_dim: int) -> None:
+        """Checks the dimension of the cache.
+
+        Raises:
+          ValueError: if the cache holds embeddings of another dimension.
+        """
+        checks.check_dimension(embedding_dim, self._cache.embeddings)
+        self._build_corrector(embedding_dim)
+
+    def fill(self, candidates: Iterable, *, verbose: int = 1) -> None:
+        """Encodes the corpus into the cache, whatever it held.
+
+        Args:
+          candidates: batches of candidate features, in the order of the rows.
+          verbose: 1 for a progress bar, 0 for none.
+
+        Raises:
+          ValueError: as `Cache.from_dataset`.
+        """
+        specs = self._plain_specs()
+        corpus = Corpus(candidates, self._tower, specs, self._cache.row_key)
+        self._cache.fill(corpus.items(), verbose=verbose)
+        self._count(self._cache.num_filled)
+
+    def logits(self, batch: Batch, training: bool) -> Contribution:
+        if batch.log_q is not None:
+            raise ValueError(
+                "There is no `candidate_sampling_probability` with a `cache` that covers a corpus:"
+                " it holds every candidate once."
+            )
+        return super().logits(batch, training)
+
+    def get_config(self) -> dict[str, Any]:
+        specs = self._plain_specs()
+        describe = describe_specs if isinstance(specs, Mapping) else describe_spec
+        return {
+            **super().get_config(),
+            "cache": keras.utils.serialize_keras_object(self._cache),
+            "write_back": self.write_back,
+            "feature_specs": describe(specs),
+        }
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> FromCorpus:
+        specs = config["feature_specs"]
+        return cls(
+            **{
+                **config,
+                "cache": deserialize(config["cache"]),
+                "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
+                "corrector": deserialize(config["corrector"]),
+                "candidate_network": deserialize(config["candidate_network"]),
+            }
+        )
+
+    def _plain_specs(self) -> Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature:
+        specs = self.feature_specs
+        return specs[_features.ONE_FEATURE] if self.takes_one_tensor else specs
+
+    def _left_out(self, batch: Batch) -> dict[str, tf.Tensor]:
+        row_key = self._cache.row_key
+        ids = batch.left_out_ids if row_key == self.task.candidate_id_key else None
+        if ids is None:
+            if row_key not in batch.features:
+                return {}
+            own = batch.features[row_key][: batch.num_queries]
+            ids = _features.fingerprint(own)[:, tf.newaxis]
+        # A fingerprint is its own.
+        rows = self._cache.rows_of(tf.reshape(ids, [-1]))
+        return {"positive_ids": tf.reshape(rows, tf.shape(ids))}
+
+    def _log_weights(self, batch: Batch) -> tf.Tensor | None:
+        del batch
+
+    def _own_rows(self, batch: Batch) -> EncodedRows | None:
+        if self.has_own_tower:
+            return None
+        rows = self._cache.rows_of(batch.features[self._cache.row_key])
+        is_known = (rows >= 0) & self._cache.is_filled(tf.maximum(rows, 0))
+        return EncodedRows(tf.maximum(rows, 0), batch.candidates, is_known)
+
+    def _write(self, batch: Batch, encoded: EncodedRows | None) -> None:
+        if self.has_own_tower:
+            # Nothing of the batch is a row.
+            items = {
+                key: tf.zeros([0, *spec.shape], spec.dtype)
+                if spec.dtype != tf.string
+                else tf.fill([0, *spec.shape], "")
+                for key, spec in self._cache.specs.items()
+            }
+            self._cache.update(new_items=items, **as_updates(encoded))
+            return
+        items = {**self._features_in(batch), EMBEDDING: batch.candidates}
+        mask = None if self.write_back else tf.zeros([batch.num_candidates], tf.bool)
+        self._cache.update(new_items=items, new_items_mask=mask, **as_updates(encoded))
