@@ -95,9 +95,11 @@ class Negatives(keras.layers.Layer):
         """The logits alone."""
         return self.logits(batch, training).logits
 
-    @property
-    def task(self) -> Retrieval:
-        """The task that the source belongs to."""
+    def get_task(self) -> Retrieval:
+        """The task that the source belongs to.
+
+        A method, since Keras follows properties when it writes a file, and would go in a circle.
+        """
         if self._bound.task is None:
             raise ValueError(f"{self.name!r} is not one of the `negatives` of a task yet.")
         return self._bound.task

@@ -154,9 +154,12 @@ class CachedNegatives(Negatives, StateLayer):
         names = ["probe_staleness", "probe_corrected_staleness"]
         num_probes = 0 if not self.probe_size else 1 if self.corrector is None else 2
         self._probe_metrics = [Latest(name=prefix + name) for name in names[:num_probes]]
-        known_dim = _towers.known_output_dim(self._tower)
-        if known_dim is not None:
-            self.build_cache(known_dim)
+        known_dims = [_towers.known_output_dim(self._tower)]
+        if self._cache is not None:
+            known_dims.append(self._cache.embeddings.shape[1])
+        for dim in known_dims:
+            if dim is not None:
+                self.build_cache(dim)
 
     @property
     def cache(self) -> Cache | None:
@@ -170,7 +173,7 @@ class CachedNegatives(Negatives, StateLayer):
 
     @property
     def _tower(self) -> Callable[..., tf.Tensor]:
-        return self.candidate_network if self.has_own_tower else self.task.candidate_network
+        return self.candidate_network if self.has_own_tower else self.get_task().candidate_network
 
     @property
     def num_encoded(self) -> tf.Tensor:

@@ -237,7 +237,7 @@ class FromCache(CachedNegatives):
             features, self.feature_specs, what="candidate_features", exact=True
         )
         embeddings = tf.stop_gradient(self.encode(features))
-        about = self.task.about_candidates(features, embeddings, probabilities)
+        about = self.get_task().about_candidates(features, embeddings, probabilities)
         self._cache.update(new_items=self._new_rows(features, embeddings, *about))
 
     def logits(self, batch: Batch, training: bool) -> Contribution:

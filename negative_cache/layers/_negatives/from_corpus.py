@@ -178,7 +178,7 @@ class FromCorpus(CachedNegatives):
 
     def _left_out(self, batch: Batch) -> dict[str, tf.Tensor]:
         row_key = self._cache.row_key
-        ids = batch.left_out_ids if row_key == self.task.candidate_id_key else None
+        ids = batch.left_out_ids if row_key == self.get_task().candidate_id_key else None
         if ids is None:
             if row_key not in batch.features:
                 return {}
