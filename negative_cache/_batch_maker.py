@@ -8,7 +8,7 @@ import numpy as np
 import scipy.sparse
 import tensorflow as tf
 
-from negative_cache import _batch_conflicts, _pair_batches, _validation
+from negative_cache import _batch_conflicts, _features, _pair_batches, _validation
 from negative_cache._contrastive_order import (
     check_embeddings,
     check_index,
@@ -95,7 +95,7 @@ class BatchMaker:
 
     def embed(self, pairs) -> tuple[np.ndarray, np.ndarray]:
         """[N, d] embeddings of the queries and of the candidates."""
-        return self.towers.embed(pairs, _pair_batches.num_rows(pairs), self._verbose)
+        return self.towers.embed(pairs, _features.num_rows(pairs), self._verbose)
 
     def order(
         self, pairs, ids: Ids, stream: Sequence[int], numbers: np.ndarray | None = None
@@ -171,7 +171,7 @@ class Shards:
         self._begin_pass()
         epoch, rest = self._epoch, []
         for shard, parts in enumerate(self._shards()):
-            pairs, numbers = _pair_batches.concatenate([*rest, *parts])
+            pairs, numbers = _features.concatenate([*rest, *parts])
             # Only the shard itself stays in memory.
             parts.clear()
             rest.clear()
@@ -197,7 +197,7 @@ class Shards:
         maker, epoch = self._maker, stream[0]
         maker.towers.build(pairs)
         if self._weights is None:
-            self._weights = maker.towers.weights()
+            self._weights = maker.towers.fingerprint()
         ids = Ids.of(pairs, *self._keys)
         if not self._has_warned:
             self._has_warned = _batch_conflicts.warn_of_conflicts(ids, maker.batch_size)
@@ -210,7 +210,7 @@ class Shards:
         """The parts of one shard after the other: features, and the pairs' numbers."""
         parts, num_pairs = [], 0
         for part in self._parts.as_numpy_iterator():
-            size = _pair_batches.num_rows(part)
+            size = _features.num_rows(part)
             parts.append((part, np.arange(num_pairs, num_pairs + size)))
             num_pairs += size
             if len(parts) == self._parts_of_shard:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._corpus import ONE_FEATURE
+from negative_cache import _features
+from negative_cache._validation import to_numpy
 
 
 def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
@@ -226,27 +227,10 @@ def flatten(values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 def ids_of(features, key: str | None) -> np.ndarray:
     """[n] ids of a batch of candidate features."""
-    if isinstance(features, Mapping):
-        if key not in features:
-            raise ValueError(
-                "`candidate_id_key` must be one of the candidates' features"
-                f" {sorted(features)}. Received: {key!r}."
-            )
-        features = features[key]
-    elif key not in (None, ONE_FEATURE):
-        raise ValueError(
-            "`candidate_id_key` names one of several features, but a candidate's features are one"
-            f" {type(features).__name__}. Received: {key!r}."
-        )
-    ids = to_numpy(features)
+    ids = to_numpy(_features.id_feature(features, key))
     if ids.ndim != 1:
         raise ValueError(f"Candidate ids must have shape [n]. Received shape: {ids.shape}.")
     return ids
-
-
-def to_numpy(values) -> np.ndarray:
-    """As TensorFlow has it, strings as bytes."""
-    return tf.convert_to_tensor(values).numpy()
 
 
 def _padding_of(ids: np.ndarray) -> int | bytes:

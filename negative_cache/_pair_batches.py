@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _batch_conflicts, _pair_ids
+from negative_cache import _batch_conflicts, _features
 from negative_cache._pair_ids import NOT_KNOWN, Ids
 
 
@@ -94,9 +94,8 @@ def check_dataset(dataset, query_id_key: str | None, candidate_id_key: str | Non
     sizes = {part.shape[0] if part.shape.rank else "one" for part in parts}
     ids = []
     for name, key in (("query", query_id_key), ("candidate", candidate_id_key)):
-        _pair_ids.check_key(spec[name], key, name)
         if key is not None:
-            ids.append(spec[name][key] if isinstance(spec[name], Mapping) else spec[name])
+            ids.append(_features.id_feature(spec[name], key, name))
     if sizes == {None} or any(part.shape.rank for part in ids):
         raise ValueError(
             "`dataset` must hold single pairs: `dataset.unbatch()` has those of batches. Received"
@@ -119,28 +118,6 @@ def check_fraction(fraction, name: str) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"`{name}` must lie between 0 and 1. Received: {fraction!r}.")
     return value
-
-
-def take(features, rows: np.ndarray):
-    """Rows of features, a nest of arrays and tensors, as tensors."""
-    return tf.nest.map_structure(
-        lambda values: (
-            tf.convert_to_tensor(values[rows])
-            if isinstance(values, np.ndarray)
-            else tf.gather(values, rows)
-        ),
-        features,
-    )
-
-
-def num_rows(features) -> int:
-    """N, of features of N rows."""
-    return len(tf.nest.flatten(features)[0])
-
-
-def concatenate(parts: list):
-    """Rows of all `parts`, nests of arrays, one after the other."""
-    return tf.nest.map_structure(lambda *values: np.concatenate(values), *parts)
 
 
 def _as_array(values):

@@ -1,11 +1,11 @@
 """Which pairs share a query or a candidate, and which may therefore not share a batch."""
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
-from negative_cache import _held_out
+from negative_cache import _features
+from negative_cache._validation import to_numpy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,17 +32,6 @@ class Ids:
         return cls(
             _codes_of(pairs["query"], query_id_key, "query"),
             _codes_of(pairs["candidate"], candidate_id_key, "candidate"),
-        )
-
-
-def check_key(features, key: str | None, name: str) -> None:
-    """Checks that the argument `{name}_id_key` names one of the features, tensors or specs."""
-    if key is None:
-        return
-    keys = sorted(features) if isinstance(features, Mapping) else [name]
-    if key not in keys:
-        raise ValueError(
-            f"`{name}_id_key` must be one of the features of a {name}, {keys}. Received: {key!r}."
         )
 
 
@@ -81,11 +70,10 @@ class Mates:
 
 
 def _codes_of(features, key: str | None, name: str) -> np.ndarray | None:
-    """[N] int64 codes of a feature; of the only one, which is called as query or candidate is."""
+    """[N] int64 codes of the feature that `{name}_id_key` names; None where it is None."""
     if key is None:
         return None
-    check_key(features, key, name)
-    values = features[key] if isinstance(features, Mapping) else features
+    values = _features.id_feature(features, key, name)
     return _codes(values, len(values), f"{name}_id_key={key!r}")
 
 
@@ -93,7 +81,7 @@ def _codes(ids, num_pairs: int, name: str) -> np.ndarray | None:
     """[N] int64 codes from 0 on."""
     if ids is None:
         return None
-    ids = _held_out.to_numpy(ids)
+    ids = to_numpy(ids)
     if ids.shape != (num_pairs,) or ids.dtype.kind not in "iuO":
         raise ValueError(
             f"`{name}` must be integers or strings of shape [{num_pairs}]. (A column of integers in"

@@ -1,13 +1,19 @@
 """Checks of what a caller hands to a cache, shared by everything that owns one.
 
-Nothing here computes: a check returns its argument as tensors, or raises a `ValueError` that
-quotes what it received.
+Nothing here computes: a check returns its argument as tensors or arrays, or raises a `ValueError`
+that quotes what it received.
 """
 
 import operator
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import tensorflow as tf
+
+
+def to_numpy(values) -> np.ndarray:
+    """As TensorFlow has it, strings as bytes."""
+    return tf.convert_to_tensor(values).numpy()
 
 
 def check_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict[str, tf.io.FixedLenFeature]:

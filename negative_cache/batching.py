@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _batch_conflicts, _pair_batches, _validation
+from negative_cache import _batch_conflicts, _features, _pair_batches, _validation
 from negative_cache._batch_maker import BatchMaker, Order, Shards
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache._contrastive_order import contrastive_order, neighbor_graph
@@ -290,7 +290,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                 self._begin_epoch()
             rows = self._batches[index]
             self._unread.discard(index % self._num_batches)
-        return _pair_batches.take(self._pairs, rows)
+        return _features.take(self._pairs, rows)
 
     def __iter__(self):
         """The batches of an epoch, for a loop of your own; the next one begins another epoch."""
@@ -348,7 +348,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     def _begin_epoch(self):
         self._before = self._state()
         self._maker.towers.build(self._pairs)
-        self._weights = self._maker.towers.weights()
+        self._weights = self._maker.towers.fingerprint()
         batches = self._left
         while len(batches) < self._num_batches:
             batches = [*batches, *self._pass()]
@@ -359,7 +359,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     def _pass(self) -> list[np.ndarray]:
         """Rows of the batches of the next pass over all pairs."""
         epoch, maker = self._epoch, self._maker
-        order = Order(np.arange(_pair_batches.num_rows(self._pairs)))
+        order = Order(np.arange(_features.num_rows(self._pairs)))
         if maker.random_fraction(epoch) < 1.0:
             if self._order is None or self._must_order(epoch):
                 self._order = maker.order(self._pairs, self._ids, [epoch])

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import tensorflow as tf
 
-from negative_cache import _validation, evaluation
+from negative_cache import _features, _towers, _validation, evaluation
 from negative_cache._compat import keras
 
 
@@ -60,7 +60,7 @@ class CorpusMetrics(keras.callbacks.Callback):
         self.every = every
         self.verbose = verbose
         self.networks = networks
-        self._encoders = None if networks is None else evaluation.encoders_of(networks)
+        self._encoders = None if networks is None else _towers.encoders_of(networks)
         self._last = {}
 
     def __deepcopy__(self, memo):
@@ -97,7 +97,7 @@ class CorpusMetrics(keras.callbacks.Callback):
         super().set_model(model)
         # Encoders are compiled, and kept for all epochs.
         if self.networks is None and (is_other or self._encoders is None):
-            self._encoders = evaluation.encoders_of(model)
+            self._encoders = _towers.encoders_of(model)
 
 
 class CacheWarmStart(keras.callbacks.Callback):
@@ -140,7 +140,7 @@ class CacheWarmStart(keras.callbacks.Callback):
         with self.model.distribute_strategy.scope():
             if first is not None and task.cache is None:
                 # Makes the cache, and with it a checkpoint's rows appear.
-                task.embed_candidates(_first_rows(first, 1))
+                task.embed_candidates(_features.first_rows(first, 1))
                 if _holds_rows(task):
                     return
             bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
@@ -157,8 +157,8 @@ class CacheWarmStart(keras.callbacks.Callback):
         add = tf.function(task.add_to_cache, reduce_retracing=True)
         num_added = 0
         for features in batches:
-            num_rows = min(_num_rows(features), task.cache_size - num_added)
-            add(_first_rows(features, num_rows))
+            num_rows = min(_features.num_rows(features), task.cache_size - num_added)
+            add(_features.first_rows(features, num_rows))
             num_added += num_rows
             if bar:
                 bar.update(num_added)
@@ -253,11 +253,3 @@ def cached_task(model, task=None):
 
 def _holds_rows(task) -> bool:
     return task.cache is not None and int(tf.convert_to_tensor(task.cache.num_filled)) > 0
-
-
-def _num_rows(features) -> int:
-    return int(tf.shape(tf.nest.flatten(features)[0])[0])
-
-
-def _first_rows(features, count: int):
-    return tf.nest.map_structure(lambda values: values[:count], features)

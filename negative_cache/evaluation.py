@@ -16,11 +16,20 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _held_out
+from negative_cache import _held_out, _validation
 from negative_cache._compat import keras
 from negative_cache._held_out import rows_of
-from negative_cache.layers import _networks
+from negative_cache._towers import Encoder, encoders_of
 from negative_cache.ops._precision import matmul_in_full
+
+__all__ = [
+    "Encoder",
+    "encoders_of",
+    "evaluate",
+    "positive_ranks",
+    "retrieval_metrics",
+    "rows_of",
+]
 
 # Where positives are not identified in the corpus, a candidate within rounding of the positive's
 # score is taken for the positive itself.
@@ -221,76 +230,6 @@ def retrieval_metrics(
     return {**recalls, **hit_rates, "mrr": float(np.mean(1.0 / (best + 1.0)))}
 
 
-class Encoder:
-    """Embeds datasets with a network in inference mode, compiled once."""
-
-    def __init__(self, network):
-        is_layer = isinstance(network, keras.layers.Layer)
-        kwargs = {"training": False} if is_layer or _networks.takes_training(network) else {}
-        self._embed = tf.function(
-            lambda features: tf.cast(
-                network(_networks.inputs_of(network, features), **kwargs), tf.float32
-            ),
-            reduce_retracing=True,
-        )
-        self._is_traced = False
-
-    def embed(self, features) -> np.ndarray:
-        """Embeds one batch of features: [n, d] float32."""
-        if not self._is_traced:
-            # Once for batches of any size: the last one is smaller.
-            self._embed.get_concrete_function(tf.nest.map_structure(_spec_of_any_size, features))
-            self._is_traced = True
-        embeddings = self._embed(features).numpy()
-        if embeddings.ndim != 2:
-            raise ValueError(
-                "A tower must return one tensor of embeddings of shape [n, dim]. Received shape:"
-                f" {embeddings.shape}."
-            )
-        return embeddings
-
-    def __call__(self, batches: Iterable, after_batch=None) -> np.ndarray:
-        """Embeds all `batches` of features: [n, d] float32.
-
-        `after_batch(i)` is called after the i-th batch, counted from 1.
-        """
-        embeddings = []
-        for step, features in enumerate(batches):
-            embeddings.append(self.embed(features))
-            if after_batch is not None:
-                after_batch(step + 1)
-        if not embeddings:
-            raise ValueError("The dataset to embed is empty.")
-        return np.concatenate(embeddings)
-
-
-def _spec_of_any_size(values):
-    """The specification of a feature whose first dimension is any."""
-    if not isinstance(values, tf.Tensor) or not values.shape.rank:
-        return values
-    return tf.TensorSpec([None, *values.shape[1:]], values.dtype)
-
-
-def encoders_of(model) -> tuple[Encoder, Encoder]:
-    """The encoders of queries and of candidates, of what `evaluate` takes as `model`.
-
-    A pair may hold encoders already, which are then compiled once for many evaluations.
-    """
-    if isinstance(model, (tuple, list)):
-        networks = model
-    else:
-        networks = [getattr(model, f"{name}_network", None) for name in ("query", "candidate")]
-    if len(networks) != 2 or not all(callable(network) for network in networks):
-        raise ValueError(
-            "A model must have `query_network` and `candidate_network`, or be the pair of both, as"
-            f" `(model.query_model, model.candidate_model)` is. Received: {model!r}."
-        )
-    query, candidate = (
-        network if isinstance(network, Encoder) else Encoder(network) for network in networks
-    )
-    return query, candidate
-
-
 def check_cutoffs(k: Sequence[int]) -> None:
     """Checks that `k` are cut-offs of a recall."""
     if not isinstance(k, Sequence | np.ndarray) or not len(k) or min(k) < 1:
@@ -299,7 +238,7 @@ def check_cutoffs(k: Sequence[int]) -> None:
 
 def _check_indices(indices, name: str, size: int, limit: int, smallest: int) -> np.ndarray:
     """[size] int64, from `smallest` to below `limit`."""
-    indices = _held_out.to_numpy(indices)
+    indices = _validation.to_numpy(indices)
     if indices.shape != (size,) or indices.dtype.kind not in "iu":
         raise ValueError(
             f"`{name}` must be integers of shape [{size}]. Received dtype {indices.dtype}, shape"

@@ -5,9 +5,8 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from negative_cache import _compat
+from negative_cache import _compat, _features, _towers
 from negative_cache._compat import keras
-from negative_cache.layers import _networks
 
 _INPUTS = "inputs"
 
@@ -68,10 +67,12 @@ class DualEncoder(_compat.Model):
         """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]`."""
         _check_inputs(inputs)
         if self._input_specs is None:
-            self._input_specs = {key: _specs_of(inputs[key]) for key in ("query", "candidate")}
+            self._input_specs = {
+                key: _features.specs_of_any_size(inputs[key]) for key in ("query", "candidate")
+            }
         embeddings = {
-            "query": _networks.embed(self.query_network, inputs["query"], training),
-            "candidate": _networks.embed(self.candidate_network, inputs["candidate"], training),
+            "query": _towers.embed(self.query_network, inputs["query"], training),
+            "candidate": _towers.embed(self.candidate_network, inputs["candidate"], training),
         }
         # A cache that is to be restored from a checkpoint must be there before it is used.
         self.task.build_cache(embeddings["candidate"].shape[1])
@@ -160,9 +161,7 @@ class DualEncoder(_compat.Model):
         for name, network in (("query", self.query_network), ("candidate", self.candidate_network)):
             archive.track(network)
             # Traced here: Keras 3 would take no specs of ragged and sparse features.
-            function = tf.function(
-                _inference_function(network), input_signature=[_named(self._input_specs[name])]
-            )
+            function = _towers.compile_tower(network, [_named(self._input_specs[name])])
             function.get_concrete_function()
             archive.add_endpoint(f"embed_{name}", function)
         archive.write_out(str(filepath), **kwargs)
@@ -175,17 +174,13 @@ class DualEncoder(_compat.Model):
         negatives, mask = _padded(inputs["negative"])
         if mask is not None and "negative_mask" in inputs:
             raise ValueError('Ragged lists need no "negative_mask". Received both.')
-        ids = negatives
-        if isinstance(negatives, Mapping):
-            ids = negatives.get(self.task.candidate_id_key)
-        elif self.task.candidate_id_key is None:
-            ids = None
+        ids = _features.named(negatives).get(self.task.candidate_id_key)
         return {**known, "negative_ids": ids, "negative_mask": inputs.get("negative_mask", mask)}
 
     def _embed_negatives(self, features, training):
         """[B, M, d] embeddings of features [B, M, ...]."""
         flat = tf.nest.map_structure(_merge_first_dimensions, features)
-        embeddings = _networks.embed(self.candidate_network, flat, training)
+        embeddings = _towers.embed(self.candidate_network, flat, training)
         batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
         return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
 
@@ -211,24 +206,6 @@ def _padded(features):
 def _merge_first_dimensions(values):
     """[B, M, ...] -> [B * M, ...]."""
     return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
-
-
-def _inference_function(network):
-    return lambda features: _networks.embed(network, features, training=False)
-
-
-def _specs_of(features):
-    return tf.nest.map_structure(_spec_of, features)
-
-
-def _spec_of(values):
-    """The spec of a feature of any number of rows: dense, ragged or sparse."""
-    shape = [None, *values.shape[1:]]
-    if isinstance(values, tf.RaggedTensor):
-        return tf.RaggedTensorSpec(shape, values.dtype, values.ragged_rank, values.row_splits.dtype)
-    if isinstance(values, tf.SparseTensor):
-        return tf.SparseTensorSpec(shape, values.dtype)
-    return tf.TensorSpec(shape, values.dtype)
 
 
 def _named(specs):

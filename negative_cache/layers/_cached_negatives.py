@@ -11,8 +11,9 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache._compat import keras
+from negative_cache._features import fingerprint
 from negative_cache.layers import _popularity, _retrieval_checks
-from negative_cache.layers._corpus import EMBEDDING, fingerprint
+from negative_cache.layers._corpus import EMBEDDING
 from negative_cache.layers._scores import Scores
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, Encoded

@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _validation
+from negative_cache import _towers, _validation
 from negative_cache._compat import RunningMean, kept_losses, keras
-from negative_cache.layers import _cached_negatives, _networks, _retrieval_checks
-from negative_cache.layers._corpus import ONE_FEATURE, Corpus
+from negative_cache._features import ONE_FEATURE
+from negative_cache.layers import _cached_negatives, _retrieval_checks
+from negative_cache.layers._corpus import Corpus
 from negative_cache.layers._state import StateLayer, next_seed, on_every_replica
 from negative_cache.layers._variables import is_on_host, make_state_variable
 from negative_cache.layers.cache import Cache
@@ -65,7 +66,7 @@ class CachingLayer(StateLayer):
         self._untracked.reencode = tf.function(self._reencode, reduce_retracing=True)
         if index is not None:
             embedding_dim = index.embedding_dim
-        known_dim = _networks.known_output_dim(self.candidate_network)
+        known_dim = _towers.known_output_dim(self.candidate_network)
         if cache is not None and known_dim is not None:
             self.build_cache(known_dim)
         if embedding_dim or known_dim:
@@ -291,7 +292,7 @@ class CachingLayer(StateLayer):
         inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
         # What the tower adds to the loss counts for the batch's own encoding, which is not here.
         with kept_losses(self.candidate_network):
-            embeddings = _networks.embed(self.candidate_network, inputs, training)
+            embeddings = _towers.embed(self.candidate_network, inputs, training)
         self.build_cache(embeddings.shape[1])
         if self.cache_size:
             self._count(tf.shape(embeddings)[0])

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _validation
+from negative_cache import _features, _validation
 from negative_cache._compat import keras
-from negative_cache.layers import _networks
+from negative_cache._features import ONE_FEATURE, fingerprint
+from negative_cache._towers import Encoder
 from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.ops import _execution
 
-# The name of the only feature of a tower that takes a single tensor.
-ONE_FEATURE = "candidate"
 # The name of the embedding in a cache of candidates.
 EMBEDDING = "embedding"
 
@@ -115,12 +114,10 @@ class Corpus:
                 f"`candidate_network` must be a layer or a function. Received: {network!r}."
             )
         if feature_specs is None:
-            feature_specs = _specs_of(dataset)
+            feature_specs = _features.specs_of_rows(dataset)
         self._takes_one_tensor = not isinstance(feature_specs, Mapping)
-        if self._takes_one_tensor:
-            feature_specs = {ONE_FEATURE: feature_specs}
-            id_key = ONE_FEATURE if id_key is None else id_key
-        self.specs = _validation.check_specs(feature_specs)
+        id_key = _features.id_key_of(feature_specs, id_key)
+        self.specs = _validation.check_specs(_features.named(feature_specs))
         if EMBEDDING in self.specs:
             raise ValueError(
                 f"{EMBEDDING!r} is the name of the cached embedding, and no candidate's feature can"
@@ -139,13 +136,7 @@ class Corpus:
                     "`on_host` must be names of the candidates' features"
                     f" {sorted(self.specs)}, or {EMBEDDING!r}. Received: {on_host!r}."
                 )
-        self._dataset, self._network = dataset, network
-
-        def encode(features):
-            inputs = features[ONE_FEATURE] if self._takes_one_tensor else features
-            return tf.cast(_networks.embed(network, inputs, training=False), tf.float32)
-
-        self._encode = tf.function(encode, reduce_retracing=True)
+        self._dataset, self._encoder = dataset, Encoder(network)
 
     def count(self) -> int:
         """The number of candidates."""
@@ -167,21 +158,21 @@ class Corpus:
             else tf.fill([1, *spec.shape], "")
             for key, spec in self.specs.items()
         }
-        is_unbuilt = isinstance(self._network, keras.layers.Layer) and not self._network.built
-        if is_unbuilt and tf.distribute.has_strategy():
-            # Variables of replicas that are first made in a graph cannot be lifted out of it.
-            self._encode.python_function(example)
-        return int(self._encode.get_concrete_function(example).output_shapes[1])
+        return self._encoder.output_dim(self._inputs(example))
 
     def items(self) -> Iterator[dict[str, tf.Tensor]]:
         """Batches of features, with the embeddings [n, d] float32 among them."""
         for features in self._batches():
-            yield {**features, EMBEDDING: self._encode(features)}
+            yield {**features, EMBEDDING: self._encoder.embed_tensor(self._inputs(features))}
+
+    def _inputs(self, features):
+        """What the tower takes of features by name."""
+        return features[ONE_FEATURE] if self._takes_one_tensor else features
 
     def _batches(self):
         for features in self._dataset:
-            if self._takes_one_tensor and not isinstance(features, Mapping):
-                features = {ONE_FEATURE: features}
+            if self._takes_one_tensor:
+                features = _features.named(features)
             yield _validation.check_items(features, self.specs, what="dataset", exact=True)
 
 
@@ -225,34 +216,3 @@ def write_in_order(
     if start < num_rows:
         bar.update(start, finalize=True)
     return np.concatenate(ids)
-
-
-def fingerprint(ids: tf.Tensor) -> tf.Tensor:
-    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
-    return (
-        tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
-        if ids.dtype == tf.string
-        else tf.cast(ids, tf.int64)
-    )
-
-
-def _specs_of(dataset):
-    """The specs of a dataset of batches: a mapping, or that of a single tensor."""
-    element = getattr(dataset, "element_spec", None)
-    if element is None:
-        raise ValueError(
-            "`feature_specs` can only be taken from a `tf.data.Dataset`. Received: None, and"
-            f" {type(dataset).__name__}."
-        )
-    parts = element if isinstance(element, Mapping) else {ONE_FEATURE: element}
-    for key, part in parts.items():
-        is_tensor = isinstance(part, tf.TensorSpec) and part.shape.rank is not None
-        if not is_tensor or part.shape.rank < 1 or not part.shape[1:].is_fully_defined():
-            raise ValueError(
-                "Features must be tensors [n, ...] whose shape is known but for the batch. Received"
-                f" for {key!r}: {part!r}."
-            )
-    specs = {
-        key: tf.io.FixedLenFeature(list(part.shape[1:]), part.dtype) for key, part in parts.items()
-    }
-    return specs if isinstance(element, Mapping) else specs[ONE_FEATURE]

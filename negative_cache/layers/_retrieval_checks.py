@@ -6,7 +6,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache.layers._corpus import EMBEDDING, ONE_FEATURE
+from negative_cache._features import ONE_FEATURE
+from negative_cache.layers._corpus import EMBEDDING
 from negative_cache.layers._state import describe_specs
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector

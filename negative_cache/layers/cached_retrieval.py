@@ -8,10 +8,10 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import become_task, kept_losses, keras
+from negative_cache._features import ONE_FEATURE, fingerprint
 from negative_cache.layers import _cached_negatives, _retrieval_checks, _retrieval_config
 from negative_cache.layers._cached_negatives import CANDIDATE_ID, EMBEDDING
 from negative_cache.layers._caching_layer import CachingLayer
-from negative_cache.layers._corpus import ONE_FEATURE, fingerprint
 from negative_cache.layers._scores import Scores
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector

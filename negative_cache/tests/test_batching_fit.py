@@ -1,7 +1,5 @@
 """Tests of `GlobalContrastiveBatches` in `fit`: when epochs begin, and with which weights."""
 
-import types
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,7 +11,6 @@ from negative_cache import (
     GlobalContrastiveBatches,
 )
 from negative_cache._compat import IS_KERAS_2, keras
-from negative_cache._towers import Towers
 from negative_cache.tests.contrastive_pairs import (
     PAIRS,
     TITLES,
@@ -263,18 +260,6 @@ def test_any_weight_that_changes_is_seen(network):
     batches.on_epoch_end()
     read(batches)
     assert batches._epoch == 2
-
-
-def test_weights_of_any_shape_and_dtype():
-    model = make_model()
-    scalar, empty = tf.Variable(1.0), tf.Variable(tf.zeros([0, 4]))
-    low = tf.Variable(tf.ones([3], tf.bfloat16))
-    towers = Towers(model, 8)
-    towers._networks = (types.SimpleNamespace(trainable_variables=[scalar, empty, low]),)
-    weights = towers.weights()
-    assert not towers.have_changed(weights)
-    low.assign([1.0, 1.0, 1.0078125])
-    assert towers.have_changed(weights)
 
 
 def test_restart_orders_by_the_weights_of_then():

@@ -7,7 +7,7 @@ import tensorflow as tf
 from hypothesis import strategies as st
 
 from negative_cache import evaluation
-from negative_cache.evaluation import Encoder, evaluate, positive_ranks, retrieval_metrics, rows_of
+from negative_cache.evaluation import evaluate, positive_ranks, retrieval_metrics, rows_of
 
 
 @st.composite
@@ -271,34 +271,6 @@ def test_rows_of(convert):
         rows_of(convert([10]), convert([10, 30, 10]))
 
 
-def test_encoder_embeds_in_inference_mode_without_retracing():
-    traces = []
-
-    def network(features, training):
-        traces.append(training)
-        return tf.cast(features, tf.float16)[:, tf.newaxis] * [[1.0, 2.0]]
-
-    encoder, seen = Encoder(network), []
-    dataset = tf.data.Dataset.range(10).batch(4)
-    embeddings = encoder(dataset, seen.append)
-    assert embeddings.dtype == np.float32
-    np.testing.assert_array_equal(embeddings, np.arange(10)[:, None] * [[1, 2]])
-    assert seen == [1, 2, 3]
-    encoder(dataset)
-    # One trace for batches of any size.
-    assert traces == [False]
-
-
-def test_encoder_refuses_an_empty_dataset():
-    with pytest.raises(ValueError, match="dataset to embed is empty"):
-        Encoder(lambda features, training: features)([])
-
-
-def test_encoder_refuses_what_is_not_a_matrix():
-    with pytest.raises(ValueError, match=r"shape \[n, dim\]. Received shape: \(3,\)"):
-        Encoder(tf.identity)([np.zeros([3], np.float32)])
-
-
 def lookup(table):
     """A tower: the rows of a table that features, or their feature `"row"`, name."""
 
@@ -529,9 +501,9 @@ def test_validation_that_does_not_fit_is_refused_before_the_corpus_is_encoded(pa
     [
         ([{"id": [0, 1, 0]}], {"candidate_id_key": "id"}, "unique in the corpus. Received twice"),
         ([{"id": [0, -1]}], {"candidate_id_key": "id"}, "'positives' is padded with -1, but"),
-        ([{"id": [0, 1]}], {"candidate_id_key": "x"}, r"features \['id'\]. Received: 'x'"),
-        ([{"id": [0, 1]}], {}, r"features \['id'\]. Received: None"),
-        ([[0, 1]], {"candidate_id_key": "id"}, "are one list. Received: 'id'"),
+        ([{"id": [0, 1]}], {"candidate_id_key": "x"}, r"candidate, \['id'\]. Received: 'x'"),
+        ([{"id": [0, 1]}], {}, r"candidate, \['id'\]. Received: None"),
+        ([[0, 1]], {"candidate_id_key": "id"}, "as a single tensor is called. Received: 'id'"),
         ([{"id": [[0], [1]]}], {"candidate_id_key": "id"}, r"ids must have shape \[n\].*\(2, 1\)"),
         ([], {"candidate_id_key": "id"}, "dataset to embed is empty: `candidates`"),
     ],

@@ -1,0 +1,137 @@
+"""What the features of queries and candidates are: one tensor, or a dictionary of tensors.
+
+A batch of n rows is one tensor [n, ...], or a dictionary of such tensors. A single tensor is the
+feature that is called as its side is, "candidate" or "query". Under that name a cache holds it, and
+under that name `candidate_id_key` and `query_id_key` find it.
+
+Batches are structures of arrays, or of tensors that may be ragged or sparse. Nothing here calls a
+tower.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import tensorflow as tf
+
+# The name of a candidate's only feature, where its features are a single tensor.
+ONE_FEATURE = "candidate"
+
+
+def named(features, side: str = ONE_FEATURE) -> Mapping:
+    """The features, or specs of features, as a dictionary: a single one has the name of its side.
+
+    Args:
+      features: one tensor or spec, or a dictionary of them.
+      side: "candidate" or "query".
+    """
+    return features if isinstance(features, Mapping) else {side: features}
+
+
+def id_key_of(features, key: str | None, side: str = ONE_FEATURE) -> str | None:
+    """The argument `{side}_id_key`; if it is None, the name of the only feature of one tensor."""
+    return side if key is None and not isinstance(features, Mapping) else key
+
+
+def id_feature(features, key: str | None, side: str = ONE_FEATURE):
+    """The feature, or the spec of the feature, that the argument `{side}_id_key` names.
+
+    Args:
+      features: one tensor or spec, or a dictionary of them.
+      key: the argument, see `id_key_of`.
+      side: "candidate" or "query".
+
+    Raises:
+      ValueError: where `key` is not one of the features.
+    """
+    by_name, key = named(features, side), id_key_of(features, key, side)
+    if key not in by_name:
+        note = "" if by_name is features else ", as a single tensor is called"
+        raise ValueError(
+            f"`{side}_id_key` must be one of the features of a {side}, {sorted(by_name)}{note}."
+            f" Received: {key!r}."
+        )
+    return by_name[key]
+
+
+def fingerprint(ids: tf.Tensor) -> tf.Tensor:
+    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
+    return (
+        tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
+        if ids.dtype == tf.string
+        else tf.cast(ids, tf.int64)
+    )
+
+
+def specs_of_rows(dataset):
+    """The spec of one row of a dataset of batches, as `feature_specs` are given.
+
+    Returns:
+      A dictionary of `tf.io.FixedLenFeature`, or one of them where a batch is a single tensor.
+
+    Raises:
+      ValueError: where `dataset` does not say what its batches are, or a feature is not dense.
+    """
+    element = getattr(dataset, "element_spec", None)
+    if element is None:
+        raise ValueError(
+            "`feature_specs` can only be taken from a `tf.data.Dataset`. Received: None, and"
+            f" {type(dataset).__name__}."
+        )
+    parts = named(element)
+    for key, part in parts.items():
+        is_tensor = isinstance(part, tf.TensorSpec) and part.shape.rank is not None
+        if not is_tensor or part.shape.rank < 1 or not part.shape[1:].is_fully_defined():
+            raise ValueError(
+                "Features must be tensors [n, ...] whose shape is known but for the batch. Received"
+                f" for {key!r}: {part!r}."
+            )
+    specs = {
+        key: tf.io.FixedLenFeature(list(part.shape[1:]), part.dtype) for key, part in parts.items()
+    }
+    return specs if parts is element else specs[ONE_FEATURE]
+
+
+def specs_of_any_size(features):
+    """The specs of batches like `features` of any number of rows.
+
+    What is not a tensor with rows, such as an array, stays as it is.
+    """
+    return tf.nest.map_structure(_spec_of_any_size, features)
+
+
+def take(features, rows: np.ndarray):
+    """Rows of features, a nest of arrays and tensors, as tensors."""
+    return tf.nest.map_structure(
+        lambda values: (
+            tf.convert_to_tensor(values[rows])
+            if isinstance(values, np.ndarray)
+            else tf.gather(values, rows)
+        ),
+        features,
+    )
+
+
+def first_rows(features, count: int):
+    """The first `count` rows of features."""
+    return tf.nest.map_structure(lambda values: values[:count], features)
+
+
+def num_rows(features) -> int:
+    """N, of features of N rows, arrays or tensors that are not symbolic."""
+    return int(tf.nest.flatten(features)[0].shape[0])
+
+
+def concatenate(parts: list):
+    """Rows of all `parts`, nests of arrays, one after the other."""
+    return tf.nest.map_structure(lambda *values: np.concatenate(values), *parts)
+
+
+def _spec_of_any_size(values):
+    if not tf.is_tensor(values) or not values.shape.rank:
+        return values
+    shape = [None, *values.shape[1:]]
+    if isinstance(values, tf.RaggedTensor):
+        return tf.RaggedTensorSpec(shape, values.dtype, values.ragged_rank, values.row_splits.dtype)
+    if isinstance(values, tf.SparseTensor):
+        return tf.SparseTensorSpec(shape, values.dtype)
+    return tf.TensorSpec(shape, values.dtype)
