@@ -9,7 +9,7 @@ import tensorflow as tf
 from negative_cache import _towers, evaluation
 from negative_cache._compat import keras
 from negative_cache._towers import Encoder, Towers
-from negative_cache.tests.contrastive_pairs import make_model
+from negative_cache.tests.batching.contrastive_pairs import make_model
 
 
 class Dropping(keras.layers.Layer):
