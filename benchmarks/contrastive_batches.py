@@ -29,11 +29,11 @@ import tensorflow as tf
 from _contrastive import GROWN, ORDERED, SHUFFLED, Pairs, loss_of_all
 
 import negative_cache as nc
-from negative_cache import _batch_conflicts, demo
-from negative_cache._contrastive_order import order_of
-from negative_cache._grown_batches import grow_batches
-from negative_cache._pair_ids import Ids
-from negative_cache.batching import bandwidth, neighbor_graph
+from negative_cache import demo
+from negative_cache.batching import bandwidth, keep_apart, neighbor_graph
+from negative_cache.batching.grow import grow_batches
+from negative_cache.batching.ids import Ids
+from negative_cache.batching.order import order_of
 from negative_cache.datasets import installed_code
 
 BATCH_SIZES = (16, 64, 256, 1024)
@@ -145,7 +145,7 @@ def measure_order_of(num_pairs: int, dim: int, num_neighbors: int, search: str) 
     # The hardest for it: pairs of one candidate are next to one another, and some are frequent.
     ids = np.empty(num_pairs, np.int64)
     ids[order] = np.sort(popular(num_pairs // 4, num_pairs, np.random.default_rng(0)))
-    _batch_conflicts.separate(order, Ids(candidates=ids), 64)
+    keep_apart.separate(order, Ids(candidates=ids), 64)
     marks.append(time.perf_counter())
     graph_seconds, order_seconds, grow_seconds, ids_seconds = np.diff(marks).tolist()
     return {
@@ -224,7 +224,7 @@ def measure_interactions(options) -> dict:
 
     all_pairs = np.arange(len(users))
     of_all, _ = losses(all_pairs)
-    shuffled = _batch_conflicts.separate(rng.permutation(len(users)), Ids(candidates=items), size)
+    shuffled = keep_apart.separate(rng.permutation(len(users)), Ids(candidates=items), size)
     of_shuffled, share = losses(shuffled)
     rows = [{"batches": SHUFFLED, "ids": "candidate", "gap closed by": 0.0, "positives": share}]
     ids = {
@@ -243,7 +243,7 @@ def measure_interactions(options) -> dict:
                 **given,
             )
             if not given:
-                order = _batch_conflicts.separate(order, Ids(candidates=items), size)
+                order = keep_apart.separate(order, Ids(candidates=items), size)
             loss, share = losses(order)
             closed = 1 - (of_all - loss) / (of_all - of_shuffled)
             rows.append(

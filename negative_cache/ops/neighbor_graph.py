@@ -13,7 +13,6 @@ import scipy.sparse
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
-from negative_cache.ops._occurrences import occurrence_numbers
 
 # Candidates scored at a time; see `softmax_sampling` for why it is bounded from both sides.
 _BLOCK_SIZE = 2048
@@ -133,7 +132,7 @@ def symmetric_graph(
     columns, rows = neighbors.T.reshape([-1]), np.tile(np.arange(num_rows), k)
     rows, columns = rows[columns >= 0], columns[columns >= 0]
     if max_claims is not None:
-        is_claimed = occurrence_numbers(columns) < max_claims
+        is_claimed = num_equals_before(columns) < max_claims
         rows, columns = rows[is_claimed], columns[is_claimed]
     ones = np.ones(len(rows), bool)
     graph = scipy.sparse.csr_matrix((ones, (rows, columns)), shape=(num_rows, num_rows))
@@ -159,3 +158,16 @@ def bandwidth(graph: scipy.sparse.spmatrix, order: np.ndarray | None = None) -> 
         places[order] = np.arange(len(order))
         rows, columns = places[rows], places[columns]
     return int(np.max(np.abs(rows.astype(np.int64) - columns), initial=0))
+
+
+def num_equals_before(codes: np.ndarray) -> np.ndarray:
+    """[n] int64: how many equal codes come before each.
+
+    Args:
+      codes: [n] int, at least 0.
+    """
+    counts = np.bincount(codes)
+    by_code = np.argsort(codes, kind="stable")
+    numbers = np.empty(len(codes), np.int64)
+    numbers[by_code] = np.arange(len(codes)) - (np.cumsum(counts) - counts)[codes[by_code]]
+    return numbers

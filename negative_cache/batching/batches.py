@@ -1,12 +1,4 @@
-"""Which pairs share a batch: batches of similar pairs have hard in-batch negatives.
-
-Global contrastive batch sampling (Sachidananda, Yang and Zhu, ICML 2023, arXiv 2210.12874) orders
-all pairs (x_i, y_i) so that those whose queries score high with each other's candidates are near
-one another, and cuts the order into batches. The model and the loss stay as they are.
-
-`contrastive_order` goes from embeddings to an order, `GlobalContrastiveBatches` from features to
-the batches of every epoch of `fit`.
-"""
+"""`GlobalContrastiveBatches`: the batches of `fit`, and when an epoch of them begins."""
 
 import dataclasses
 import threading
@@ -15,15 +7,14 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _batch_conflicts, _features, _pair_batches, _validation
-from negative_cache._batch_maker import BatchMaker, Order, Shards
+from negative_cache import _features, _validation
 from negative_cache._compat import IS_KERAS_2, keras
-from negative_cache._contrastive_order import contrastive_order, neighbor_graph
-from negative_cache._pair_ids import Ids
 from negative_cache._towers import differ
-from negative_cache.ops.neighbor_graph import bandwidth
-
-__all__ = ["GlobalContrastiveBatches", "bandwidth", "contrastive_order", "neighbor_graph"]
+from negative_cache.batching import keep_apart
+from negative_cache.batching.ids import Ids
+from negative_cache.batching.pairs import check_dataset, check_pairs
+from negative_cache.batching.plan import BatchMaker, BatchPlan, Order
+from negative_cache.batching.shards import Shards
 
 
 class GlobalContrastiveBatches(keras.utils.Sequence):
@@ -124,22 +115,22 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         verbose: int = 1,
     ):
         super().__init__()
-        self._pairs, num_pairs = _pair_batches.check_pairs(pairs)
-        self._maker = BatchMaker(
-            model,
-            batch_size,
+        self._pairs, num_pairs = check_pairs(pairs)
+        plan = BatchPlan(
+            batch_size=batch_size,
             num_neighbors=num_neighbors,
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
-            grow=grow,
             group_size=group_size,
+            grow=grow,
             drop_remainder=drop_remainder,
             index=index,
             embedding_batch_size=embedding_batch_size,
             seed=seed,
             verbose=verbose,
         )
+        self._maker = BatchMaker(model, plan)
         self._every = _validation.check_count(every, "every")
         for name, key, given in (
             ("candidate", candidate_id_key, candidate_ids),
@@ -158,9 +149,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             self._ids = dataclasses.replace(self._ids, queries=given.queries)
         if candidate_ids is not None:
             self._ids = dataclasses.replace(self._ids, candidates=given.candidates)
-        _batch_conflicts.warn_of_conflicts(self._ids, batch_size)
-        _check_not_empty(self._maker, num_pairs)
-        self._num_batches = self._maker.num_batches(num_pairs)
+        keep_apart.warn_of_conflicts(self._ids, batch_size)
+        plan.check_not_empty(num_pairs)
+        self._num_batches = plan.num_batches(num_pairs)
         if batches_per_epoch is not None:
             self._num_batches = _validation.check_count(batches_per_epoch, "batches_per_epoch")
         self._lock = threading.Lock()
@@ -236,22 +227,22 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
           ValueError: where an argument is out of range, or an element is not such a pair.
         """
         candidate_id_key = candidate_id_key or _task_key(model)
-        spec = _pair_batches.check_dataset(dataset, query_id_key, candidate_id_key)
-        maker = BatchMaker(
-            model,
-            batch_size,
+        spec = check_dataset(dataset, query_id_key, candidate_id_key)
+        plan = BatchPlan(
+            batch_size=batch_size,
             num_neighbors=num_neighbors,
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
-            grow=grow,
             group_size=group_size,
+            grow=grow,
             drop_remainder=drop_remainder,
             index=None,
             embedding_batch_size=embedding_batch_size,
             seed=seed,
             verbose=verbose,
         )
+        maker = BatchMaker(model, plan)
         if _validation.check_count(shard_size, "shard_size") < batch_size:
             raise ValueError(
                 f"`shard_size` must be at least `batch_size`. Received: {shard_size} and"
@@ -274,9 +265,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         )
         num_pairs = int(dataset.cardinality())
         if num_pairs >= 0:
-            _check_not_empty(maker, num_pairs)
+            plan.check_not_empty(num_pairs)
             batches = batches.apply(
-                tf.data.experimental.assert_cardinality(maker.num_batches(num_pairs))
+                tf.data.experimental.assert_cardinality(plan.num_batches(num_pairs))
             )
         return batches
 
@@ -360,14 +351,14 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         """Rows of the batches of the next pass over all pairs."""
         epoch, maker = self._epoch, self._maker
         order = Order(np.arange(_features.num_rows(self._pairs)))
-        if maker.random_fraction(epoch) < 1.0:
+        if maker.plan.random_fraction_of(epoch) < 1.0:
             if self._order is None or self._must_order(epoch):
                 self._order = maker.order(self._pairs, self._ids, [epoch])
                 self._ordered_at, self._ordered_by = epoch, self._weights
             order = self._order
         batches = maker.batches(order, self._ids, epoch, [epoch])
         self._epoch += 1
-        return batches[: maker.num_batches(len(order.rows))]
+        return batches[: maker.plan.num_batches(len(order.rows))]
 
     def _must_order(self, epoch: int) -> bool:
         is_old = epoch - self._ordered_at >= self._every
@@ -377,11 +368,3 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 def _task_key(model) -> str | None:
     """The `candidate_id_key` of a model's task, if it has one."""
     return getattr(getattr(model, "task", None), "candidate_id_key", None)
-
-
-def _check_not_empty(maker: BatchMaker, num_pairs: int) -> None:
-    if not maker.num_batches(num_pairs):
-        raise ValueError(
-            "There is no batch: `drop_remainder` leaves out everything where there are fewer pairs"
-            f" than in a batch. Received: {num_pairs} pairs and `batch_size={maker.batch_size}`."
-        )

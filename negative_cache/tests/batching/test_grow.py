@@ -5,8 +5,8 @@ import numpy as np
 import scipy.sparse
 from hypothesis import strategies as st
 
-from negative_cache._grown_batches import grow_batches
-from negative_cache._pair_ids import Ids
+from negative_cache.batching.grow import grow_batches
+from negative_cache.batching.ids import Ids
 
 
 def graph_of(edges, num_pairs):

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from negative_cache import _batch_conflicts
-from negative_cache._pair_ids import Ids
+from negative_cache.batching import keep_apart
+from negative_cache.batching.ids import Ids
 
 
 def separate(order, ids, batch_size):
-    return _batch_conflicts.separate(order, Ids(candidates=ids), batch_size)
+    return keep_apart.separate(order, Ids(candidates=ids), batch_size)
 
 
 def conflicts_by_definition(order, ids, batch_size):
@@ -47,11 +47,11 @@ def test_no_conflict_is_left_where_no_id_is_too_frequent(problem):
 def test_as_few_conflicts_are_left_as_can_be(problem):
     order, ids, batch_size = problem
     before = conflicts_by_definition(order, ids, batch_size)
-    assert _batch_conflicts.count_conflicts(order, ids, batch_size) == before
+    assert keep_apart.count_conflicts(order, ids, batch_size) == before
     result = separate(order, ids, batch_size)
     assert sorted(result) == list(range(len(order)))
     after = conflicts_by_definition(result, ids, batch_size)
-    assert after == _batch_conflicts.unavoidable_conflicts(ids, batch_size)
+    assert after == keep_apart.unavoidable_conflicts(ids, batch_size)
 
 
 @hypothesis.given(st.integers(1, 7), st.lists(st.integers(0, 3), min_size=1, max_size=7))
@@ -61,7 +61,7 @@ def test_unavoidable_conflicts_are_those_of_the_best_order(batch_size, ids):
         conflicts_by_definition(np.array(order), ids, batch_size)
         for order in itertools.permutations(range(len(ids)))
     )
-    assert _batch_conflicts.unavoidable_conflicts(ids, batch_size) == best
+    assert keep_apart.unavoidable_conflicts(ids, batch_size) == best
 
 
 @pytest.mark.parametrize("num_batches", [2, 5])
@@ -97,17 +97,17 @@ def test_an_order_without_conflicts_stays():
 def test_known_queries_make_no_more_conflicts_of_candidates(problem, num_queries, seed):
     order, candidates, batch_size = problem
     queries = np.random.default_rng(seed).integers(0, num_queries, len(order))
-    result = _batch_conflicts.separate(order, Ids(queries, candidates), batch_size)
+    result = keep_apart.separate(order, Ids(queries, candidates), batch_size)
     assert sorted(result) == list(range(len(order)))
     after = conflicts_by_definition(result, candidates, batch_size)
-    assert after == _batch_conflicts.unavoidable_conflicts(candidates, batch_size)
+    assert after == keep_apart.unavoidable_conflicts(candidates, batch_size)
 
 
 def test_positives_of_one_query_are_kept_apart():
     # Four pairs of each of 100 queries, in a row.
     queries = np.repeat(np.arange(100), 4)
     for candidates in (None, np.arange(400) % 200):
-        result = _batch_conflicts.separate(np.arange(400), Ids(queries, candidates), 8)
+        result = keep_apart.separate(np.arange(400), Ids(queries, candidates), 8)
         batches = queries[result].reshape([50, 8]).tolist()
         repeated = [len(batch) - len(set(batch)) for batch in batches]
         # 6 of 8 before; all but a few of the last now, for which nobody else is left.

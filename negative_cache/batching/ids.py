@@ -35,8 +35,8 @@ class Ids:
         )
 
 
-class Mates:
-    """The pairs of a batch in the making, and who can come to them.
+class OpenBatch:
+    """A batch that is being filled: it knows which pairs it can take.
 
     Args:
       ids: of the pairs.
@@ -63,8 +63,8 @@ class Mates:
         self._inside.add(self._candidates[place])
         self._positives_inside |= self._positives[place]
 
-    def admit(self, place: int) -> bool:
-        """Whether no query gets one of its positives as a negative."""
+    def can_take(self, place: int) -> bool:
+        """Whether no query would get one of its positives as a negative."""
         is_positive = self._candidates[place] in self._positives_inside
         return not is_positive and self._positives[place].isdisjoint(self._inside)
 

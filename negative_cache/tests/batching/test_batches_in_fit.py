@@ -11,7 +11,7 @@ from negative_cache import (
     GlobalContrastiveBatches,
 )
 from negative_cache._compat import IS_KERAS_2, keras
-from negative_cache.tests.contrastive_pairs import (
+from negative_cache.tests.batching.contrastive_pairs import (
     PAIRS,
     TITLES,
     Recorder,

@@ -9,8 +9,9 @@ import scipy.sparse
 import tensorflow as tf
 from hypothesis import strategies as st
 
-from negative_cache import TreeIndex, _contrastive_order, batching
+from negative_cache import TreeIndex, batching
 from negative_cache.batching import bandwidth, contrastive_order, neighbor_graph
+from negative_cache.batching import order as order_module
 
 
 def random_embeddings(num_pairs, dim=8, seed=0, dtype=np.float32):
@@ -82,7 +83,7 @@ def neighbors_by_definition(queries, candidates, k, quantile, ids):
 def test_neighbor_graph_is_as_defined(quantile, block_size, monkeypatch):
     queries, candidates = random_embeddings(100, dim=16)
     # As many blocks of queries as a large N has.
-    monkeypatch.setattr(_contrastive_order.graphs, "queries_at_a_time", lambda *_: 16)
+    monkeypatch.setattr(order_module.graphs, "queries_at_a_time", lambda *_: 16)
     graph = neighbor_graph(
         queries, candidates, num_neighbors=5, quantile=quantile, block_size=block_size
     )
@@ -98,7 +99,7 @@ def test_neighbor_graph_is_as_defined(quantile, block_size, monkeypatch):
 @pytest.mark.parametrize("with_index", [False, True])
 @pytest.mark.parametrize("quantile", [None, 0.9])
 def test_neighbors_are_different_candidates_where_ids_are_given(quantile, with_index, monkeypatch):
-    monkeypatch.setattr(_contrastive_order.graphs, "queries_at_a_time", lambda *_: 16)
+    monkeypatch.setattr(order_module.graphs, "queries_at_a_time", lambda *_: 16)
     rng = np.random.default_rng(0)
     # Some are frequent, as among the interactions of users.
     ids = np.minimum(rng.geometric(0.1, 200), 30)
@@ -294,7 +295,7 @@ def test_a_candidate_too_frequent_is_warned_of():
 
 def test_traced_once():
     queries, candidates = random_embeddings(1100, dim=5)
-    search = _contrastive_order._compiled_search(5, None)
+    search = order_module._compiled_search(5, None)
     for num_pairs in (1100, 30, 700):
         contrastive_order(queries[:num_pairs], candidates[:num_pairs])
     assert search.experimental_get_tracing_count() == 1
@@ -351,3 +352,5 @@ def test_public_names():
     import negative_cache
 
     assert negative_cache.contrastive_order is batching.contrastive_order
+    assert negative_cache.GlobalContrastiveBatches is batching.GlobalContrastiveBatches
+    assert {"bandwidth", "neighbor_graph"} <= set(batching.__all__)

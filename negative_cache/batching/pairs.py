@@ -1,57 +1,11 @@
-"""From an order of pairs to the batches of an epoch, and the features of those batches.
-
-NumPy only knows rows here; nothing is embedded. N pairs, batches of B.
-"""
+"""Checks of the pairs to batch, in memory or in a dataset, before anything is embedded."""
 
 from collections.abc import Mapping
 
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _batch_conflicts, _features
-from negative_cache._pair_ids import NOT_KNOWN, Ids
-
-
-def cut_batches(
-    order: np.ndarray,
-    batch_size: int,
-    *,
-    group_size: int | None = None,
-    random_fraction: float = 0.0,
-    ids: Ids = NOT_KNOWN,
-    rng: np.random.Generator,
-) -> list[np.ndarray]:
-    """Cuts an order into batches, and puts the batches in random sequence.
-
-    Args:
-      order: [N] int, a permutation.
-      batch_size: B.
-      group_size: how many consecutive pairs stay together, a divisor of B; B where None. A batch
-        is made of random groups.
-      random_fraction: share of the batches of B whose pairs are shuffled among these batches. They
-        are two at least, where it is not 0.
-      ids: of the pairs; what would be false negatives of each other is kept apart.
-      rng: draws everything.
-
-    Returns:
-      Rows of the batches. The last one is shorter where B does not divide N.
-    """
-    order = np.array(order)
-    num_full = len(order) // batch_size
-    if group_size not in (None, batch_size):
-        groups = order[: len(order) // group_size * group_size].reshape([-1, group_size])
-        groups[:] = rng.permutation(groups)
-    full = order[: num_full * batch_size].reshape([num_full, batch_size])
-    num_mixed = round(random_fraction * num_full)
-    if random_fraction:
-        num_mixed = min(max(num_mixed, 2), num_full)
-    mixed = rng.choice(num_full, num_mixed, replace=False)
-    full[mixed] = rng.permutation(full[mixed].reshape([-1])).reshape([-1, batch_size])
-    order = _batch_conflicts.separate(order, ids, batch_size)
-    full = order[: num_full * batch_size].reshape([num_full, batch_size])
-    rest = order[num_full * batch_size :]
-    return [*full[rng.permutation(num_full)], *([rest] if len(rest) else [])]
-
+from negative_cache import _features
 
 _WANTED = '{"query": queries, "candidate": candidates}'
 
@@ -107,17 +61,6 @@ def check_dataset(dataset, query_id_key: str | None, candidate_id_key: str | Non
             " it is made of. Received a dataset of infinite cardinality."
         )
     return dict(spec)
-
-
-def check_fraction(fraction, name: str) -> float:
-    """Checks that an argument is a share, from 0 to 1."""
-    try:
-        value = float(fraction)
-    except (TypeError, ValueError):
-        value = float("nan")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"`{name}` must lie between 0 and 1. Received: {fraction!r}.")
-    return value
 
 
 def _as_array(values):

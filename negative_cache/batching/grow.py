@@ -9,7 +9,7 @@ import heapq
 import numpy as np
 import scipy.sparse
 
-from negative_cache._pair_ids import NOT_KNOWN, Ids, Mates
+from negative_cache.batching.ids import NOT_KNOWN, Ids, OpenBatch
 
 # Where nobody has neighbors in a batch: how far to look for somebody who can come.
 _NUM_LOOKED_AT = 256
@@ -41,21 +41,21 @@ def grow_batches(
     # Pairs are their places in the order from here on, so that the first is the smallest.
     graph = graph[order][:, order]
     starts, neighbors = graph.indptr.tolist(), graph.indices.tolist()
-    mates = Mates(ids, order)
+    batch = OpenBatch(ids, order)
     is_taken, places, first = [False] * num_pairs, [], 0
     while len(places) < num_pairs:
         size = min(batch_size, num_pairs - len(places))
         counts: dict[int, int] = {}
         heap: list[tuple[int, int]] = []
-        mates.clear()
+        batch.clear()
         for _ in range(size):
-            place = _pop_best(heap, counts, is_taken, mates)
+            place = _pop_best(heap, counts, is_taken, batch)
             if place is None:
                 while is_taken[first]:
                     first += 1
-                place = _first_admitted(first, is_taken, mates)
+                place = _first_that_can_come(first, is_taken, batch)
             is_taken[place] = True
-            mates.add(place)
+            batch.add(place)
             places.append(place)
             for neighbor in neighbors[starts[place] : starts[place + 1]]:
                 if not is_taken[neighbor]:
@@ -64,20 +64,20 @@ def grow_batches(
     return order[np.array(places, np.int64)]
 
 
-def _pop_best(heap, counts, is_taken, mates: Mates) -> int | None:
+def _pop_best(heap, counts, is_taken, batch: OpenBatch) -> int | None:
     """The pair with the most neighbors inside, if there is one that can come."""
     while heap:
         count, place = heapq.heappop(heap)
         # A pair is in the heap once for each of its counts; the last one stands.
         is_current = -count == counts[place] and not is_taken[place]
-        if is_current and mates.admit(place):
+        if is_current and batch.can_take(place):
             return place
     return None
 
 
-def _first_admitted(first: int, is_taken: list[bool], mates: Mates) -> int:
+def _first_that_can_come(first: int, is_taken: list[bool], batch: OpenBatch) -> int:
     """The first pair from one on that can come; that one where none near it can."""
     for place in range(first, min(first + _NUM_LOOKED_AT, len(is_taken))):
-        if not is_taken[place] and mates.admit(place):
+        if not is_taken[place] and batch.can_take(place):
             return place
     return first

@@ -1,6 +1,6 @@
 """From embeddings of pairs to an order in which similar pairs are near one another.
 
-`batching` describes the method; both functions are public there.
+`contrastive_order` and `neighbor_graph` are public, as names of `batching`.
 """
 
 import functools
@@ -13,13 +13,13 @@ import scipy.sparse
 import tensorflow as tf
 from scipy.sparse import csgraph
 
-from negative_cache import _batch_conflicts, _validation
+from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache._grown_batches import grow_batches
-from negative_cache._pair_ids import Ids
+from negative_cache.batching import keep_apart
+from negative_cache.batching.grow import grow_batches
+from negative_cache.batching.ids import Ids
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import neighbor_graph as graphs
-from negative_cache.ops._occurrences import occurrence_numbers
 
 
 def contrastive_order(
@@ -96,10 +96,10 @@ def contrastive_order(
     if batch_size is None:
         return order
     ids = Ids.given(len(order), query_ids, candidate_ids)
-    _batch_conflicts.warn_of_conflicts(ids, batch_size)
+    keep_apart.warn_of_conflicts(ids, batch_size)
     if grow:
         order = grow_batches(graph, order, batch_size, ids)
-    return _batch_conflicts.separate(order, ids, batch_size)
+    return keep_apart.separate(order, ids, batch_size)
 
 
 def neighbor_graph(
@@ -319,7 +319,7 @@ def _pairs_of(neighbors: np.ndarray, codes: np.ndarray, rng: np.random.Generator
     """
     shuffled = rng.permutation(len(codes))
     numbers = np.empty(len(codes), np.int64)
-    numbers[shuffled] = occurrence_numbers(codes[shuffled])
+    numbers[shuffled] = graphs.num_equals_before(codes[shuffled])
     pairs = np.lexsort([numbers, codes])
     counts = np.bincount(codes)
     starts = np.cumsum(counts) - counts

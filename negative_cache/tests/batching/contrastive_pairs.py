@@ -5,6 +5,7 @@ import tensorflow as tf
 
 from negative_cache import CachedRetrieval, DualEncoder
 from negative_cache._compat import keras
+from negative_cache.batching.plan import BatchPlan
 
 NUM_PAIRS, DIM = 22, 4
 TITLES = np.array([f"ü{i}" for i in range(NUM_PAIRS)])
@@ -53,6 +54,25 @@ def make_model(cache_size=0, learning_rate=0.1, run_eagerly=True):
     model = DualEncoder(random_tower(0), candidate_tower, task)
     model.compile(optimizer=keras.optimizers.SGD(learning_rate), run_eagerly=run_eagerly)
     return model
+
+
+def make_plan(**changes):
+    """A plan of batches of 8, all ordered, with `changes`."""
+    arguments = {
+        "batch_size": 8,
+        "num_neighbors": 4,
+        "quantile": None,
+        "start_epoch": 0,
+        "random_fraction": 0.0,
+        "group_size": None,
+        "grow": False,
+        "drop_remainder": False,
+        "index": None,
+        "embedding_batch_size": 1024,
+        "seed": 0,
+        "verbose": 0,
+    }
+    return BatchPlan(**{**arguments, **changes})
 
 
 def clusters(num_clusters=6, size=4):

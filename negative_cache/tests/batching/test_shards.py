@@ -5,14 +5,16 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import GlobalContrastiveBatches
-from negative_cache._batch_maker import BatchMaker, Shards
-from negative_cache.tests.contrastive_pairs import (
+from negative_cache.batching.plan import BatchMaker
+from negative_cache.batching.shards import Shards
+from negative_cache.tests.batching.contrastive_pairs import (
     NUM_PAIRS,
     PAIRS,
     Recorder,
     assert_each_once,
     clusters,
     make_model,
+    make_plan,
     pairs_of,
 )
 
@@ -125,21 +127,8 @@ def test_embeddings_that_are_not_finite_are_named_by_their_place_in_the_dataset(
 def test_pairs_left_of_a_shard_keep_their_place_in_the_dataset():
     broken = tf.Variable(-1, dtype=tf.int64)
     tower = lambda ids: 1.0 / tf.cast(ids[:, tf.newaxis] != broken, tf.float32)  # noqa: E731
-    maker = BatchMaker(
-        (tower, tower),
-        4,
-        num_neighbors=3,
-        quantile=None,
-        start_epoch=0,
-        random_fraction=0.0,
-        grow=False,
-        group_size=None,
-        drop_remainder=False,
-        index=None,
-        embedding_batch_size=8,
-        seed=0,
-        verbose=0,
-    )
+    plan = make_plan(batch_size=4, num_neighbors=3, embedding_batch_size=8)
+    maker = BatchMaker((tower, tower), plan)
     options = {"candidate_id_key": None, "query_id_key": None, "initial_epoch": 0}
     dataset = tf.data.Dataset.from_tensor_slices(pairs_of(24))
     # Not read ahead, as a dataset may be.

@@ -10,8 +10,8 @@ import warnings
 
 import numpy as np
 
-from negative_cache._pair_ids import Ids, Mates
-from negative_cache.ops._occurrences import occurrence_numbers
+from negative_cache.batching.ids import Ids, OpenBatch
+from negative_cache.ops.neighbor_graph import num_equals_before
 
 # How many pairs that wait are asked, for one that comes to a batch, if queries are known.
 _NUM_ASKED = 4
@@ -86,8 +86,8 @@ def separate(order: np.ndarray, ids: Ids, batch_size: int) -> np.ndarray:
     if ids.queries is None and not count_conflicts(order, candidates, batch_size):
         return np.array(order)
     num_full, rest = divmod(num_pairs, batch_size)
-    mates = None if ids.queries is None else Mates(ids, order)
-    waiting = _Waiting(_without_surplus(candidates[order], num_full, rest), num_full, mates)
+    open_batch = None if ids.queries is None else OpenBatch(ids, order)
+    waiting = _Waiting(_without_surplus(candidates[order], num_full, rest), num_full, open_batch)
     places = [waiting.take(batch_size, num_full - batch) for batch in range(num_full)]
     places.append(waiting.take(rest, 1))
     return order[np.concatenate([np.array(batch, np.int64) for batch in places])]
@@ -105,7 +105,7 @@ def _without_surplus(ids: np.ndarray, num_full: int, rest: int) -> np.ndarray:
     """Ids of which the surplus, the last pairs of each, have got ids of their own."""
     counts = np.bincount(ids)
     allowed = counts - _surplus(counts, num_full, rest)
-    is_surplus = occurrence_numbers(ids) >= allowed[ids]
+    is_surplus = num_equals_before(ids) >= allowed[ids]
     return np.where(is_surplus, len(counts) + np.cumsum(is_surplus), ids)
 
 
@@ -115,13 +115,13 @@ class _Waiting:
     Args:
       ids: [N] int, the candidate's id at each place.
       num_full: F.
-      mates: says who can come to a batch, besides, where queries are known.
+      batch: says, besides, which places it can take, where queries are known.
     """
 
-    def __init__(self, ids: np.ndarray, num_full: int, mates: Mates | None):
+    def __init__(self, ids: np.ndarray, num_full: int, batch: OpenBatch | None):
         _, codes, counts = np.unique(ids, return_inverse=True, return_counts=True)
         ends = np.cumsum(counts)
-        self._mates = mates
+        self._batch = batch
         self._places = np.argsort(codes, kind="stable").tolist()
         # Of each id: where its places begin that are left, and where they end.
         self._next, self._ends = (ends - counts).tolist(), ends.tolist()
@@ -142,7 +142,7 @@ class _Waiting:
             # Each id is in the queue with its first place; others were taken as critical.
             if i in taken or not self._num_left(i) or place != self._first(i):
                 continue
-            if self._mates is None or self._mates.admit(place):
+            if self._batch is None or self._batch.can_take(place):
                 taken.add(i)
                 self._welcome([i])
             else:
@@ -159,14 +159,14 @@ class _Waiting:
                 heapq.heappush(self._queue, (self._first(i), i))
                 if num_left < num_full - 1:
                     self._soon_critical[num_left].append(i)
-        if self._mates is not None:
-            self._mates.clear()
+        if self._batch is not None:
+            self._batch.clear()
         return places
 
     def _welcome(self, ids) -> None:
-        if self._mates is not None:
+        if self._batch is not None:
             for i in ids:
-                self._mates.add(self._first(i))
+                self._batch.add(self._first(i))
 
     def _first(self, i: int) -> int:
         return self._places[self._next[i]]

@@ -1,0 +1,226 @@
+"""The plan of an epoch, and the maker of batches that goes by it.
+
+`BatchPlan` is what the user has asked for, checked; `BatchMaker` takes pairs from embeddings over
+an order to batches. It knows no epochs of Keras and no datasets: `batches` and `shards` do.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import scipy.sparse
+
+from negative_cache import _features, _validation
+from negative_cache._towers import Towers
+from negative_cache.batching import keep_apart
+from negative_cache.batching.grow import grow_batches
+from negative_cache.batching.ids import NOT_KNOWN, Ids
+from negative_cache.batching.order import (
+    check_embeddings,
+    check_index,
+    check_quantile,
+    neighbor_graph,
+    order_of,
+)
+from negative_cache.layers.tree_index import TreeIndex
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchPlan:
+    """How to make the batches of an epoch: arguments of `GlobalContrastiveBatches`, checked.
+
+    `group_size` is never None here: it is B where all pairs of a batch are similar.
+
+    Raises:
+      ValueError: where an argument is out of range.
+    """
+
+    batch_size: int
+    num_neighbors: int
+    quantile: float | None
+    start_epoch: int
+    random_fraction: float | Callable[[int], float]
+    group_size: int | None
+    grow: bool
+    drop_remainder: bool
+    index: TreeIndex | None
+    embedding_batch_size: int
+    seed: int
+    verbose: int
+
+    def __post_init__(self):
+        for name, smallest in (
+            ("batch_size", 1),
+            ("embedding_batch_size", 1),
+            ("num_neighbors", 1),
+            ("start_epoch", 0),
+            ("seed", 0),
+        ):
+            self._set(name, _validation.check_count(getattr(self, name), name, at_least=smallest))
+        check_quantile(self.quantile)
+        check_index(self.index)
+        if not callable(self.random_fraction):
+            self._set("random_fraction", _check_fraction(self.random_fraction, "random_fraction"))
+        if self.group_size is None:
+            self._set("group_size", self.batch_size)
+        self._set("group_size", _validation.check_count(self.group_size, "group_size"))
+        if self.batch_size % self.group_size:
+            raise ValueError(
+                "`group_size` must divide `batch_size`. Received:"
+                f" {self.group_size} and {self.batch_size}."
+            )
+
+    def num_batches(self, num_pairs: int) -> int:
+        """How many batches N pairs make."""
+        if self.drop_remainder:
+            return num_pairs // self.batch_size
+        return math.ceil(num_pairs / self.batch_size)
+
+    def check_not_empty(self, num_pairs: int) -> None:
+        """Checks that N pairs make a batch."""
+        if not self.num_batches(num_pairs):
+            raise ValueError(
+                "There is no batch: `drop_remainder` leaves out everything where there are fewer"
+                f" pairs than in a batch. Received: {num_pairs} pairs and"
+                f" `batch_size={self.batch_size}`."
+            )
+
+    def random_fraction_of(self, epoch: int) -> float:
+        """The share of random batches in an epoch; 1 before the first ordered one."""
+        if epoch < self.start_epoch:
+            return 1.0
+        if not callable(self.random_fraction):
+            return self.random_fraction
+        return _check_fraction(self.random_fraction(epoch), "random_fraction(epoch)")
+
+    def rng(self, stream: Sequence[int]) -> np.random.Generator:
+        """Draws from the seed and a stream of integers, such as the epoch."""
+        return np.random.default_rng([self.seed, *stream])
+
+    def _set(self, name: str, value) -> None:
+        object.__setattr__(self, name, value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """The rows [N] int64 of pairs in order, with the graph of their neighbors to grow batches on.
+
+    There is no graph where batches are cut from the order.
+    """
+
+    rows: np.ndarray
+    graph: scipy.sparse.csr_matrix | None = None
+
+
+class BatchMaker:
+    """Orders pairs by the embeddings of two towers and cuts them into the batches of an epoch.
+
+    Args:
+      model: see `Towers`.
+      plan: says how. All that is random is drawn from its seed and a `stream` of integers, such as
+        the epoch and the number of the shard.
+    """
+
+    def __init__(self, model, plan: BatchPlan):
+        self.plan = plan
+        self.towers = Towers(model, plan.embedding_batch_size)
+
+    def embed(self, pairs) -> tuple[np.ndarray, np.ndarray]:
+        """[N, d] embeddings of the queries and of the candidates."""
+        return self.towers.embed(pairs, _features.num_rows(pairs), self.plan.verbose)
+
+    def order(
+        self, pairs, ids: Ids, stream: Sequence[int], numbers: np.ndarray | None = None
+    ) -> Order:
+        """The order of pairs by the embeddings of now; errors name pairs by their numbers [N]."""
+        embeddings = [
+            check_embeddings(values, f"{name} embeddings", numbers)
+            for values, name in zip(self.embed(pairs), ("query", "candidate"))
+        ]
+        seed = int(self.plan.rng(stream).integers(2**31))
+        graph = neighbor_graph(
+            *embeddings,
+            num_neighbors=self.plan.num_neighbors,
+            quantile=self.plan.quantile,
+            candidate_ids=ids.candidates,
+            query_ids=ids.queries,
+            index=self.plan.index,
+            seed=seed,
+            verbose=self.plan.verbose,
+        )
+        return Order(order_of(graph, seed), graph if self.plan.grow else None)
+
+    def batches(
+        self, order: Order, ids: Ids, epoch: int, stream: Sequence[int]
+    ) -> list[np.ndarray]:
+        """Rows of the batches that an order makes, the last of them perhaps smaller."""
+        plan = self.plan
+        rng, fraction = plan.rng([*stream, 1]), plan.random_fraction_of(epoch)
+        if fraction == 1.0:
+            rows = rng.permutation(order.rows)
+        else:
+            # From a random place on, so that the batches of two epochs differ.
+            rows = np.roll(order.rows, -rng.integers(max(len(order.rows), 1)))
+            if order.graph is not None:
+                rows = grow_batches(order.graph, rows, plan.group_size, ids)
+        return cut_batches(
+            rows,
+            plan.batch_size,
+            group_size=plan.group_size,
+            random_fraction=fraction,
+            ids=ids,
+            rng=rng,
+        )
+
+
+def cut_batches(
+    order: np.ndarray,
+    batch_size: int,
+    *,
+    group_size: int | None = None,
+    random_fraction: float = 0.0,
+    ids: Ids = NOT_KNOWN,
+    rng: np.random.Generator,
+) -> list[np.ndarray]:
+    """Cuts an order into batches, and puts the batches in random sequence.
+
+    Args:
+      order: [N] int, a permutation.
+      batch_size: B.
+      group_size: how many consecutive pairs stay together, a divisor of B; B where None. A batch
+        is made of random groups.
+      random_fraction: share of the batches of B whose pairs are shuffled among these batches. They
+        are two at least, where it is not 0.
+      ids: of the pairs; what would be false negatives of each other is kept apart.
+      rng: draws everything.
+
+    Returns:
+      Rows of the batches. The last one is shorter where B does not divide N.
+    """
+    order = np.array(order)
+    num_full = len(order) // batch_size
+    if group_size not in (None, batch_size):
+        groups = order[: len(order) // group_size * group_size].reshape([-1, group_size])
+        groups[:] = rng.permutation(groups)
+    full = order[: num_full * batch_size].reshape([num_full, batch_size])
+    num_mixed = round(random_fraction * num_full)
+    if random_fraction:
+        num_mixed = min(max(num_mixed, 2), num_full)
+    mixed = rng.choice(num_full, num_mixed, replace=False)
+    full[mixed] = rng.permutation(full[mixed].reshape([-1])).reshape([-1, batch_size])
+    order = keep_apart.separate(order, ids, batch_size)
+    full = order[: num_full * batch_size].reshape([num_full, batch_size])
+    rest = order[num_full * batch_size :]
+    return [*full[rng.permutation(num_full)], *([rest] if len(rest) else [])]
+
+
+def _check_fraction(fraction, name: str) -> float:
+    """Checks that an argument is a share, from 0 to 1."""
+    try:
+        value = float(fraction)
+    except (TypeError, ValueError):
+        value = float("nan")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"`{name}` must lie between 0 and 1. Received: {fraction!r}.")
+    return value
