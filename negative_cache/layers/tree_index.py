@@ -9,23 +9,23 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers import _tree_checks
 from negative_cache.layers._state import LAYOUT, StateLayer, on_every_replica
-from negative_cache.layers._tree_candidates import StoredEmbeddings
-from negative_cache.layers._tree_codes import CodedResiduals
-from negative_cache.layers._tree_maintenance import TreeMaintenance
-from negative_cache.layers._tree_state import (
+from negative_cache.layers._tree import checks
+from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.maintenance import TreeMaintenance
+from negative_cache.layers._tree.state import (
     assign_topology,
     empty_topology,
     make_tree_variables,
     tree_limits,
 )
-from negative_cache.layers._tree_tightening import tighten
+from negative_cache.layers._tree.stored import StoredEmbeddings
+from negative_cache.layers._tree.tightening import tighten
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import SoftmaxSample, _execution
 from negative_cache.ops._draws import seed_or_random
-from negative_cache.ops.tree_build import build_topology
-from negative_cache.ops.tree_cut import (
+from negative_cache.ops.tree.build import build_topology
+from negative_cache.ops.tree.cut import (
     COUNT,
     RADIUS,
     ROUNDING,
@@ -35,9 +35,9 @@ from negative_cache.ops.tree_cut import (
     log_partition_bounds,
     make_cut,
 )
-from negative_cache.ops.tree_sampling import sample_tree, search_tree
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import Groups
+from negative_cache.ops.tree.sampling import sample_tree, search_tree
+from negative_cache.ops.tree.shape import TreeShape
+from negative_cache.ops.tree.statistics import Groups
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
@@ -58,7 +58,7 @@ class TreeIndex(StateLayer):
     with exact scores. What remains are nodes, each of which stands for many candidates with an
     estimate of their partition Σ exp(score), and with bounds of it that hold at every moment. A
     draw takes a part of the cut, descends inside of it level by level to one candidate, and is
-    corrected by a few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the
+    corrected by a few Metropolis-Hastings steps. See `ops.tree.cut` and `ops.tree.sampling` for the
     equations. Time grows with the logarithm of the number of candidates.
 
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
@@ -132,11 +132,11 @@ class TreeIndex(StateLayer):
         self.branching = check(branching, "branching", at_least=4)
         self.residual_bytes = check(residual_bytes, "residual_bytes", at_least=0)
         self.store_embeddings = store_embeddings
-        self.embedding_dtype = _tree_checks.check_dtype(embedding_dtype)
+        self.embedding_dtype = checks.check_dtype(embedding_dtype)
         plan = _STORED if store_embeddings else _CODED
         leaf_size = plan["leaf_size"] if leaf_size is None else leaf_size
         self.leaf_size = check(leaf_size, "leaf_size", at_least=2)
-        _tree_checks.check_storage(self)
+        checks.check_storage(self)
         self._shape = TreeShape.of(
             self.capacity,
             self.embedding_dim,
@@ -247,13 +247,13 @@ class TreeIndex(StateLayer):
             raise ValueError("`index` builds the tree on the host, outside of any `tf.function`.")
         if not isinstance(embeddings, np.ndarray):
             embeddings = tf.convert_to_tensor(embeddings).numpy()
-        _tree_checks.check_embeddings(self, embeddings, "embeddings")
+        checks.check_embeddings(self, embeddings, "embeddings")
         if len(embeddings) > self.capacity:
             raise ValueError(
                 "`embeddings` must have no more rows than `capacity`. Received:"
                 f" {len(embeddings)} rows for a capacity of {self.capacity}."
             )
-        ids, max_norm = _tree_checks.usable_rows(self, embeddings)
+        ids, max_norm = checks.usable_rows(self, embeddings)
         points = embeddings if len(ids) == len(embeddings) else embeddings[ids]
         progress = keras.utils.Progbar(len(ids), unit_name="candidate", verbose=verbose)
         rng = np.random.default_rng(seed)
@@ -301,8 +301,8 @@ class TreeIndex(StateLayer):
           ValueError: where a shape does not fit; and, outside of a `tf.function`, where an index is
             out of range or repeated.
         """
-        embeddings = _tree_checks.check_embeddings(self, embeddings, "embeddings")
-        indices, mask = _tree_checks.check_indices(self, indices, embeddings, mask)
+        embeddings = checks.check_embeddings(self, embeddings, "embeddings")
+        indices, mask = checks.check_indices(self, indices, embeddings, mask)
         if tf.executing_eagerly() and not self._candidates.accepts_updates:
             raise ValueError(
                 "An index without embeddings cannot grow from nothing: call `index` first."
@@ -317,7 +317,7 @@ class TreeIndex(StateLayer):
           ValueError: as `update`.
         """
         indices = tf.convert_to_tensor(indices)
-        indices, mask = _tree_checks.check_indices(self, indices, indices, None)
+        indices, mask = checks.check_indices(self, indices, indices, None)
         self._on_every_replica(self._compiled_remove, indices, mask)
 
     def tighten(self) -> None:
@@ -539,7 +539,7 @@ class TreeIndex(StateLayer):
     def _update(self, indices, embeddings, mask):
         usable = self._usable(indices, mask) & self._candidates.accepts_updates
         embeddings = self._candidates.rounded(embeddings)
-        usable &= _tree_checks.is_usable(embeddings)
+        usable &= checks.is_usable(embeddings)
         embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
         longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
         self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
@@ -574,7 +574,7 @@ class TreeIndex(StateLayer):
             on_every_replica(function, *args)
 
     def _scaled(self, queries, temperature):
-        queries = _tree_checks.check_embeddings(self, queries, "query_embeddings")
+        queries = checks.check_embeddings(self, queries, "query_embeddings")
         queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, self.embedding_dim])
         queries = tf.stop_gradient(queries)
         if temperature is not None and not temperature > 0:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from negative_cache.ops.tree_cut import COUNT, ERROR, RADIUS, ROUNDING, SPREAD
+from negative_cache.ops.tree.cut import COUNT, ERROR, RADIUS, ROUNDING, SPREAD
 
 _NOTHING = tf.int32.max
 # Lloyd iterations of a bisection.

@@ -3,9 +3,9 @@
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import write_rows
+from negative_cache.layers._tree.state import write_rows
 from negative_cache.layers._variables import make_state_variable, scatter_rows
-from negative_cache.ops.tree_statistics import candidate_stats, combine
+from negative_cache.ops.tree.statistics import candidate_stats, combine
 
 _WRITTEN_AT_ONCE = 2**16
 
@@ -35,7 +35,7 @@ class StoredEmbeddings:
         return {"embeddings": self.embeddings}
 
     def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+        """See `ops.tree.cut.Candidates`."""
         return TransformedCandidates(self.embeddings).products(queries, members, node_products)
 
     def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
@@ -92,7 +92,7 @@ class StoredEmbeddings:
 
 
 class TransformedCandidates:
-    """Stored embeddings as `ops.tree_cut.Candidates`, and what a function makes of them.
+    """Stored embeddings as `ops.tree.cut.Candidates`, and what a function makes of them.
 
     Args:
       embeddings: [capacity, d] variable.
@@ -103,7 +103,7 @@ class TransformedCandidates:
         self._embeddings, self._row_transform = embeddings, row_transform
 
     def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+        """See `ops.tree.cut.Candidates`."""
         del node_products
         num_leaves, size = members.shape[1:]
         ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])

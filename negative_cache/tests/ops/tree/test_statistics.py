@@ -6,8 +6,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negative_cache.ops.tree_cut import COUNT, ERROR, RADIUS, SPREAD
-from negative_cache.ops.tree_statistics import (
+from negative_cache.ops.tree.cut import COUNT, ERROR, RADIUS, SPREAD
+from negative_cache.ops.tree.statistics import (
     Groups,
     bisect,
     candidate_stats,

@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import write_nodes, write_rows
+from negative_cache.layers._tree.state import write_nodes, write_rows
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops.product_quantizer import (
     dequantize,
@@ -12,9 +12,9 @@ from negative_cache.ops.product_quantizer import (
     quantize,
     train_codebooks,
 )
-from negative_cache.ops.tree_cut import ERROR, RADIUS, SPREAD, take_nodes
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import (
+from negative_cache.ops.tree.cut import ERROR, RADIUS, SPREAD, take_nodes
+from negative_cache.ops.tree.shape import TreeShape
+from negative_cache.ops.tree.statistics import (
     Groups,
     candidate_stats,
     combine,
@@ -85,7 +85,7 @@ class CodedResiduals:
         }
 
     def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+        """See `ops.tree.cut.Candidates`."""
         num_leaves, size = members.shape[1:]
         products = tf.repeat(node_products[..., tf.newaxis], size, axis=2)
         if not self._has_codes:

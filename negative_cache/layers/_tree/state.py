@@ -5,15 +5,15 @@ import tensorflow as tf
 
 from negative_cache.layers._variables import make_state_variable, scatter_nodes, scatter_rows
 from negative_cache.ops import masked_rows
-from negative_cache.ops.tree_cut import NUM_STATS, TreeLevel, take_nodes
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.cut import NUM_STATS, TreeLevel, take_nodes
+from negative_cache.ops.tree.shape import TreeShape
 
 
 def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
     """The variables of a tree, as fields of a `StateLayer`; empty as `empty_topology` says.
 
     Returns:
-      mean, stats, children: by node level, as in `ops.tree_cut.TreeLevel`.
+      mean, stats, children: by node level, as in `ops.tree.cut.TreeLevel`.
       owners: by level from 1 to L, the leaves, int32: for each block the address of the node that
         owns it, -1 where none does.
       free: likewise, a stack of the blocks that no node owns; num_free: its height.
@@ -95,7 +95,7 @@ def empty_topology(shape: TreeShape):
 
 
 def assign_topology(state, children, owners, members) -> None:
-    """Assigns a topology, as `ops.tree_build.build_topology` makes it, and what follows from it.
+    """Assigns a topology, as `ops.tree.build.build_topology` makes it, and what follows from it.
 
     The statistics are zero then.
     """
