@@ -5,7 +5,7 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.ops.tree.statistics import Groups
+from negative_cache.ops.groups import Groups
 
 
 def check_index(

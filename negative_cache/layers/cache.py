@@ -23,7 +23,7 @@ from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import _execution, insertion_rows, masked_rows
-from negative_cache.ops.tree.statistics import Groups
+from negative_cache.ops.groups import Groups
 
 
 @keras.utils.register_keras_serializable("negative_cache")

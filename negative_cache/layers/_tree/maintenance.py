@@ -13,11 +13,11 @@ import tensorflow as tf
 
 from negative_cache.layers._tree.state import tree_levels, write_nodes, write_rows
 from negative_cache.ops import _execution
+from negative_cache.ops.groups import Groups
 from negative_cache.ops.tree.cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
 from negative_cache.ops.tree.routing import nearest, route
 from negative_cache.ops.tree.shape import TreeShape
 from negative_cache.ops.tree.statistics import (
-    Groups,
     bisect,
     change_nodes,
     combine,
