@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,34 +11,21 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers._state import LAYOUT, StateLayer, on_every_replica
+from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._tree import checks
 from negative_cache.layers._tree.build import build_tree
-from negative_cache.layers._tree.coded import CodedResiduals
-from negative_cache.layers._tree.draws import DrawOptions, draw, transformed
-from negative_cache.layers._tree.state import make_tree_variables, tree_limits
-from negative_cache.layers._tree.stored import StoredEmbeddings
+from negative_cache.layers._tree.draws import DrawOptions, TensorFn, bound, draw, transformed
+from negative_cache.layers._tree.make import make_tree
+from negative_cache.layers._tree.state import tree_limits
 from negative_cache.layers._tree.upkeep import TreeUpkeep
 from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
-from negative_cache.ops.tree.cut import (
-    COUNT,
-    ROUNDING,
-    Scoring,
-    Tree,
-    log_partition_bounds,
-    make_cut,
-)
+from negative_cache.ops.tree.cut import COUNT, Tree
 from negative_cache.ops.tree.sampling import search_tree
 from negative_cache.ops.tree.shape import TreeShape
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
-
-# A product with this many means takes about as long as opening a few dozen blocks.
-_MAX_ROOT_WIDTH = 10_000
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -69,7 +56,8 @@ class TreeIndex(StateLayer):
     again.
 
     Updates, draws and searches run in graphs, without retracing, and on an accelerator under XLA.
-    On a CPU that is slower, and Keras is told not to compile what holds an index with it.
+    On a CPU that is slower, and Keras is told not to compile what holds an index with it. It is a
+    Keras layer so that a model that has one saves it, and is not called.
 
     A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
     finite, or longer than 1e15; an index out of range, or for the second time in one update; a
@@ -125,31 +113,17 @@ class TreeIndex(StateLayer):
         self.residual_bytes = check(residual_bytes, "residual_bytes", at_least=0)
         self.store_embeddings = store_embeddings
         self.embedding_dtype = checks.check_dtype(embedding_dtype)
-        kind = StoredEmbeddings if store_embeddings else CodedResiduals
-        leaf_size = kind.leaves.size if leaf_size is None else leaf_size
-        self.leaf_size = check(leaf_size, "leaf_size", at_least=2)
-        if not store_embeddings:
-            checks.check_residual_bytes(self.residual_bytes, self.embedding_dim)
-        self._shape = TreeShape.of(
+        if leaf_size is not None:
+            leaf_size = check(leaf_size, "leaf_size", at_least=2)
+        self._shape, self._candidates, fields = make_tree(
             self.capacity,
             self.embedding_dim,
-            leaf_size=self.leaf_size,
+            leaf_size=leaf_size,
             branching=self.branching,
-            max_root_width=_MAX_ROOT_WIDTH,
-            leaf_fill=kind.leaves.fill,
-            spare=kind.leaves.spare,
+            dtype=self.embedding_dtype if store_embeddings else None,
+            residual_bytes=self.residual_bytes,
         )
-        fields = make_tree_variables(self._shape, kind.leaf_mean_dtype)
-        self._candidates: StoredEmbeddings | CodedResiduals
-        if store_embeddings:
-            self._candidates = StoredEmbeddings(
-                self.capacity, self.embedding_dim, self.embedding_dtype
-            )
-        else:
-            last = str(self._shape.num_levels - 1)
-            self._candidates = CodedResiduals(
-                self._shape, self.residual_bytes, fields["mean"][last], fields["stats"][last]
-            )
+        self.leaf_size = self._shape.leaf_size
         self._hold_state(
             description={
                 **LAYOUT,
@@ -162,10 +136,8 @@ class TreeIndex(StateLayer):
                 ),
             },
             saved=saved,
-            candidates=self._candidates.variables,
             **fields,
         )
-        self._strategy = tf.distribute.get_strategy()
         self._upkeep = TreeUpkeep(self._shape, self._state, self._candidates)
         # A thousand small operations are as many kernels on an accelerator, unless they are
         # compiled. On a CPU, where shapes need not be fixed, they are faster as they are, and
@@ -229,11 +201,11 @@ class TreeIndex(StateLayer):
         built = build_tree(
             embeddings, self._shape, self.embedding_dtype, seed=seed, verbose=verbose
         )
-        self._on_every_replica(lambda: self._upkeep.load(built, embeddings, seed))
+        self._upkeep.load(built, embeddings, seed)
 
     def reset(self) -> None:
         """Takes all candidates out of the tree."""
-        self._on_every_replica(self._upkeep.clear)
+        self._upkeep.clear()
 
     def update(
         self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None
@@ -256,7 +228,7 @@ class TreeIndex(StateLayer):
                 "An index without embeddings cannot grow from nothing: call `index` first."
             )
         embeddings = tf.ensure_shape(tf.cast(embeddings, tf.float32), [None, self.embedding_dim])
-        self._on_every_replica(self._upkeep.update, indices, embeddings, mask)
+        self._upkeep.update(indices, embeddings, mask)
 
     def remove(self, indices: tf.Tensor) -> None:
         """Takes candidates `indices` [m] out of the tree; those that are not in it are no error.
@@ -266,14 +238,14 @@ class TreeIndex(StateLayer):
         """
         indices = tf.convert_to_tensor(indices)
         indices, mask = checks.check_indices(indices, indices, None, self.capacity)
-        self._on_every_replica(self._upkeep.remove, indices, mask)
+        self._upkeep.remove(indices, mask)
 
     def tighten(self) -> None:
         """Computes means, spreads and radii anew, in a pass over all candidates.
 
         Without stored embeddings the leaves' centres stay and only the bounds get tighter.
         """
-        self._on_every_replica(self._upkeep.tighten)
+        self._upkeep.tighten()
 
     def sample(
         self,
@@ -385,16 +357,14 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: where a shape does not fit or an argument is out of range.
         """
-        queries = self._scaled(query_embeddings, temperature)
-        scoring = Scoring(queries, score_transform)
-        beam = self._checked_beam(beam)
-        cut = make_cut(self.tree, scoring, beam, open_leaves=self.store_embeddings)
-        # The worst case of a sum of d products.
-        norms = tf.norm(queries, axis=1) * self._state.max_norm
-        rounding = ROUNDING * (2 * self.embedding_dim + 8)
-        if _execution.rounds_factors(self.state_variable):
-            rounding += 2.0 * _execution.FACTOR_ROUNDING
-        return log_partition_bounds(cut, scoring, rounding * norms)
+        return bound(
+            self.tree,
+            checks.scaled_queries(query_embeddings, temperature, self.embedding_dim),
+            score_transform,
+            beam=self._checked_beam(beam),
+            open_leaves=self.store_embeddings,
+            max_norm=self._state.max_norm,
+        )
 
     def top_k(
         self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
@@ -418,7 +388,7 @@ class TreeIndex(StateLayer):
             raise ValueError(f"`k` must be at most {self.capacity}, the capacity. Received: {k}.")
         if beam is None:
             beam = max(self.beam, math.ceil(4 * k / self.leaf_size))
-        queries = self._scaled(query_embeddings, None)
+        queries = checks.scaled_queries(query_embeddings, None, self.embedding_dim)
         return search_tree(self.tree, queries, k, self._checked_beam(beam))
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
@@ -450,7 +420,9 @@ class TreeIndex(StateLayer):
         log_zero: float = -math.inf,
     ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
         steps = self.correction_steps if correction_steps is None else correction_steps
-        queries = self._scaled(query_embeddings, options.pop("temperature", None))
+        queries = checks.scaled_queries(
+            query_embeddings, options.pop("temperature", None), self.embedding_dim
+        )
         beam = self._checked_beam(options.pop("beam", None))
         row_transform = options.pop("row_transform", None)
         return draw(
@@ -464,22 +436,6 @@ class TreeIndex(StateLayer):
             log_zero=log_zero,
             **options,
         )
-
-    def _on_every_replica(self, function: Callable[..., None], *args: tf.Tensor) -> None:
-        # Outside of its scope a strategy is not known, and one replica alone would be changed.
-        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
-            with self._strategy.scope():
-                on_every_replica(function, *args)
-        else:
-            on_every_replica(function, *args)
-
-    def _scaled(self, queries: tf.Tensor, temperature: float | tf.Tensor | None) -> tf.Tensor:
-        queries = checks.check_embeddings(queries, self.embedding_dim, "query_embeddings")
-        queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, self.embedding_dim])
-        queries = tf.stop_gradient(queries)
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
-        return queries if temperature is None else queries / temperature
 
     def _checked_beam(self, beam: int | None) -> int:
         return self.beam if beam is None else _validation.check_count(beam, "beam")

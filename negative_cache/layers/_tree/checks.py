@@ -49,6 +49,18 @@ def check_embeddings(
     return embeddings
 
 
+def scaled_queries(
+    queries: tf.Tensor, temperature: float | tf.Tensor | None, dim: int
+) -> tf.Tensor:
+    """Returns `queries` [B, d] as float32, divided by the temperature; no gradient comes back."""
+    queries = check_embeddings(queries, dim, "query_embeddings")
+    queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, dim])
+    queries = tf.stop_gradient(queries)
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
+    return queries if temperature is None else queries / temperature
+
+
 def check_corpus(embeddings: np.ndarray | tf.Tensor, capacity: int, dim: int) -> np.ndarray:
     """Returns `embeddings` [n, d] as an array of no more rows than there is room for."""
     if not isinstance(embeddings, np.ndarray):

@@ -1,4 +1,4 @@
-"""Draws from a tree with the options that the methods of `TreeIndex` take."""
+"""Draws from a tree, and bounds of the log partition, as the methods of `TreeIndex` take them."""
 
 import functools
 import math
@@ -11,15 +11,17 @@ from negative_cache.layers._tree.coded import CodedResiduals
 from negative_cache.layers._tree.stored import RowTransform, StoredEmbeddings
 from negative_cache.ops import SoftmaxSample, _execution
 from negative_cache.ops._draws import Seed, seed_or_random
-from negative_cache.ops.tree.cut import Scoring, Tree
+from negative_cache.ops.tree.cut import ROUNDING, Scoring, Tree, log_partition_bounds, make_cut
 from negative_cache.ops.tree.sampling import sample_tree
+
+TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
 
 class DrawOptions(TypedDict, total=False):
     """Keyword arguments of draws; `TreeIndex.sample_with_log_probability` says what they do."""
 
     temperature: float | tf.Tensor | None
-    score_transform: Callable[[tf.Tensor], tf.Tensor] | None
+    score_transform: TensorFn | None
     beam: int | None
     candidate_ids: tf.Tensor | None
     positive_ids: tf.Tensor | None
@@ -48,7 +50,7 @@ def draw(
     beam: int,
     correction_steps: int,
     like: tf.Variable,
-    score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    score_transform: TensorFn | None = None,
     candidate_ids: tf.Tensor | None = None,
     positive_ids: tf.Tensor | None = None,
     max_scores: tf.Tensor | None = None,
@@ -78,3 +80,23 @@ def draw(
         log_zero=log_zero,
     )
     return _execution.as_constant(sample, like=like)
+
+
+def bound(
+    tree: Tree,
+    queries: tf.Tensor,
+    score_transform: TensorFn | None,
+    *,
+    beam: int,
+    open_leaves: bool,
+    max_norm: tf.Variable,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Lower and upper bound [B] of the log partition, for candidates no longer than `max_norm`."""
+    scoring = Scoring(queries, score_transform)
+    cut = make_cut(tree, scoring, beam, open_leaves=open_leaves)
+    # The worst case of a sum of d products.
+    rounding = ROUNDING * (2 * tree.shape.dim + 8)
+    if _execution.rounds_factors(max_norm):
+        rounding += 2.0 * _execution.FACTOR_ROUNDING
+    norms = tf.norm(queries, axis=1) * max_norm
+    return log_partition_bounds(cut, scoring, rounding * norms)

@@ -1,4 +1,4 @@
-"""All that changes the variables of a `TreeIndex`, on one replica."""
+"""All that changes the variables of a `TreeIndex`."""
 
 import functools
 import types
@@ -6,6 +6,7 @@ import types
 import numpy as np
 import tensorflow as tf
 
+from negative_cache.layers._state import on_every_replica
 from negative_cache.layers._tree.build import BuiltTree
 from negative_cache.layers._tree.checks import is_usable
 from negative_cache.layers._tree.coded import CodedResiduals
@@ -22,6 +23,8 @@ from negative_cache.ops.tree.shape import TreeShape
 class TreeUpkeep:
     """Fills, empties and changes a tree, and leaves out and counts what cannot be applied.
 
+    Called outside of the replicas of the strategy it was made under, it changes each of them.
+
     Args:
       shape: of the tree.
       state: its variables, see `make_tree_variables`.
@@ -37,6 +40,7 @@ class TreeUpkeep:
         self._shape = shape
         self._state = state
         self._candidates = candidates
+        self._strategy = tf.distribute.get_strategy()
         self._maintenance = TreeMaintenance(shape, state, candidates)
         # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
         compiled = functools.partial(
@@ -56,12 +60,38 @@ class TreeUpkeep:
 
     def clear(self) -> None:
         """Takes all candidates out."""
+        self._on_every_replica(self._clear)
+
+    def load(self, built: BuiltTree, embeddings: np.ndarray, seed: int) -> None:
+        """Takes in a tree that was built over `embeddings` [n, d]."""
+        self._on_every_replica(lambda: self._load(built, embeddings, seed))
+
+    def update(self, ids: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor) -> None:
+        """Moves or adds candidates `ids` [m] int32 with True in `mask` [m]."""
+        self._on_every_replica(self._compiled_update, ids, embeddings, mask)
+
+    def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
+        """Takes out candidates `ids` [m] int32 with True in `mask` [m]."""
+        self._on_every_replica(self._compiled_remove, ids, mask)
+
+    def tighten(self) -> None:
+        """Computes all statistics anew."""
+        self._on_every_replica(self._compiled_tighten)
+
+    def _on_every_replica(self, function, *args):
+        # Outside of its scope a strategy is not known, and one replica alone would be changed.
+        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
+            with self._strategy.scope():
+                on_every_replica(function, *args)
+        else:
+            on_every_replica(function, *args)
+
+    def _clear(self):
         assign_topology(self._state, empty_topology(self._shape))
         self._candidates.clear()
         self._state.max_norm.assign(0.0)
 
-    def load(self, built: BuiltTree, embeddings: np.ndarray, seed: int) -> None:
-        """Takes in a tree that was built over `embeddings` [n, d]."""
+    def _load(self, built, embeddings, seed):
         topology = built.topology
         assign_topology(self._state, topology)
         self._candidates.clear()
@@ -70,21 +100,9 @@ class TreeUpkeep:
         )
         self._state.max_norm.assign(built.max_norm)
         self._state.num_skipped.assign_add(built.num_left_out)
-        self.tighten()
+        self._compiled_tighten()
         last_stats = tf.convert_to_tensor(self.tree.levels[-1].stats)
         self._state.first_spread.assign(last_stats[..., SPREAD])
-
-    def update(self, ids: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor) -> None:
-        """Moves or adds candidates `ids` [m] int32 with True in `mask` [m]."""
-        self._compiled_update(ids, embeddings, mask)
-
-    def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
-        """Takes out candidates `ids` [m] int32 with True in `mask` [m]."""
-        self._compiled_remove(ids, mask)
-
-    def tighten(self) -> None:
-        """Computes all statistics anew."""
-        self._compiled_tighten()
 
     def _update(self, ids, embeddings, mask):
         usable = self._usable(ids, mask) & self._candidates.accepts_updates

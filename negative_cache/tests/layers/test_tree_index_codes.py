@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.layers import TreeIndex
-from negative_cache.layers import tree_index as tree_index_module
+from negative_cache.layers._tree import make as make_module
 from negative_cache.ops.tree.cut import Scoring
 from negative_cache.ops.tree.law import proposal_log_law, total_variation
 from negative_cache.tests.tree_invariants import check_tree, log_partition
@@ -36,7 +36,7 @@ def assert_bounds(index, vectors, rng):
 @pytest.mark.parametrize("root_width", [4096, 6])
 @pytest.mark.parametrize("residual_bytes", [0, 2, 4])
 def test_bounds_and_invariants_hold_through_updates(residual_bytes, root_width, monkeypatch):
-    monkeypatch.setattr(tree_index_module, "_MAX_ROOT_WIDTH", root_width)
+    monkeypatch.setattr(make_module, "_MAX_ROOT_WIDTH", root_width)
     rng = np.random.default_rng(1)
     index = make_index(residual_bytes=residual_bytes)
     rows = clustered(rng, 400)
