@@ -11,7 +11,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from negative_cache._compat import keras
-from negative_cache.layers import _popularity, _retrieval_checks
+from negative_cache.layers import _retrieval_checks
+from negative_cache.layers import frequency as _popularity
 from negative_cache.layers._corpus import EMBEDDING, fingerprint
 from negative_cache.layers._scores import Scores
 from negative_cache.layers.cache import Cache
