@@ -5,8 +5,8 @@ import numpy as np
 import tensorflow as tf
 
 import negative_cache as nc
-from negative_cache.ops.tree_cut import Scoring
-from negative_cache.ops.tree_law import law_after_correction, proposal_log_law, total_variation
+from negative_cache.ops.tree.cut import Scoring
+from negative_cache.ops.tree.law import law_after_correction, proposal_log_law, total_variation
 
 BEAMS, STEPS = (4, 8, 12, 16, 32, 64), (0, 1, 2, 4, 8)
 # Without embeddings: bytes of the residuals, and the size that the memory is given for.

@@ -70,7 +70,22 @@ class StateLayer(keras.layers.Layer):
 
     What a file holds are the values of all replicas. Where it is loaded on fewer, the first ones
     are taken; on more, the others keep what they have.
+
+    It is a layer even if it computes nothing from inputs, as a cache does: in an attribute of a
+    model, Keras looks for layers and lets no other object write state of its own into its files.
+    Such a layer is used by its methods. It has no `call`, and to call it is an error.
     """
+
+    def call(self, *args, **kwargs):
+        """Refuses, for a layer that has no `call` of its own.
+
+        Raises:
+          TypeError: always.
+        """
+        raise TypeError(
+            f"A `{type(self).__name__}` is not called: it is a layer so that Keras saves it with"
+            " the model it belongs to. Use its methods."
+        )
 
     def _hold_state(self, *, description: Mapping, saved: bool = True, **fields) -> None:
         """Makes `self._state`, to be called once.

@@ -1,6 +1,5 @@
 """`Cache`: the rows of a negative cache as variables that are updated in place."""
 
-import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
@@ -8,10 +7,11 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import deserialize, keras
-from negative_cache.layers import _cache_index
-from negative_cache.layers._cache_rows import CacheRows
+from negative_cache.layers._cache.checks import check_index
+from negative_cache.layers._cache.rows import CacheRows
+from negative_cache.layers._cache.times import RowTimes
+from negative_cache.layers._cache.writer import CacheWriter, RowUpdates
 from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById, write_in_order
-from negative_cache.layers._row_times import RowTimes
 from negative_cache.layers._state import (
     LAYOUT,
     StateLayer,
@@ -22,8 +22,6 @@ from negative_cache.layers._state import (
 from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.negative_cache import NegativeCache
-from negative_cache.ops import _execution, insertion_rows, masked_rows
-from negative_cache.ops.tree_statistics import Groups
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -37,6 +35,8 @@ class Cache(StateLayer):
 
     The rows are non-trainable `tf.Variable`s. Under a `tf.distribute` strategy every replica holds
     rows of its own, and an update that is called outside of the replicas reaches each of them.
+
+    It is a Keras layer so that a model that has one saves it. It is not called.
 
     Args:
       specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype), the embedding
@@ -97,8 +97,12 @@ class Cache(StateLayer):
         self.embedding_key = embedding_key
         self.use_lru = use_lru
         if index is not None:
-            _cache_index.check_index(
-                index, self.cache_size, self.specs[embedding_key], saved, row_key is not None
+            check_index(
+                index,
+                self.cache_size,
+                self.specs[embedding_key],
+                saved=saved,
+                is_filled_at_once=row_key is not None,
             )
         self.index = index
         if row_key is not None:
@@ -128,6 +132,16 @@ class Cache(StateLayer):
             data=self._rows.variables,
             times=self._times.variables,
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
+            rows_by_id=rows_by_id,
+        )
+        self._writer = CacheWriter(
+            self._rows,
+            self._times,
+            self._state.num_skipped,
+            embedding_key=embedding_key,
+            use_lru=use_lru,
+            index=index,
+            row_key=row_key,
             rows_by_id=rows_by_id,
         )
         # Not all of a step is where XLA could reach it, which Keras 3 asks before it compiles.
@@ -261,8 +275,8 @@ class Cache(StateLayer):
         """
         if self.row_key is None:
             raise ValueError("`fill` is for a cache with a `row_key`. Received: row_key=None.")
-        write = tf.function(self._fill_rows, reduce_retracing=True)
-        on_every_replica(self._forget)
+        write = tf.function(self._writer.fill, reduce_retracing=True)
+        on_every_replica(self._writer.forget)
         try:
             ids = write_in_order(
                 batches,
@@ -275,7 +289,7 @@ class Cache(StateLayer):
             on_every_replica(RowsById.assign, self._state.rows_by_id, ids)
         except Exception:
             # Rows without their ids would be negatives of their own queries.
-            on_every_replica(self._forget)
+            on_every_replica(self._writer.forget)
             raise
         if self.index is not None:
             self.index.index(self._embeddings_on_host(), verbose=verbose)
@@ -331,8 +345,7 @@ class Cache(StateLayer):
         """
         rows = _validation.check_rows(rows, self.cache_size, "rows")
         items = {self.embedding_key: embeddings}
-        items, rows, mask = self._check_updates(items, rows, None)
-        on_every_replica(self._rewrite, rows, items, mask)
+        on_every_replica(self._writer.rewrite, self._check_updates(items, rows, None))
 
     def as_negative_cache(self) -> NegativeCache:
         """Returns the cache as the published `NegativeCache`, whose data are the live variables."""
@@ -376,95 +389,7 @@ class Cache(StateLayer):
             updates = self._check_updates(
                 updated_item_data, updated_item_indices, updated_item_mask
             )
-        on_every_replica(self._update, new_items, new_items_mask, updates)
-
-    def _update(self, new_items, new_items_mask, updates):
-        fits = None
-        if self.row_key is None and new_items_mask.shape[0] is None:
-            # A batch whose size was unknown until now is refused before anything changes.
-            fits = tf.debugging.assert_less_equal(
-                tf.size(new_items_mask),
-                self.cache_size,
-                "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
-                " `cache_size`, or make the batches smaller.",
-            )
-        with tf.control_dependencies([] if fits is None else [fits]):
-            self.step.assign_add(1)
-        # Rows of ids are looked up here: of strings, an accelerator knows nothing.
-        rows = None if self.row_key is None else self.rows_of(new_items[self.row_key])
-        update = functools.partial(
-            _execution.as_constant, self._update_device, like=self._times.stamps
-        )
-        known = None
-        if updates is not None:
-            known = (CacheRows.for_device(updates[0]), *updates[1:])
-        inserted, updated, changed = update(
-            CacheRows.for_device(new_items), new_items_mask, rows, known
-        )
-        if updates is not None:
-            self._rows.write_on_host(updated, updates[0])
-        self._rows.write_on_host(inserted, new_items)
-        self._follow(changed)
-
-    def _update_device(self, new_items, new_items_mask, rows, updates):
-        """An update but for what is on the host, and the index.
-
-        Returns:
-          The `MaskedRows` of new items and of updates; and pairs of rows and masks, those whose
-          embeddings have changed.
-        """
-        changed, updated = [], None
-        if updates is not None:
-            items, indices, mask = updates
-            mask = self._admit(items, mask)
-            updated = masked_rows(indices, mask)
-            self._rows.write_on_device(updated, items)
-            if self.embedding_key in items:
-                changed.append((indices, mask))
-            if self.use_lru:
-                self._times.touch(updated)
-        mask = self._admit(new_items, new_items_mask)
-        if rows is None:
-            size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
-            inserted = insertion_rows(self.oldest(size), mask)
-        else:
-            is_known = mask & (rows >= 0)
-            self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
-            # A batch may bring a candidate several times, which is one write.
-            is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
-            inserted, mask = masked_rows(rows, is_known), is_known
-        self._rows.write_on_device(inserted, new_items)
-        self._times.fill(inserted, mask)
-        return inserted, updated, [*changed, (inserted.rows, mask)]
-
-    def _forget(self):
-        self._times.forget()
-        RowsById.clear(self._state.rows_by_id)
-
-    def _fill_rows(self, start, items):
-        mask = self._admit(items, tf.ones(tf.shape(items[self.row_key]), tf.bool))
-        rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
-        self._rows.write(rows, items)
-        self._times.fill(rows, mask)
-
-    def _rewrite(self, rows, items, mask):
-        mask = self._admit(items, mask)
-        written = masked_rows(rows, mask)
-        self._rows.write(written, items)
-        self._times.touch(written)
-        self._follow([(rows, mask)])
-
-    def _follow(self, changed):
-        """Brings the index up to date with rows whose embeddings have changed."""
-        if self.index is None:
-            return
-        mask = tf.concat([mask for _, mask in changed], axis=0)
-        rows = tf.concat([tf.cast(rows, tf.int64) for rows, _ in changed], axis=0)
-        rows = tf.where(mask, rows, 0)
-        # Read here: they may be on the host, where the index is not.
-        embeddings = tf.gather(self.embeddings, rows)
-        follow = functools.partial(_cache_index.follow, self.index, self.is_filled)
-        _execution.as_constant(follow, rows, embeddings, mask, like=self.index.state_variable)
+        on_every_replica(self._writer.update, new_items, new_items_mask, updates)
 
     def _limits(self):
         largest = float(tf.as_dtype(self.embeddings.dtype).max)
@@ -497,13 +422,5 @@ class Cache(StateLayer):
         indices = _validation.check_indices(
             indices, like, what="updated_item_indices", needed_by="updated_item_data"
         )
-        return items, indices, _validation.check_mask(mask, like, what="updated_item_mask")
-
-    def _admit(self, items, mask):
-        """Leaves out entries with a non-finite embedding, and counts them."""
-        if self.embedding_key not in items:
-            return mask
-        finite = tf.reduce_all(tf.math.is_finite(items[self.embedding_key]), axis=1)
-        skipped = tf.math.count_nonzero(mask & ~finite)
-        self._state.num_skipped.assign_add(skipped)
-        return mask & finite
+        mask = _validation.check_mask(mask, like, what="updated_item_mask")
+        return RowUpdates(items, indices, mask)

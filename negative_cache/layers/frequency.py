@@ -1,4 +1,12 @@
-"""`FrequencyEstimator`: how often each candidate is in the training stream, estimated online."""
+"""`FrequencyEstimator`, and the log Q correction: how often a candidate is among the negatives.
+
+With n negatives that are draws from the training stream, a candidate of probability p stands among
+them n p times. Subtracting log(n p) from its score makes a sum over the negatives an estimate of
+the sum over the corpus, in which every candidate stands once. The probability is given by the user
+or estimated from the stream.
+"""
+
+import math
 
 import tensorflow as tf
 
@@ -9,6 +17,13 @@ from negative_cache.layers._variables import make_state_variable, scatter_rows
 
 # 2^64 over the golden ratio, as a signed number.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
+# A probability of zero is a slip of whoever counted, and must not make its candidate the only one
+# that matters. In a batch it is clipped where TF-Recommenders clips it. Among millions of cached
+# candidates smaller probabilities are meant.
+SMALLEST_IN_BATCH = 1e-6
+SMALLEST_IN_CACHE = 1e-9
+# What marks the logarithm of a probability as not known: no probability has it.
+_UNKNOWN = 1.0
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -24,6 +39,8 @@ class FrequencyEstimator(StateLayer):
     Candidates that share a bucket share their estimate, which then is too high. Of a corpus of N
     candidates that is about the share N / num_buckets of them: a few percent want some 30 buckets a
     candidate. `occupancy` says what came of it.
+
+    It is a Keras layer so that a model that has one saves it. It is not called.
 
     Args:
       num_buckets: size of both arrays, of 12 bytes a bucket together, in memory and in files.
@@ -111,3 +128,29 @@ def _as_keys(keys) -> tf.Tensor:
     if not keys.dtype.is_integer:
         raise ValueError(f"`keys` must be integers. Received dtype: {keys.dtype.name}.")
     return tf.cast(keys, tf.int64)
+
+
+def log_given_probability(probability: tf.Tensor, smallest: float) -> tf.Tensor:
+    """[n] log of given probabilities [n], clipped to [smallest, 1]; NaN marks an unknown one."""
+    is_known = ~tf.math.is_nan(probability)
+    clipped = tf.clip_by_value(tf.where(is_known, probability, 1.0), smallest, 1.0)
+    return tf.where(is_known, tf.math.log(clipped), _UNKNOWN)
+
+
+def log_unknown_probability(size: tf.Tensor) -> tf.Tensor:
+    """[size] marks of candidates that came without a probability."""
+    return tf.fill([size], _UNKNOWN)
+
+
+def log_estimated_probability(
+    frequency: FrequencyEstimator, ids: tf.Tensor, *, of_rows: bool = False
+) -> tf.Tensor:
+    """[n] log of estimated probabilities; rows that the stream has not brought are marked."""
+    never_seen = math.exp(_UNKNOWN) if of_rows else None
+    return tf.math.log(frequency.probability(ids, never_seen))
+
+
+def log_expected_occurrences(log_probability: tf.Tensor, num_negatives: tf.Tensor) -> tf.Tensor:
+    """[n] log of n p; zero, that is no correction, for candidates of unknown probability."""
+    log_count = tf.math.log(tf.maximum(num_negatives, 1.0))
+    return tf.where(log_probability > 0.5 * _UNKNOWN, 0.0, log_probability + log_count)

@@ -1,52 +1,31 @@
 """`TreeIndex`: a dynamic tree that samples from a softmax over millions of candidates."""
 
-import functools
+from __future__ import annotations
+
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.layers import _tree_checks
-from negative_cache.layers._state import LAYOUT, StateLayer, on_every_replica
-from negative_cache.layers._tree_candidates import StoredEmbeddings
-from negative_cache.layers._tree_codes import CodedResiduals
-from negative_cache.layers._tree_maintenance import TreeMaintenance
-from negative_cache.layers._tree_state import (
-    assign_topology,
-    empty_topology,
-    make_tree_variables,
-    tree_limits,
-)
-from negative_cache.layers._tree_tightening import tighten
-from negative_cache.layers._variables import make_state_variable
+from negative_cache.layers._state import LAYOUT, StateLayer
+from negative_cache.layers._tree import checks
+from negative_cache.layers._tree.build import build_tree
+from negative_cache.layers._tree.draws import DrawOptions, TensorFn, bound, draw, transformed
+from negative_cache.layers._tree.make import make_tree
+from negative_cache.layers._tree.state import tree_limits
+from negative_cache.layers._tree.upkeep import TreeUpkeep
+from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
-from negative_cache.ops._draws import seed_or_random
-from negative_cache.ops.tree_build import build_topology
-from negative_cache.ops.tree_cut import (
-    COUNT,
-    RADIUS,
-    ROUNDING,
-    SPREAD,
-    Scoring,
-    Tree,
-    log_partition_bounds,
-    make_cut,
-)
-from negative_cache.ops.tree_sampling import sample_tree, search_tree
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import Groups
+from negative_cache.ops.tree.cut import COUNT, Tree
+from negative_cache.ops.tree.sampling import search_tree
+from negative_cache.ops.tree.shape import TreeShape
 
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
-
-# A product with this many means takes about as long as opening a few dozen blocks.
-_MAX_ROOT_WIDTH = 10_000
-# Where embeddings are stored, leaves have room for candidates that come. Where memory is all that
-# matters they are larger, and filled.
-_STORED = {"leaf_size": 64, "fill": 0.66, "spare": 2.0}
-_CODED = {"leaf_size": 1024, "fill": 0.9, "spare": 1.15}
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -58,7 +37,7 @@ class TreeIndex(StateLayer):
     with exact scores. What remains are nodes, each of which stands for many candidates with an
     estimate of their partition Σ exp(score), and with bounds of it that hold at every moment. A
     draw takes a part of the cut, descends inside of it level by level to one candidate, and is
-    corrected by a few Metropolis-Hastings steps. See `ops.tree_cut` and `ops.tree_sampling` for the
+    corrected by a few Metropolis-Hastings steps. See `ops.tree.cut` and `ops.tree.sampling` for the
     equations. Time grows with the logarithm of the number of candidates.
 
     The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
@@ -77,7 +56,8 @@ class TreeIndex(StateLayer):
     again.
 
     Updates, draws and searches run in graphs, without retracing, and on an accelerator under XLA.
-    On a CPU that is slower, and Keras is told not to compile what holds an index with it.
+    On a CPU that is slower, and Keras is told not to compile what holds an index with it. It is a
+    Keras layer so that a model that has one saves it, and is not called.
 
     A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
     finite, or longer than 1e15; an index out of range, or for the second time in one update; a
@@ -121,7 +101,7 @@ class TreeIndex(StateLayer):
         store_embeddings: bool = True,
         residual_bytes: int = 8,
         saved: bool = True,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(autocast=False, **kwargs)
         check = _validation.check_count
@@ -132,32 +112,18 @@ class TreeIndex(StateLayer):
         self.branching = check(branching, "branching", at_least=4)
         self.residual_bytes = check(residual_bytes, "residual_bytes", at_least=0)
         self.store_embeddings = store_embeddings
-        self.embedding_dtype = _tree_checks.check_dtype(embedding_dtype)
-        plan = _STORED if store_embeddings else _CODED
-        leaf_size = plan["leaf_size"] if leaf_size is None else leaf_size
-        self.leaf_size = check(leaf_size, "leaf_size", at_least=2)
-        _tree_checks.check_storage(self)
-        self._shape = TreeShape.of(
+        self.embedding_dtype = checks.check_dtype(embedding_dtype)
+        if leaf_size is not None:
+            leaf_size = check(leaf_size, "leaf_size", at_least=2)
+        self._shape, self._candidates, fields = make_tree(
             self.capacity,
             self.embedding_dim,
-            leaf_size=self.leaf_size,
+            leaf_size=leaf_size,
             branching=self.branching,
-            max_root_width=_MAX_ROOT_WIDTH,
-            leaf_fill=plan["fill"],
-            spare=plan["spare"],
+            dtype=self.embedding_dtype if store_embeddings else None,
+            residual_bytes=self.residual_bytes,
         )
-        fields = make_tree_variables(
-            self._shape, tf.float32 if store_embeddings else CodedResiduals.leaf_mean_dtype
-        )
-        if store_embeddings:
-            self._candidates = StoredEmbeddings(
-                self.capacity, self.embedding_dim, self.embedding_dtype
-            )
-        else:
-            last = str(self._shape.num_levels - 1)
-            self._candidates = CodedResiduals(
-                self._shape, self.residual_bytes, fields["mean"][last], fields["stats"][last]
-            )
+        self.leaf_size = self._shape.leaf_size
         self._hold_state(
             description={
                 **LAYOUT,
@@ -170,27 +136,13 @@ class TreeIndex(StateLayer):
                 ),
             },
             saved=saved,
-            candidates=self._candidates.variables,
-            max_norm=make_state_variable(lambda: tf.zeros([]), "max_norm"),
-            num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
             **fields,
         )
-        self._strategy = tf.distribute.get_strategy()
-        self._maintenance = TreeMaintenance(self._shape, self._state, self._candidates)
+        self._upkeep = TreeUpkeep(self._shape, self._state, self._candidates)
         # A thousand small operations are as many kernels on an accelerator, unless they are
         # compiled. On a CPU, where shapes need not be fixed, they are faster as they are, and
         # Keras, which asks this before it compiles by itself, is not to.
         self.supports_jit = _execution.is_on_accelerator(self.state_variable)
-        # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
-        compiled = functools.partial(
-            tf.function,
-            autograph=False,
-            reduce_retracing=True,
-            jit_compile=_execution.is_to_be_compiled(self.state_variable) or None,
-        )
-        self._compiled_update = compiled(self._update)
-        self._compiled_remove = compiled(self._remove)
-        self._compiled_tighten = compiled(self._tighten)
         with tf.init_scope():
             self.reset()
         self.built = True
@@ -225,7 +177,7 @@ class TreeIndex(StateLayer):
     @property
     def tree(self) -> Tree:
         """The live arrays, for the functions of `ops`."""
-        return self._maintenance.tree
+        return self._upkeep.tree
 
     def index(self, embeddings: np.ndarray | tf.Tensor, *, verbose: int = 1, seed: int = 0) -> None:
         """Builds the tree anew over candidates 0, …, n - 1, on the host; whatever it held is gone.
@@ -245,51 +197,19 @@ class TreeIndex(StateLayer):
         """
         if not tf.executing_eagerly():
             raise ValueError("`index` builds the tree on the host, outside of any `tf.function`.")
-        if not isinstance(embeddings, np.ndarray):
-            embeddings = tf.convert_to_tensor(embeddings).numpy()
-        _tree_checks.check_embeddings(self, embeddings, "embeddings")
-        if len(embeddings) > self.capacity:
-            raise ValueError(
-                "`embeddings` must have no more rows than `capacity`. Received:"
-                f" {len(embeddings)} rows for a capacity of {self.capacity}."
-            )
-        ids, max_norm = _tree_checks.usable_rows(self, embeddings)
-        points = embeddings if len(ids) == len(embeddings) else embeddings[ids]
-        progress = keras.utils.Progbar(len(ids), unit_name="candidate", verbose=verbose)
-        rng = np.random.default_rng(seed)
-        topology = build_topology(
-            points, self._shape, rng=rng, on_progress=progress.add if verbose else None
+        embeddings = checks.check_corpus(embeddings, self.capacity, self.embedding_dim)
+        built = build_tree(
+            embeddings, self._shape, self.embedding_dtype, seed=seed, verbose=verbose
         )
-        members = topology.members
-        if points is not embeddings:
-            members = np.where(members >= 0, ids[members], -1).astype(np.int32)
-        children, owners = topology.children, topology.owners
-        if not len(ids):
-            children, owners, members = empty_topology(self._shape)
-
-        def load():
-            assign_topology(self._state, children, owners, members)
-            self._candidates.clear()
-            self._candidates.load(embeddings, members, owners[-1], np.random.default_rng(seed))
-            self._state.max_norm.assign(max_norm)
-            self._state.num_skipped.assign_add(len(embeddings) - len(ids))
-            self._compiled_tighten()
-            last_stats = tf.convert_to_tensor(self.tree.levels[-1].stats)
-            self._state.first_spread.assign(last_stats[..., SPREAD])
-
-        self._on_every_replica(load)
+        self._upkeep.load(built, embeddings, seed)
 
     def reset(self) -> None:
         """Takes all candidates out of the tree."""
+        self._upkeep.clear()
 
-        def empty():
-            assign_topology(self._state, *empty_topology(self._shape))
-            self._candidates.clear()
-            self._state.max_norm.assign(0.0)
-
-        self._on_every_replica(empty)
-
-    def update(self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None):
+    def update(
+        self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None
+    ) -> None:
         """Moves candidates to where their embeddings are now, or adds them.
 
         Args:
@@ -301,14 +221,14 @@ class TreeIndex(StateLayer):
           ValueError: where a shape does not fit; and, outside of a `tf.function`, where an index is
             out of range or repeated.
         """
-        embeddings = _tree_checks.check_embeddings(self, embeddings, "embeddings")
-        indices, mask = _tree_checks.check_indices(self, indices, embeddings, mask)
+        embeddings = checks.check_embeddings(embeddings, self.embedding_dim, "embeddings")
+        indices, mask = checks.check_indices(indices, embeddings, mask, self.capacity)
         if tf.executing_eagerly() and not self._candidates.accepts_updates:
             raise ValueError(
                 "An index without embeddings cannot grow from nothing: call `index` first."
             )
         embeddings = tf.ensure_shape(tf.cast(embeddings, tf.float32), [None, self.embedding_dim])
-        self._on_every_replica(self._compiled_update, indices, embeddings, mask)
+        self._upkeep.update(indices, embeddings, mask)
 
     def remove(self, indices: tf.Tensor) -> None:
         """Takes candidates `indices` [m] out of the tree; those that are not in it are no error.
@@ -317,17 +237,24 @@ class TreeIndex(StateLayer):
           ValueError: as `update`.
         """
         indices = tf.convert_to_tensor(indices)
-        indices, mask = _tree_checks.check_indices(self, indices, indices, None)
-        self._on_every_replica(self._compiled_remove, indices, mask)
+        indices, mask = checks.check_indices(indices, indices, None, self.capacity)
+        self._upkeep.remove(indices, mask)
 
     def tighten(self) -> None:
         """Computes means, spreads and radii anew, in a pass over all candidates.
 
         Without stored embeddings the leaves' centres stay and only the bounds get tighter.
         """
-        self._on_every_replica(self._compiled_tighten)
+        self._upkeep.tighten()
 
-    def sample(self, query_embeddings: tf.Tensor, num_samples: int = 1, **options) -> SoftmaxSample:
+    def sample(
+        self,
+        query_embeddings: tf.Tensor,
+        num_samples: int = 1,
+        *,
+        correction_steps: int | None = None,
+        **options: Unpack[DrawOptions],
+    ) -> SoftmaxSample:
         """Draws candidates nearly in proportion to exp(score), and estimates the log partition.
 
         The score is s(x, y) = transform(⟨x, y⟩ / temperature).
@@ -335,8 +262,8 @@ class TreeIndex(StateLayer):
         Args:
           query_embeddings: [B, d] float.
           num_samples: S, draws for each query.
-          **options: as `sample_with_log_probability` takes them; `correction_steps` are the
-            index's where None.
+          correction_steps: the index's where None.
+          **options: as `sample_with_log_probability` takes them.
 
         Returns:
           A `SoftmaxSample`. Its scores are exact where embeddings are stored; `log_partition` is
@@ -345,15 +272,15 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: where a shape does not fit or an argument is out of range.
         """
-        return self._sample(query_embeddings, num_samples, **options)[0]
+        return self._draw(query_embeddings, num_samples, correction_steps, options)[0]
 
     def sample_with_log_probability(
         self,
         query_embeddings: tf.Tensor,
         num_samples: int = 1,
         *,
-        correction_steps: int = 0,
-        **options,
+        correction_steps: int | None = 0,
+        **options: Unpack[DrawOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor]:
         """`sample`, and log q(y|x) of every draw, for importance weights exp(score) / q.
 
@@ -379,10 +306,7 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: as `sample`.
         """
-        sample, log_probability, _ = self._sample(
-            query_embeddings, num_samples, correction_steps=correction_steps, **options
-        )
-        return sample, log_probability
+        return self._draw(query_embeddings, num_samples, correction_steps, options)[:2]
 
     def sample_with_gradient(
         self,
@@ -391,7 +315,8 @@ class TreeIndex(StateLayer):
         *,
         compute_gradient: bool = True,
         log_zero: float = -math.inf,
-        **options,
+        correction_steps: int | None = None,
+        **options: Unpack[DrawOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor | None]:
         """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
 
@@ -400,12 +325,13 @@ class TreeIndex(StateLayer):
         a `score_transform` in the second-order terms count as constants. `log_zero` is as there.
         Other arguments and errors are those of `sample`.
         """
-        sample, _, gradient = self._sample(
+        sample, _, gradient = self._draw(
             query_embeddings,
             num_samples,
+            correction_steps,
+            options,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
-            **options,
         )
         return sample, gradient
 
@@ -431,16 +357,14 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: where a shape does not fit or an argument is out of range.
         """
-        queries = self._scaled(query_embeddings, temperature)
-        scoring = Scoring(queries, score_transform)
-        beam = self._checked_beam(beam)
-        cut = make_cut(self.tree, scoring, beam, open_leaves=self.store_embeddings)
-        # The worst case of a sum of d products.
-        norms = tf.norm(queries, axis=1) * self._state.max_norm
-        rounding = ROUNDING * (2 * self.embedding_dim + 8)
-        if _execution.rounds_factors(self.state_variable):
-            rounding += 2.0 * _execution.FACTOR_ROUNDING
-        return log_partition_bounds(cut, scoring, rounding * norms)
+        return bound(
+            self.tree,
+            checks.scaled_queries(query_embeddings, temperature, self.embedding_dim),
+            score_transform,
+            beam=self._checked_beam(beam),
+            open_leaves=self.store_embeddings,
+            max_norm=self._state.max_norm,
+        )
 
     def top_k(
         self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
@@ -464,13 +388,13 @@ class TreeIndex(StateLayer):
             raise ValueError(f"`k` must be at most {self.capacity}, the capacity. Received: {k}.")
         if beam is None:
             beam = max(self.beam, math.ceil(4 * k / self.leaf_size))
-        queries = self._scaled(query_embeddings, None)
+        queries = checks.scaled_queries(query_embeddings, None, self.embedding_dim)
         return search_tree(self.tree, queries, k, self._checked_beam(beam))
 
-    def _limits(self):
+    def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         return tree_limits(self._shape, self._state)
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "capacity": self.capacity,
@@ -485,101 +409,33 @@ class TreeIndex(StateLayer):
             "saved": self._is_saved,
         }
 
-    def _sample(
+    def _draw(
         self,
-        query_embeddings,
-        num_samples,
+        query_embeddings: tf.Tensor,
+        num_samples: int,
+        correction_steps: int | None,
+        options: DrawOptions,
         *,
-        temperature=None,
-        score_transform=None,
-        beam=None,
-        correction_steps=None,
-        candidate_ids=None,
-        positive_ids=None,
-        max_scores=None,
-        row_transform=None,
-        seed=None,
-        compute_gradient=False,
-        log_zero=-math.inf,
-    ):
-        if candidate_ids is not None and positive_ids is None:
-            raise ValueError("`candidate_ids` are used together with `positive_ids`.")
+        compute_gradient: bool = False,
+        log_zero: float = -math.inf,
+    ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
         steps = self.correction_steps if correction_steps is None else correction_steps
-        scoring = Scoring(
-            self._scaled(query_embeddings, temperature),
-            score_transform,
-            candidate_ids=candidate_ids,
-            positive_ids=positive_ids,
-            max_scores=max_scores,
+        queries = checks.scaled_queries(
+            query_embeddings, options.pop("temperature", None), self.embedding_dim
         )
-        draw = functools.partial(
-            sample_tree,
-            self._transformed(row_transform),
-            scoring,
-            num_samples=_validation.check_count(num_samples, "num_samples"),
-            beam=self._checked_beam(beam),
+        beam = self._checked_beam(options.pop("beam", None))
+        row_transform = options.pop("row_transform", None)
+        return draw(
+            transformed(self.tree, self._candidates, row_transform),
+            queries,
+            _validation.check_count(num_samples, "num_samples"),
+            beam=beam,
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
-            seed=seed_or_random(seed),
+            like=self.state_variable,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
-        )
-        return _execution.as_constant(draw, like=self.state_variable)
-
-    def _transformed(self, row_transform) -> Tree:
-        """The tree as draws see it whose candidates, and means of them, are corrected."""
-        if row_transform is None:
-            return self.tree
-        if not self.store_embeddings:
-            raise ValueError("`row_transform` needs an index with store_embeddings=True.")
-        return self.tree._replace(
-            mean_transform=lambda means: row_transform(means, None),
-            candidates=self._candidates.transformed(row_transform),
+            **options,
         )
 
-    def _update(self, indices, embeddings, mask):
-        usable = self._usable(indices, mask) & self._candidates.accepts_updates
-        embeddings = self._candidates.rounded(embeddings)
-        usable &= _tree_checks.is_usable(embeddings)
-        embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
-        longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
-        self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
-        refused = self._maintenance.update(tf.where(usable, indices, 0), embeddings, usable)
-        skipped = tf.math.count_nonzero(mask & ~usable) + tf.cast(refused, tf.int64)
-        self._state.num_skipped.assign_add(skipped)
-
-    def _remove(self, indices, mask):
-        usable = self._usable(indices, mask)
-        self._maintenance.remove(tf.where(usable, indices, 0), usable)
-        self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~usable))
-
-    def _usable(self, indices, mask):
-        """[m] bool, in range and for the first time."""
-        mask = mask & (indices >= 0) & (indices < self.capacity)
-        return mask & (Groups.of(indices, mask).rank == 0)
-
-    def _tighten(self):
-        tighten(self._shape, self._state, self._candidates)
-        # No embedding is longer than the farthest point of a node of the root can be.
-        root = self.tree.levels[0]
-        norms = tf.norm(tf.cast(root.mean, tf.float32), axis=2)
-        longest = tf.reduce_max(norms + root.stats[..., RADIUS]) * (1.0 + 1e-5)
-        self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
-
-    def _on_every_replica(self, function, *args):
-        # Outside of its scope a strategy is not known, and one replica alone would be changed.
-        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
-            with self._strategy.scope():
-                on_every_replica(function, *args)
-        else:
-            on_every_replica(function, *args)
-
-    def _scaled(self, queries, temperature):
-        queries = _tree_checks.check_embeddings(self, queries, "query_embeddings")
-        queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, self.embedding_dim])
-        queries = tf.stop_gradient(queries)
-        if temperature is not None and not temperature > 0:
-            raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
-        return queries if temperature is None else queries / temperature
-
-    def _checked_beam(self, beam):
+    def _checked_beam(self, beam: int | None) -> int:
         return self.beam if beam is None else _validation.check_count(beam, "beam")

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from negative_cache import TreeIndex
 from negative_cache._compat import keras
-from negative_cache.layers import _row_times
+from negative_cache.layers._cache import times
 from negative_cache.layers._variables import Int32Variable, make_state_variable, scatter_rows
 from negative_cache.ops import _execution
 from negative_cache.tests import gpu_kernels
@@ -51,7 +51,7 @@ COMPILED = {
 def on_gpu(monkeypatch):
     monkeypatch.setattr(_execution, "device_type", lambda like=None: "GPU")
     # A large cache's queue of rows, that a CPU needs, is there and not used.
-    monkeypatch.setattr(_row_times, "_QUEUE_SIZE", NUM_ROWS // 2)
+    monkeypatch.setattr(times, "_QUEUE_SIZE", NUM_ROWS // 2)
 
 
 def examine(model, features=candidates):

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from negative_cache.ops.tree_cut import COUNT, ERROR, RADIUS, SPREAD
+from negative_cache.ops.tree.cut import COUNT, ERROR, RADIUS, SPREAD
 
 
 def leaves_below(index, depth: int) -> dict[int, list[int]]:

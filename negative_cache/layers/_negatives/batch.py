@@ -5,9 +5,12 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from negative_cache.layers import _popularity
 from negative_cache.layers._negatives.scores import Scores
-from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.frequency import (
+    FrequencyEstimator,
+    log_estimated_probability,
+    log_expected_occurrences,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +37,10 @@ class LogQ:
             has not brought.
         """
         if self.frequency is not None:
-            log_probability = _popularity.log_estimated_probability(
+            log_probability = log_estimated_probability(
                 self.frequency, ids, of_rows=are_cached
             )
-        return _popularity.log_expected_occurrences(log_probability, self.num_draws)
+        return log_expected_occurrences(log_probability, self.num_draws)
 
 
 @dataclasses.dataclass(frozen=True)

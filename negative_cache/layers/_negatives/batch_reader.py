@@ -8,12 +8,17 @@ import tensorflow as tf
 
 from negative_cache import _features
 from negative_cache._features import fingerprint
-from negative_cache.layers import _popularity
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Negatives
 from negative_cache.layers._negatives.batch import Batch, ExplicitNegatives, LogQ
 from negative_cache.layers._negatives.scores import Scores
-from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.frequency import (
+    SMALLEST_IN_BATCH,
+    SMALLEST_IN_CACHE,
+    FrequencyEstimator,
+    log_given_probability,
+    log_unknown_probability,
+)
 from negative_cache.ops._block_scorer import is_among
 
 
@@ -115,15 +120,15 @@ class BatchReader:
         for name, values in features.items():
             checks.check_rows(values, embeddings, f"candidate_features[{name!r}]")
         if probabilities is None:
-            log_probability = _popularity.log_unknown_probability(tf.shape(embeddings)[0])
+            log_probability = log_unknown_probability(tf.shape(embeddings)[0])
         else:
             probabilities = tf.cast(probabilities, tf.float32)
             name = "candidate_sampling_probability"
             checks.check_rows(probabilities, embeddings, name, rank=1)
             # Among millions of cached candidates smaller probabilities are meant.
             has_cache = any(source.encodes_candidates for source in self._sources)
-            smallest = _popularity.SMALLEST_IN_CACHE if has_cache else _popularity.SMALLEST_IN_BATCH
-            log_probability = _popularity.log_given_probability(probabilities, smallest)
+            smallest = SMALLEST_IN_CACHE if has_cache else SMALLEST_IN_BATCH
+            log_probability = log_given_probability(probabilities, smallest)
         if self._id_key is None:
             return None, log_probability
         return fingerprint(_features.id_feature(features, self._id_key)), log_probability

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from negative_cache._compat import keras
-from negative_cache.layers import Cache, _row_times
+from negative_cache.layers import Cache
+from negative_cache.layers._cache import times
 from negative_cache.layers._variables import by_replica
 from negative_cache.negative_cache import CacheManager
 from negative_cache.ops import OldestRows
@@ -323,7 +324,7 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
     manager = CacheManager(specs, size, use_lru=use_lru)
     expected = manager.init_cache()
-    with mock.patch.object(_row_times, "_QUEUE_SIZE", queue_size):
+    with mock.patch.object(times, "_QUEUE_SIZE", queue_size):
         cache = Cache(specs, size, use_lru=use_lru)
         assert bool(cache._times.variables["queue"]) == (size > queue_size)
         for step, (new_mask, rows, mask) in enumerate(updates):
@@ -344,7 +345,7 @@ def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
 def test_a_queue_does_not_prefer_rows_that_were_touched_in_the_update_that_made_it():
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
     one = {"new_items": {"embedding": [[5.0]]}}
-    with mock.patch.object(_row_times, "_QUEUE_SIZE", 3):
+    with mock.patch.object(times, "_QUEUE_SIZE", 3):
         cache = Cache(specs, 4)
         # Rows 2 and 3 are refreshed, and the queue is 0, 1, 2 as row 0 is replaced.
         cache.update(
@@ -362,7 +363,7 @@ def test_a_queue_does_not_prefer_rows_that_were_touched_in_the_update_that_made_
 @pytest.mark.parametrize("rows", [8, None])
 def test_a_batch_larger_than_the_queue_compiles(rows):
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
-    with mock.patch.object(_row_times, "_QUEUE_SIZE", 6):
+    with mock.patch.object(times, "_QUEUE_SIZE", 6):
         cache = Cache(specs, 20)
 
         @tf.function(input_signature=[tf.TensorSpec([rows, 1])])
@@ -378,7 +379,7 @@ def test_a_batch_larger_than_the_queue_compiles(rows):
 
 def test_a_queue_is_used_and_made_anew_as_it_runs_out():
     specs = {"embedding": tf.io.FixedLenFeature([1], tf.float32)}
-    with mock.patch.object(_row_times, "_QUEUE_SIZE", 6):
+    with mock.patch.object(times, "_QUEUE_SIZE", 6):
         cache = Cache(specs, 20)
         with mock.patch.object(OldestRows, "of", wraps=OldestRows.of) as made:
             for step in range(9):

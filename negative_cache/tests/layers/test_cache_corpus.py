@@ -5,7 +5,8 @@ import pytest
 import tensorflow as tf
 
 from negative_cache._compat import keras
-from negative_cache.layers import Cache, TreeIndex, _row_times
+from negative_cache.layers import Cache, TreeIndex
+from negative_cache.layers._cache import times
 from negative_cache.layers._variables import by_replica
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.retrieval_cases import DIM, INT_ID, Table, make_table
@@ -166,7 +167,7 @@ def test_rewriting_makes_rows_fresh_and_others_no_older():
 
 @pytest.mark.parametrize("queue_size", [4, 2**15])
 def test_the_oldest_rows_are_those_touched_longest_ago(queue_size, monkeypatch):
-    monkeypatch.setattr(_row_times, "_QUEUE_SIZE", queue_size)
+    monkeypatch.setattr(times, "_QUEUE_SIZE", queue_size)
     cache, rng = from_dataset(), np.random.default_rng(0)
     for _ in range(20):
         ids = rng.choice(13, size=3, replace=False)

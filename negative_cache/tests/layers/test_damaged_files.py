@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import Cache, TreeIndex
-from negative_cache.layers import _row_times
+from negative_cache.layers._cache import times
 
 DIM, SIZE = 3, 40
 SPECS = {
@@ -40,7 +40,7 @@ def names_of(layer):
     "make", [make_cache, make_index, lambda: make_index(store_embeddings=False, residual_bytes=3)]
 )
 def test_every_value_that_has_limits_is_checked(make, monkeypatch):
-    monkeypatch.setattr(_row_times, "_QUEUE_SIZE", 8)
+    monkeypatch.setattr(times, "_QUEUE_SIZE", 8)
     layer, store = make(), {}
     layer.save_own_variables(store)
     fresh = make()

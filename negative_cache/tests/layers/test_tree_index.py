@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from negative_cache._compat import keras
 from negative_cache.layers import TreeIndex
-from negative_cache.layers import tree_index as tree_index_module
+from negative_cache.layers._tree import make as make_module
 from negative_cache.tests.layers.tree_cases import (
     DIM,
     assert_bounds,
@@ -52,7 +52,7 @@ def test_a_tree_built_at_once(root_width):
 def shared_index(is_deep):
     """One that examples build anew: its functions are traced once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tree_index_module, "_MAX_ROOT_WIDTH", 12 if is_deep else 4096)
+        patch.setattr(make_module, "_MAX_ROOT_WIDTH", 12 if is_deep else 4096)
         return make_index(capacity=120)
 
 

@@ -5,9 +5,9 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.layers import TreeIndex
-from negative_cache.layers import tree_index as tree_index_module
-from negative_cache.ops import tree_law
-from negative_cache.ops.tree_cut import Scoring
+from negative_cache.layers._tree import make as make_module
+from negative_cache.ops.tree.cut import Scoring
+from negative_cache.ops.tree.law import proposal_log_law, total_variation
 from negative_cache.tests.tree_invariants import check_tree, log_partition
 
 DIM = 8
@@ -36,7 +36,7 @@ def assert_bounds(index, vectors, rng):
 @pytest.mark.parametrize("root_width", [4096, 6])
 @pytest.mark.parametrize("residual_bytes", [0, 2, 4])
 def test_bounds_and_invariants_hold_through_updates(residual_bytes, root_width, monkeypatch):
-    monkeypatch.setattr(tree_index_module, "_MAX_ROOT_WIDTH", root_width)
+    monkeypatch.setattr(make_module, "_MAX_ROOT_WIDTH", root_width)
     rng = np.random.default_rng(1)
     index = make_index(residual_bytes=residual_bytes)
     rows = clustered(rng, 400)
@@ -101,9 +101,9 @@ def test_more_bytes_are_more_accurate():
     for residual_bytes in (0, 2, 8):
         index = make_index(residual_bytes=residual_bytes)
         index.index(rows, verbose=0)
-        law = np.exp(tree_law.proposal_log_law(index.tree, Scoring(tf.constant(queries)), 100))
+        law = np.exp(proposal_log_law(index.tree, Scoring(tf.constant(queries)), 100))
         np.testing.assert_allclose(law.sum(axis=1), 1.0, atol=1e-3)
-        distances.append(np.mean(tree_law.total_variation(law, target)))
+        distances.append(np.mean(total_variation(law, target)))
     assert distances[0] > 1.5 * distances[1] > 2.0 * distances[2]
     assert distances[2] < 0.05
 

@@ -5,8 +5,8 @@ import pytest
 import tensorflow as tf
 
 from negative_cache.layers import TreeIndex
-from negative_cache.ops import tree_law
-from negative_cache.ops.tree_cut import Scoring
+from negative_cache.ops.tree.cut import Scoring
+from negative_cache.ops.tree.law import law_after_correction, proposal_log_law, total_variation
 from negative_cache.tests.layers.tree_cases import (
     DIM,
     clustered,
@@ -79,7 +79,7 @@ def test_draws_have_the_stated_law(root_width, transform):
     sample, log_probability = index.sample_with_log_probability(
         queries, 20000, correction_steps=0, seed=2, score_transform=transform
     )
-    law = tree_law.proposal_log_law(index.tree, Scoring(tf.constant(queries), transform), 2)
+    law = proposal_log_law(index.tree, Scoring(tf.constant(queries), transform), 2)
     np.testing.assert_allclose(np.exp(law).sum(axis=1), 1.0, atol=1e-4)
     for draws, their_law, stated in zip(sample.indices.numpy(), law, log_probability.numpy()):
         np.testing.assert_allclose(their_law[draws], stated, atol=1e-4)
@@ -94,15 +94,13 @@ def test_corrected_draws_have_the_law_of_the_chain(steps):
     rows = np.stack(list(vectors.values())).astype(np.float64)
     target = np.exp(query.astype(np.float64) @ rows.T)[0]
     target = np.append(target / target.sum(), np.zeros(300 - len(rows)))
-    proposal = np.exp(tree_law.proposal_log_law(index.tree, Scoring(tf.constant(query)), 1))[0]
+    proposal = np.exp(proposal_log_law(index.tree, Scoring(tf.constant(query)), 1))[0]
     sample = index.sample(query, 20000, beam=1, correction_steps=steps, seed=3)
-    expected = tree_law.law_after_correction(proposal / proposal.sum(), target, steps)
+    expected = law_after_correction(proposal / proposal.sum(), target, steps)
     assert_draws_follow(sample.indices.numpy()[0], expected / expected.sum())
     # Each step brings it nearer to the softmax.
     distances = [
-        tree_law.total_variation(
-            tree_law.law_after_correction(proposal / proposal.sum(), target, k), target
-        )
+        total_variation(law_after_correction(proposal / proposal.sum(), target, k), target)
         for k in range(6)
     ]
     assert distances[0] > 0.005 and np.all(np.diff(distances) < 0.0)
@@ -132,9 +130,7 @@ def test_the_law_after_correction_is_that_of_the_transition_matrix():
                 matrix[x, y] = proposal[y] * (0.0 if weight[y] == 0 else ratio)
         matrix[x, x] = 1.0 - matrix[x].sum()
     expected = proposal @ np.linalg.matrix_power(matrix, 3)
-    np.testing.assert_allclose(
-        tree_law.law_after_correction(proposal, target, 3), expected, atol=1e-12
-    )
+    np.testing.assert_allclose(law_after_correction(proposal, target, 3), expected, atol=1e-12)
 
 
 def test_the_gradient_is_that_of_the_log_partition(root_width):
@@ -221,9 +217,9 @@ def test_draws_stay_near_the_softmax_as_candidates_drift():
     queries = queries_of(rng, 8, scale=2.0)
     scores = queries.astype(np.float64) @ rows.T
     law = np.exp(scores - np.logaddexp.reduce(scores, axis=1, keepdims=True))
-    proposal = np.exp(tree_law.proposal_log_law(index.tree, Scoring(tf.constant(queries)), 4))
+    proposal = np.exp(proposal_log_law(index.tree, Scoring(tf.constant(queries)), 4))
     rebuilt = TreeIndex(2000, DIM, beam=4)
     rebuilt.index(rows, verbose=0)
-    fresh = np.exp(tree_law.proposal_log_law(rebuilt.tree, Scoring(tf.constant(queries)), 4))
-    distance, best = (np.mean(tree_law.total_variation(its, law)) for its in (proposal, fresh))
+    fresh = np.exp(proposal_log_law(rebuilt.tree, Scoring(tf.constant(queries)), 4))
+    distance, best = (np.mean(total_variation(its, law)) for its in (proposal, fresh))
     assert distance < 2.0 * best + 0.02

@@ -1,19 +1,43 @@
 """The variables of a `TreeIndex`, and how single nodes of them are written."""
 
+import types
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._variables import make_state_variable, scatter_nodes, scatter_rows
+from negative_cache.layers._variables import (
+    StateVariable,
+    make_state_variable,
+    scatter_nodes,
+    scatter_rows,
+)
 from negative_cache.ops import masked_rows
-from negative_cache.ops.tree_cut import NUM_STATS, TreeLevel, take_nodes
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.build import Topology
+from negative_cache.ops.tree.cut import NUM_STATS, TreeLevel, take_nodes
+from negative_cache.ops.tree.shape import TreeShape
+
+
+class LeafPlan(NamedTuple):
+    """How large leaves are, and how many.
+
+    Attributes:
+      size: candidates of a leaf at the most, unless the user says so.
+      fill: the part of a leaf that a tree built at once fills, on average.
+      spare: leaves, as a multiple of those that such a tree has.
+    """
+
+    size: int
+    fill: float
+    spare: float
 
 
 def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
     """The variables of a tree, as fields of a `StateLayer`; empty as `empty_topology` says.
 
     Returns:
-      mean, stats, children: by node level, as in `ops.tree_cut.TreeLevel`.
+      mean, stats, children: by node level, as in `ops.tree.cut.TreeLevel`.
       owners: by level from 1 to L, the leaves, int32: for each block the address of the node that
         owns it, -1 where none does.
       free: likewise, a stack of the blocks that no node owns; num_free: its height.
@@ -22,6 +46,8 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
       members: [num_leaves, leaf_size] int32.
       position: [capacity] int32, the slot of each candidate: leaf * leaf_size + place in it; -1
         where the candidate is not in the tree.
+      max_norm: scalar float32, no less than the norm of any candidate.
+      num_skipped: scalar int64, rows of updates left out so far.
     """
     last = shape.num_levels - 1
 
@@ -40,6 +66,8 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
         ),
         "members": make("members", [shape.num_leaves, shape.leaf_size], tf.int32, -1),
         "position": make("position", [shape.capacity], tf.int32, -1),
+        "max_norm": make("max_norm", [], tf.float32),
+        "num_skipped": make("num_skipped", [], tf.int64),
     }
     for depth in range(shape.num_levels):
         nodes = [shape.num_blocks[depth], shape.widths[depth]]
@@ -55,7 +83,9 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
     return fields
 
 
-def tree_limits(shape: TreeShape, state):
+def tree_limits(
+    shape: TreeShape, state: types.SimpleNamespace
+) -> Iterator[tuple[str, StateVariable, float, float]]:
     """What the places that the variables hold may be, as of `StateLayer._limits`."""
     for depth in range(shape.num_levels):
         level, below, num_owned = str(depth), str(depth + 1), shape.num_owned(depth)
@@ -71,7 +101,7 @@ def tree_limits(shape: TreeShape, state):
     yield "a slot", state.position, -1, shape.num_leaves * shape.leaf_size - 1
 
 
-def tree_levels(state) -> tuple[TreeLevel, ...]:
+def tree_levels(state: types.SimpleNamespace) -> tuple[TreeLevel, ...]:
     """The node levels of the variables."""
     return tuple(
         TreeLevel(state.mean[level], state.stats[level], state.children[level])
@@ -79,8 +109,8 @@ def tree_levels(state) -> tuple[TreeLevel, ...]:
     )
 
 
-def empty_topology(shape: TreeShape):
-    """(children, owners, members) of a tree of one path without candidates.
+def empty_topology(shape: TreeShape) -> Topology:
+    """A tree of one path without candidates.
 
     There always is a path, so that a candidate always can be routed: leaf 0 is never given up.
     """
@@ -91,15 +121,15 @@ def empty_topology(shape: TreeShape):
     owners = [np.full([shape.num_owned(depth)], -1, np.int32) for depth in range(shape.num_levels)]
     for level, owner in zip(children, owners):
         level[0, 0] = owner[0] = 0
-    return children, owners, np.full([shape.num_leaves, shape.leaf_size], -1, np.int32)
+    return Topology(children, owners, np.full([shape.num_leaves, shape.leaf_size], -1, np.int32))
 
 
-def assign_topology(state, children, owners, members) -> None:
-    """Assigns a topology, as `ops.tree_build.build_topology` makes it, and what follows from it.
+def assign_topology(state: types.SimpleNamespace, topology: Topology) -> None:
+    """Assigns a topology and what follows from it.
 
     The statistics are zero then.
     """
-    for depth, (level, owner) in enumerate(zip(children, owners)):
+    for depth, (level, owner) in enumerate(zip(topology.children, topology.owners)):
         below = str(depth + 1)
         state.children[str(depth)].assign(level)
         state.owners[below].assign(owner)
@@ -111,6 +141,7 @@ def assign_topology(state, children, owners, members) -> None:
         for statistics in (state.mean[str(depth)], state.stats[str(depth)]):
             statistics.assign(tf.zeros(statistics.shape, statistics.dtype))
     state.first_spread.assign(tf.zeros_like(state.first_spread))
+    members = topology.members
     state.members.assign(members)
     slots = np.flatnonzero(members >= 0)
     position = np.full(state.position.shape, -1, np.int32)

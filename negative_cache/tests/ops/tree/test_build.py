@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negative_cache.ops.tree_build import build_topology
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.build import build_topology
+from negative_cache.ops.tree.shape import TreeShape
 
 
 def make_shape(leaf_size, num_leaves, widths, num_blocks, leaf_fill=0.6, node_fill=0.7):

@@ -1,10 +1,14 @@
 """Candidates of a `TreeIndex` that keeps no embeddings, but residuals coded by a few bytes."""
 
+from typing import NoReturn
+
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import write_nodes, write_rows
+from negative_cache.layers._tree.state import LeafPlan, write_nodes, write_rows
+from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.layers._variables import make_state_variable
+from negative_cache.ops.groups import Groups
 from negative_cache.ops.product_quantizer import (
     dequantize,
     lookup_scores,
@@ -12,10 +16,9 @@ from negative_cache.ops.product_quantizer import (
     quantize,
     train_codebooks,
 )
-from negative_cache.ops.tree_cut import ERROR, RADIUS, SPREAD, take_nodes
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import (
-    Groups,
+from negative_cache.ops.tree.cut import ERROR, RADIUS, SPREAD, take_nodes
+from negative_cache.ops.tree.shape import TreeShape
+from negative_cache.ops.tree.statistics import (
     candidate_stats,
     combine,
     distances_round_up,
@@ -51,6 +54,8 @@ class CodedResiduals:
 
     leaf_means_move = False
     leaf_mean_dtype = tf.bfloat16
+    # Memory is all that matters: leaves are large, and filled.
+    leaves = LeafPlan(size=1024, fill=0.9, spare=1.15)
 
     def __init__(
         self,
@@ -84,8 +89,14 @@ class CodedResiduals:
             "basis": self._basis,
         }
 
-    def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+    def transformed(self, row_transform: RowTransform) -> NoReturn:
+        """There are no vectors that a function could be applied to."""
+        raise ValueError("`row_transform` needs an index with store_embeddings=True.")
+
+    def products(
+        self, queries: tf.Tensor, members: tf.Tensor, node_products: tf.Tensor
+    ) -> tf.Tensor:
+        """See `ops.tree.cut.Candidates`."""
         num_leaves, size = members.shape[1:]
         products = tf.repeat(node_products[..., tf.newaxis], size, axis=2)
         if not self._has_codes:
@@ -109,14 +120,16 @@ class CodedResiduals:
             return vectors, take_nodes(self._stats, node)[:, RADIUS]
         return vectors + self._decode(tf.gather(self._codes, ids)), take_nodes(self._off, node)
 
-    def read_members(self, members, node):
+    def read_members(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
         size = self._shape.leaf_size
         vectors, errors = self.read(tf.reshape(tf.maximum(members, 0), [-1]), tf.repeat(node, size))
         vectors = tf.reshape(vectors, [-1, size, self._shape.dim])
         return vectors, tf.reshape(errors, [-1, size])
 
-    def write(self, ids, vectors, node, mask) -> tf.Tensor:
+    def write(
+        self, ids: tf.Tensor, vectors: tf.Tensor, node: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
         """Codes `vectors` [n, d] where `mask` [n] is True; how far off they are now, nothing."""
         if self._has_codes:
             residuals = vectors - self._centres(node)
@@ -128,7 +141,16 @@ class CodedResiduals:
             write_nodes(self._off, groups.numbers, off, groups.is_some)
         return tf.zeros(tf.shape(ids))
 
-    def recentre(self, ids, vectors, errors, is_there, old_node, node, mask):
+    def recentre(
+        self,
+        ids: tf.Tensor,
+        vectors: tf.Tensor,
+        errors: tf.Tensor,
+        is_there: tf.Tensor,
+        old_node: tf.Tensor,
+        node: tf.Tensor,
+        mask: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Centres and statistics of leaves after a split, about which candidates are coded anew.
 
         Args:
@@ -154,7 +176,7 @@ class CodedResiduals:
         write_nodes(self._off, node, off, mask)
         return mean, stats
 
-    def copy_nodes(self, blocks, new_blocks, mask) -> None:
+    def copy_nodes(self, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor) -> None:
         """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
         if self._has_codes:
             write_rows(self._off, new_blocks, tf.gather(self._off, blocks), mask)
@@ -170,7 +192,7 @@ class CodedResiduals:
         """Scalar bool: without centres and codebooks all candidates would be one."""
         return tf.convert_to_tensor(self._is_indexed)
 
-    def summary(self, members, node):
+    def summary(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """The centres of leaves as they are, and bounds no looser than before."""
         vectors, errors = self.read_members(members, node)
         centre, stats = self._centres(node), take_nodes(self._stats, node)
@@ -184,7 +206,13 @@ class CodedResiduals:
         columns[ERROR] = tf.minimum(columns[ERROR], missed)
         return centre, tf.stack(columns, axis=1)
 
-    def load(self, embeddings, members: np.ndarray, owners: np.ndarray, rng) -> None:
+    def load(
+        self,
+        embeddings: np.ndarray,
+        members: np.ndarray,
+        owners: np.ndarray,
+        rng: np.random.Generator,
+    ) -> None:
         """Keeps all candidates of a topology: exact statistics of leaves, then the codes.
 
         Args:

@@ -11,13 +11,13 @@ import functools
 
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import tree_levels, write_nodes, write_rows
+from negative_cache.layers._tree.state import tree_levels, write_nodes, write_rows
 from negative_cache.ops import _execution
-from negative_cache.ops.tree_cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
-from negative_cache.ops.tree_routing import nearest, route
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import (
-    Groups,
+from negative_cache.ops.groups import Groups
+from negative_cache.ops.tree.cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
+from negative_cache.ops.tree.routing import nearest, route
+from negative_cache.ops.tree.shape import TreeShape
+from negative_cache.ops.tree.statistics import (
     bisect,
     change_nodes,
     combine,
@@ -40,7 +40,7 @@ class TreeMaintenance:
     Args:
       shape: the tree's.
       state: its variables, see `make_tree_variables`.
-      candidates: what holds the candidates' vectors, see `_tree_candidates`.
+      candidates: what holds the candidates' vectors, see `stored` and `coded`.
     """
 
     def __init__(self, shape: TreeShape, state, candidates):

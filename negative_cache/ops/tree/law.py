@@ -6,7 +6,7 @@ Nothing here is used in training. Arrays are of size [B, capacity].
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.ops.tree_cut import Scoring, Tree, TreeLevel, make_cut
+from negative_cache.ops.tree.cut import Scoring, Tree, TreeLevel, make_cut
 
 
 def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:

@@ -1,17 +1,15 @@
-"""How an index over a cache's embeddings follows the updates of the cache."""
-
-from collections.abc import Callable
+"""Checks of what a caller hands to a `Cache`."""
 
 import tensorflow as tf
 
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.ops.tree_statistics import Groups
 
 
 def check_index(
     index: TreeIndex,
     cache_size: int,
     embedding: tf.io.FixedLenFeature,
+    *,
     saved: bool,
     is_filled_at_once: bool,
 ) -> None:
@@ -34,25 +32,3 @@ def check_index(
             "`index` must be saved if, and only if, the cache is: a tree of other rows is of no"
             f" use. Received an index with saved={not saved} and a cache with saved={saved}."
         )
-
-
-def follow(
-    index: TreeIndex,
-    is_filled: Callable[[tf.Tensor], tf.Tensor],
-    rows: tf.Tensor,
-    embeddings: tf.Tensor,
-    mask: tf.Tensor,
-) -> None:
-    """Brings `index` up to date with rows whose embeddings have changed.
-
-    Args:
-      index: over the rows.
-      is_filled: rows [n] -> [n] bool, which of them hold a candidate.
-      rows: [n] int64; a row may come several times.
-      embeddings: [n, d], those of the rows as they are now.
-      mask: [n] bool, which of the rows have changed.
-    """
-    numbers = tf.cast(rows, tf.int32)
-    mask &= Groups.of(numbers, mask).rank == 0
-    mask &= is_filled(rows)
-    index.update(numbers, embeddings, mask)

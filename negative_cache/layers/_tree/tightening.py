@@ -2,10 +2,10 @@
 
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import write_nodes
-from negative_cache.ops.tree_cut import RADIUS, take_nodes
-from negative_cache.ops.tree_shape import TreeShape
-from negative_cache.ops.tree_statistics import combine, distances_round_up
+from negative_cache.layers._tree.state import write_nodes
+from negative_cache.ops.tree.cut import RADIUS, take_nodes
+from negative_cache.ops.tree.shape import TreeShape
+from negative_cache.ops.tree.statistics import combine, distances_round_up
 
 # Floats of candidates or means that are read at a time.
 _READ_AT_ONCE = 2**22

@@ -23,7 +23,7 @@ import tensorflow as tf
 
 from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_among
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.shape import TreeShape
 
 # The columns of `TreeLevel.stats`.
 COUNT, SPREAD, RADIUS, ERROR = range(4)

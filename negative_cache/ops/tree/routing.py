@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from negative_cache.ops.tree_cut import Tree, take_nodes
+from negative_cache.ops.tree.cut import Tree, take_nodes
 
 
 def route(tree: Tree, vectors: tf.Tensor) -> tf.Tensor:

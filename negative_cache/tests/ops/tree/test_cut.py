@@ -6,8 +6,8 @@ import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from negative_cache.ops.tree_cut import Scoring
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.cut import Scoring
+from negative_cache.ops.tree.shape import TreeShape
 
 COUNT, SPREAD, RADIUS, ERROR = 5.0, 0.3, 0.8, 0.05
 STATS = tf.constant([[[COUNT, SPREAD, RADIUS, 0.0]]])

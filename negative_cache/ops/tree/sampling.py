@@ -17,7 +17,7 @@ import tensorflow as tf
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
 from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, wide_inverse_cdf
 from negative_cache.ops.softmax_sampling import SoftmaxSample
-from negative_cache.ops.tree_cut import (
+from negative_cache.ops.tree.cut import (
     Cut,
     Scoring,
     Tree,

@@ -1,13 +1,18 @@
 """What a `TreeIndex` keeps of single candidates: their embeddings, or codes of a few bytes."""
 
+from collections.abc import Callable
+
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._tree_state import write_rows
+from negative_cache.layers._tree.state import LeafPlan, write_rows
 from negative_cache.layers._variables import make_state_variable, scatter_rows
-from negative_cache.ops.tree_statistics import candidate_stats, combine
+from negative_cache.ops.tree.statistics import candidate_stats, combine
 
 _WRITTEN_AT_ONCE = 2**16
+
+# (vectors [n, d] float32, ids [n], or None for means of candidates) -> vectors [n, d]
+RowTransform = Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]
 
 
 class StoredEmbeddings:
@@ -20,13 +25,16 @@ class StoredEmbeddings:
     """
 
     leaf_means_move = True
+    leaf_mean_dtype = tf.float32
+    # Leaves have room for candidates that come.
+    leaves = LeafPlan(size=64, fill=0.66, spare=2.0)
 
     def __init__(self, capacity: int, dim: int, dtype: tf.DType):
         self._capacity, self._dtype = capacity, dtype
         self.embeddings = make_state_variable(lambda: tf.zeros([capacity, dim], dtype), "rows")
 
-    def transformed(self, row_transform) -> "TransformedCandidates":
-        """The candidates as `row_transform` makes them: (vectors [n, d], ids [n]) -> [n, d]."""
+    def transformed(self, row_transform: RowTransform) -> "TransformedCandidates":
+        """The candidates as `row_transform` makes them."""
         return TransformedCandidates(self.embeddings, row_transform)
 
     @property
@@ -34,37 +42,50 @@ class StoredEmbeddings:
         """What a file holds."""
         return {"embeddings": self.embeddings}
 
-    def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+    def products(
+        self, queries: tf.Tensor, members: tf.Tensor, node_products: tf.Tensor
+    ) -> tf.Tensor:
+        """See `ops.tree.cut.Candidates`."""
         return TransformedCandidates(self.embeddings).products(queries, members, node_products)
 
     def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
         """`vectors` [n, d] float32 as they are kept."""
         return tf.cast(tf.cast(vectors, self._dtype), tf.float32)
 
-    def read(self, ids: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def read(self, ids: tf.Tensor, node: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
         """[..., d] float32 vectors of candidates `ids` [...], and how far off they may be [...]."""
         del node
         vectors = tf.cast(tf.gather(self.embeddings, ids), tf.float32)
         return vectors, tf.zeros(tf.shape(ids))
 
-    def write(self, ids, vectors, node, mask) -> tf.Tensor:
+    def write(
+        self, ids: tf.Tensor, vectors: tf.Tensor, node: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
         """Keeps `vectors` [n, d] where `mask` [n] is True; how far off `read` is then, [n]."""
         del node
         write_rows(self.embeddings, ids, vectors, mask)
         return tf.zeros(tf.shape(ids))
 
-    def read_members(self, members, node):
+    def read_members(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
         del node
         return self.read(tf.maximum(members, 0), None)
 
-    def recentre(self, ids, vectors, errors, is_there, old_node, node, mask):
+    def recentre(
+        self,
+        ids: tf.Tensor,
+        vectors: tf.Tensor,
+        errors: tf.Tensor,
+        is_there: tf.Tensor,
+        old_node: tf.Tensor,
+        node: tf.Tensor,
+        mask: tf.Tensor,
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Means and statistics of leaves after a split; see `CodedResiduals.recentre`."""
         del ids, old_node, node, mask
         return combine(vectors, candidate_stats(is_there, errors))
 
-    def copy_nodes(self, blocks, new_blocks, mask) -> None:
+    def copy_nodes(self, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor) -> None:
         """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
 
     @property
@@ -75,12 +96,18 @@ class StoredEmbeddings:
     def clear(self) -> None:
         """Forgets what no candidate is left for."""
 
-    def summary(self, members, node):
+    def summary(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean [n, d] and statistics [n, 4] of leaves with `members` [n, leaf_size]."""
         vectors, errors = self.read_members(members, node)
         return combine(vectors, candidate_stats(members >= 0, errors))
 
-    def load(self, embeddings, members, owners, rng) -> None:
+    def load(
+        self,
+        embeddings: np.ndarray,
+        members: np.ndarray,
+        owners: np.ndarray,
+        rng: np.random.Generator,
+    ) -> None:
         """Keeps all candidates: `embeddings` [n, d] by id, those of them that are `members`."""
         del owners, rng
         is_member = np.zeros(self._capacity, bool)
@@ -92,18 +119,20 @@ class StoredEmbeddings:
 
 
 class TransformedCandidates:
-    """Stored embeddings as `ops.tree_cut.Candidates`, and what a function makes of them.
+    """Stored embeddings as `ops.tree.cut.Candidates`, and what a function makes of them.
 
     Args:
       embeddings: [capacity, d] variable.
-      row_transform: (vectors [n, d] float32, ids [n]) -> [n, d]; None leaves them as they are.
+      row_transform: None leaves them as they are.
     """
 
-    def __init__(self, embeddings: tf.Variable, row_transform=None):
+    def __init__(self, embeddings: tf.Variable, row_transform: RowTransform | None = None):
         self._embeddings, self._row_transform = embeddings, row_transform
 
-    def products(self, queries, members, node_products):
-        """See `ops.tree_cut.Candidates`."""
+    def products(
+        self, queries: tf.Tensor, members: tf.Tensor, node_products: tf.Tensor
+    ) -> tf.Tensor:
+        """See `ops.tree.cut.Candidates`."""
         del node_products
         num_leaves, size = members.shape[1:]
         ids = tf.reshape(tf.maximum(members, 0), [-1, num_leaves * size])

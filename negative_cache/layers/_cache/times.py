@@ -37,6 +37,11 @@ class RowTimes:
             "queue": self._queue,
         }
 
+    @property
+    def num_rows(self) -> int:
+        """C."""
+        return self._stamps.shape[0]
+
     def limits(self):
         """As of `StateLayer`."""
         num_rows = self._stamps.shape[0]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from negative_cache.ops._clustering import max_groups, partition, read_rows
-from negative_cache.ops.tree_shape import TreeShape
+from negative_cache.ops.tree.shape import TreeShape
 
 # Coordinates read at a time where means are taken.
 _BLOCK_ENTRIES = 2**22

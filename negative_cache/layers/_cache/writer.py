@@ -1,0 +1,182 @@
+"""How the rows of a `Cache` are written, on one replica: they arrive, change, and start over."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.layers._cache.rows import CacheRows, Items
+from negative_cache.layers._cache.times import RowTimes
+from negative_cache.layers._corpus import RowsById
+from negative_cache.layers._variables import StateVariable
+from negative_cache.layers.tree_index import TreeIndex
+from negative_cache.ops import _execution, insertion_rows, masked_rows
+from negative_cache.ops.cache_rows import MaskedRows
+from negative_cache.ops.groups import Groups
+
+
+class RowUpdates(NamedTuple):
+    """New values of existing rows.
+
+    Attributes:
+      items: feature name -> [m, ...].
+      rows: [m] int64.
+      mask: [m] bool; entries with False change nothing.
+    """
+
+    items: Items
+    rows: tf.Tensor
+    mask: tf.Tensor
+
+
+class CacheWriter:
+    """Writes rows with their times, counts what it refuses, and keeps the index in step.
+
+    Args:
+      rows: the features of the rows.
+      times: when they were touched.
+      num_skipped: scalar int64 variable, the rows refused so far.
+      embedding_key: which feature is the embedding.
+      use_lru: whether updating a row makes it young again.
+      index: over the rows, if there is one.
+      row_key: the feature whose value says which row a candidate has; None if the oldest rows are
+        replaced.
+      rows_by_id: the variables of `RowsById`, if there is a `row_key`.
+    """
+
+    def __init__(
+        self,
+        rows: CacheRows,
+        times: RowTimes,
+        num_skipped: tf.Variable,
+        *,
+        embedding_key: str,
+        use_lru: bool,
+        index: TreeIndex | None,
+        row_key: str | None,
+        rows_by_id: Mapping[str, StateVariable],
+    ):
+        self._rows = rows
+        self._times = times
+        self._num_skipped = num_skipped
+        self._embedding_key = embedding_key
+        self._use_lru = use_lru
+        self._index = index
+        self._row_key = row_key
+        self._rows_by_id = rows_by_id
+
+    def update(self, new_items: Items, mask: tf.Tensor, updates: RowUpdates | None) -> None:
+        """`Cache.update` of `new_items` with True in `mask`, with arguments that were checked."""
+        fits = None
+        if self._row_key is None and mask.shape[0] is None:
+            # A batch whose size was unknown until now is refused before anything changes.
+            fits = tf.debugging.assert_less_equal(
+                tf.size(mask),
+                self._times.num_rows,
+                "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
+                " `cache_size`, or make the batches smaller.",
+            )
+        with tf.control_dependencies([] if fits is None else [fits]):
+            self._times.step.assign_add(1)
+        rows = None
+        if self._row_key is not None:
+            # Looked up here: of strings, an accelerator knows nothing.
+            rows = RowsById.find(self._rows_by_id, new_items[self._row_key])
+        known = None
+        if updates is not None:
+            known = updates._replace(items=CacheRows.for_device(updates.items))
+        inserted, updated, changed = _execution.as_constant(
+            self._update_device,
+            CacheRows.for_device(new_items),
+            mask,
+            rows,
+            known,
+            like=self._times.stamps,
+        )
+        if updates is not None:
+            self._rows.write_on_host(updated, updates.items)
+        self._rows.write_on_host(inserted, new_items)
+        self._follow(changed)
+
+    def rewrite(self, updates: RowUpdates) -> None:
+        """`Cache.rewrite`."""
+        mask = self._admit(updates.items, updates.mask)
+        written = masked_rows(updates.rows, mask)
+        self._rows.write(written, updates.items)
+        self._times.touch(written)
+        self._follow([(updates.rows, mask)])
+
+    def fill(self, start: tf.Tensor, items: Items) -> None:
+        """Writes `items` to the rows from `start` on; the index is not told."""
+        embeddings = items[self._embedding_key]
+        mask = self._admit(items, tf.ones(tf.shape(embeddings)[:1], tf.bool))
+        rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
+        self._rows.write(rows, items)
+        self._times.fill(rows, mask)
+
+    def forget(self) -> None:
+        """Makes all rows of a cache that has a `row_key` empty; the index is not told."""
+        self._times.forget()
+        RowsById.clear(self._rows_by_id)
+
+    def _update_device(self, new_items, new_mask, rows, updates):
+        """An update but for what is on the host, and the index.
+
+        Returns:
+          The `MaskedRows` of new items and of updates; and pairs of rows and masks, those whose
+          embeddings have changed.
+        """
+        changed, updated = [], None
+        if updates is not None:
+            mask = self._admit(updates.items, updates.mask)
+            updated = masked_rows(updates.rows, mask)
+            self._rows.write_on_device(updated, updates.items)
+            if self._embedding_key in updates.items:
+                changed.append((updates.rows, mask))
+            if self._use_lru:
+                self._times.touch(updated)
+        mask = self._admit(new_items, new_mask)
+        if rows is None:
+            size = tf.size(mask) if mask.shape[0] is None else mask.shape[0]
+            inserted = insertion_rows(self._times.oldest(size), mask)
+        else:
+            inserted, mask = self._known_rows(rows, mask)
+        self._rows.write_on_device(inserted, new_items)
+        self._times.fill(inserted, mask)
+        return inserted, updated, [*changed, (inserted.rows, mask)]
+
+    def _known_rows(self, rows, mask) -> tuple[MaskedRows, tf.Tensor]:
+        """Where new items are written whose ids have `rows` [n], and which of them are, [n]."""
+        is_known = mask & (rows >= 0)
+        self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
+        # A batch may bring a candidate several times, which is one write.
+        is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
+        return masked_rows(rows, is_known), is_known
+
+    def _admit(self, items, mask):
+        """Leaves out entries with a non-finite embedding, and counts them."""
+        if self._embedding_key not in items:
+            return mask
+        finite = tf.reduce_all(tf.math.is_finite(items[self._embedding_key]), axis=1)
+        self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~finite))
+        return mask & finite
+
+    def _follow(self, changed):
+        """Brings the index up to date with pairs of rows [n] and masks [n], changed embeddings."""
+        if self._index is None:
+            return
+        mask = tf.concat([mask for _, mask in changed], axis=0)
+        rows = tf.concat([tf.cast(rows, tf.int64) for rows, _ in changed], axis=0)
+        rows = tf.where(mask, rows, 0)
+        # Read here: they may be on the host, where the index is not.
+        embeddings = tf.gather(self._rows.variables[self._embedding_key], rows)
+        _execution.as_constant(
+            self._update_index, rows, embeddings, mask, like=self._index.state_variable
+        )
+
+    def _update_index(self, rows, embeddings, mask):
+        numbers = tf.cast(rows, tf.int32)
+        # A row may come several times.
+        mask &= Groups.of(numbers, mask).rank == 0
+        mask &= self._times.is_filled(rows)
+        self._index.update(numbers, embeddings, mask)

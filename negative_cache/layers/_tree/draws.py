@@ -1,0 +1,102 @@
+"""Draws from a tree, and bounds of the log partition, as the methods of `TreeIndex` take them."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import TypedDict
+
+import tensorflow as tf
+
+from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.stored import RowTransform, StoredEmbeddings
+from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops._draws import Seed, seed_or_random
+from negative_cache.ops.tree.cut import ROUNDING, Scoring, Tree, log_partition_bounds, make_cut
+from negative_cache.ops.tree.sampling import sample_tree
+
+TensorFn = Callable[[tf.Tensor], tf.Tensor]
+
+
+class DrawOptions(TypedDict, total=False):
+    """Keyword arguments of draws; `TreeIndex.sample_with_log_probability` says what they do."""
+
+    temperature: float | tf.Tensor | None
+    score_transform: TensorFn | None
+    beam: int | None
+    candidate_ids: tf.Tensor | None
+    positive_ids: tf.Tensor | None
+    max_scores: tf.Tensor | None
+    row_transform: RowTransform | None
+    seed: Seed
+
+
+def transformed(
+    tree: Tree, candidates: StoredEmbeddings | CodedResiduals, row_transform: RowTransform | None
+) -> Tree:
+    """The tree as draws see it whose candidates, and means of them, are corrected."""
+    if row_transform is None:
+        return tree
+    return tree._replace(
+        mean_transform=lambda means: row_transform(means, None),
+        candidates=candidates.transformed(row_transform),
+    )
+
+
+def draw(
+    tree: Tree,
+    queries: tf.Tensor,
+    num_samples: int,
+    *,
+    beam: int,
+    correction_steps: int,
+    like: tf.Variable,
+    score_transform: TensorFn | None = None,
+    candidate_ids: tf.Tensor | None = None,
+    positive_ids: tf.Tensor | None = None,
+    max_scores: tf.Tensor | None = None,
+    seed: Seed = None,
+    compute_gradient: bool = False,
+    log_zero: float = -math.inf,
+) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
+    """`ops.tree.sampling.sample_tree` where the variable `like` is, seen by no gradient tape."""
+    if candidate_ids is not None and positive_ids is None:
+        raise ValueError("`candidate_ids` are used together with `positive_ids`.")
+    scoring = Scoring(
+        queries,
+        score_transform,
+        candidate_ids=candidate_ids,
+        positive_ids=positive_ids,
+        max_scores=max_scores,
+    )
+    sample = functools.partial(
+        sample_tree,
+        tree,
+        scoring,
+        num_samples=num_samples,
+        beam=beam,
+        correction_steps=correction_steps,
+        seed=seed_or_random(seed),
+        compute_gradient=compute_gradient,
+        log_zero=log_zero,
+    )
+    return _execution.as_constant(sample, like=like)
+
+
+def bound(
+    tree: Tree,
+    queries: tf.Tensor,
+    score_transform: TensorFn | None,
+    *,
+    beam: int,
+    open_leaves: bool,
+    max_norm: tf.Variable,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Lower and upper bound [B] of the log partition, for candidates no longer than `max_norm`."""
+    scoring = Scoring(queries, score_transform)
+    cut = make_cut(tree, scoring, beam, open_leaves=open_leaves)
+    # The worst case of a sum of d products.
+    rounding = ROUNDING * (2 * tree.shape.dim + 8)
+    if _execution.rounds_factors(max_norm):
+        rounding += 2.0 * _execution.FACTOR_ROUNDING
+    norms = tf.norm(queries, axis=1) * max_norm
+    return log_partition_bounds(cut, scoring, rounding * norms)

@@ -1,0 +1,64 @@
+"""The parts of a new `TreeIndex`."""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.layers._tree.checks import check_residual_bytes
+from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.state import make_tree_variables
+from negative_cache.layers._tree.stored import StoredEmbeddings
+from negative_cache.ops.tree.shape import TreeShape
+
+# A product with this many means takes about as long as opening a few dozen blocks.
+_MAX_ROOT_WIDTH = 10_000
+
+
+class TreeParts(NamedTuple):
+    """A tree without candidates.
+
+    Attributes:
+      shape: the sizes.
+      candidates: what will hold the candidates' vectors.
+      fields: all variables, as fields of a `StateLayer`.
+    """
+
+    shape: TreeShape
+    candidates: StoredEmbeddings | CodedResiduals
+    fields: dict
+
+
+def make_tree(
+    capacity: int,
+    dim: int,
+    *,
+    leaf_size: int | None,
+    branching: int,
+    dtype: tf.DType | None,
+    residual_bytes: int,
+) -> TreeParts:
+    """Makes the variables of a tree; `dtype` is that of stored embeddings, None if there are none.
+
+    The other arguments are those of `TreeIndex`.
+    """
+    if dtype is None:
+        check_residual_bytes(residual_bytes, dim)
+    kind = CodedResiduals if dtype is None else StoredEmbeddings
+    shape = TreeShape.of(
+        capacity,
+        dim,
+        leaf_size=kind.leaves.size if leaf_size is None else leaf_size,
+        branching=branching,
+        max_root_width=_MAX_ROOT_WIDTH,
+        leaf_fill=kind.leaves.fill,
+        spare=kind.leaves.spare,
+    )
+    fields = make_tree_variables(shape, kind.leaf_mean_dtype)
+    candidates: StoredEmbeddings | CodedResiduals
+    if dtype is None:
+        last = str(shape.num_levels - 1)
+        means, stats = fields["mean"][last], fields["stats"][last]
+        candidates = CodedResiduals(shape, residual_bytes, means, stats)
+    else:
+        candidates = StoredEmbeddings(capacity, dim, dtype)
+    return TreeParts(shape, candidates, {**fields, "candidates": candidates.variables})

@@ -1,0 +1,134 @@
+"""All that changes the variables of a `TreeIndex`."""
+
+import functools
+import types
+
+import numpy as np
+import tensorflow as tf
+
+from negative_cache.layers._state import on_every_replica
+from negative_cache.layers._tree.build import BuiltTree
+from negative_cache.layers._tree.checks import is_usable
+from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.maintenance import TreeMaintenance
+from negative_cache.layers._tree.state import assign_topology, empty_topology
+from negative_cache.layers._tree.stored import StoredEmbeddings
+from negative_cache.layers._tree.tightening import tighten
+from negative_cache.ops import _execution
+from negative_cache.ops.groups import Groups
+from negative_cache.ops.tree.cut import RADIUS, SPREAD, Tree
+from negative_cache.ops.tree.shape import TreeShape
+
+
+class TreeUpkeep:
+    """Fills, empties and changes a tree, and leaves out and counts what cannot be applied.
+
+    Called outside of the replicas of the strategy it was made under, it changes each of them.
+
+    Args:
+      shape: of the tree.
+      state: its variables, see `make_tree_variables`.
+      candidates: what holds the candidates' vectors.
+    """
+
+    def __init__(
+        self,
+        shape: TreeShape,
+        state: types.SimpleNamespace,
+        candidates: StoredEmbeddings | CodedResiduals,
+    ):
+        self._shape = shape
+        self._state = state
+        self._candidates = candidates
+        self._strategy = tf.distribute.get_strategy()
+        self._maintenance = TreeMaintenance(shape, state, candidates)
+        # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
+        compiled = functools.partial(
+            tf.function,
+            autograph=False,
+            reduce_retracing=True,
+            jit_compile=_execution.is_to_be_compiled(state.max_norm) or None,
+        )
+        self._compiled_update = compiled(self._update)
+        self._compiled_remove = compiled(self._remove)
+        self._compiled_tighten = compiled(self._tighten)
+
+    @property
+    def tree(self) -> Tree:
+        """The tree as it is."""
+        return self._maintenance.tree
+
+    def clear(self) -> None:
+        """Takes all candidates out."""
+        self._on_every_replica(self._clear)
+
+    def load(self, built: BuiltTree, embeddings: np.ndarray, seed: int) -> None:
+        """Takes in a tree that was built over `embeddings` [n, d]."""
+        self._on_every_replica(lambda: self._load(built, embeddings, seed))
+
+    def update(self, ids: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor) -> None:
+        """Moves or adds candidates `ids` [m] int32 with True in `mask` [m]."""
+        self._on_every_replica(self._compiled_update, ids, embeddings, mask)
+
+    def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
+        """Takes out candidates `ids` [m] int32 with True in `mask` [m]."""
+        self._on_every_replica(self._compiled_remove, ids, mask)
+
+    def tighten(self) -> None:
+        """Computes all statistics anew."""
+        self._on_every_replica(self._compiled_tighten)
+
+    def _on_every_replica(self, function, *args):
+        # Outside of its scope a strategy is not known, and one replica alone would be changed.
+        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
+            with self._strategy.scope():
+                on_every_replica(function, *args)
+        else:
+            on_every_replica(function, *args)
+
+    def _clear(self):
+        assign_topology(self._state, empty_topology(self._shape))
+        self._candidates.clear()
+        self._state.max_norm.assign(0.0)
+
+    def _load(self, built, embeddings, seed):
+        topology = built.topology
+        assign_topology(self._state, topology)
+        self._candidates.clear()
+        self._candidates.load(
+            embeddings, topology.members, topology.owners[-1], np.random.default_rng(seed)
+        )
+        self._state.max_norm.assign(built.max_norm)
+        self._state.num_skipped.assign_add(built.num_left_out)
+        self._compiled_tighten()
+        last_stats = tf.convert_to_tensor(self.tree.levels[-1].stats)
+        self._state.first_spread.assign(last_stats[..., SPREAD])
+
+    def _update(self, ids, embeddings, mask):
+        usable = self._usable(ids, mask) & self._candidates.accepts_updates
+        embeddings = self._candidates.rounded(embeddings)
+        usable &= is_usable(embeddings)
+        embeddings = tf.where(usable[:, tf.newaxis], embeddings, 0.0)
+        longest = tf.reduce_max(tf.concat([tf.norm(embeddings, axis=1), [0.0]], axis=0))
+        self._state.max_norm.assign(tf.maximum(self._state.max_norm, longest))
+        refused = self._maintenance.update(tf.where(usable, ids, 0), embeddings, usable)
+        skipped = tf.math.count_nonzero(mask & ~usable) + tf.cast(refused, tf.int64)
+        self._state.num_skipped.assign_add(skipped)
+
+    def _remove(self, ids, mask):
+        usable = self._usable(ids, mask)
+        self._maintenance.remove(tf.where(usable, ids, 0), usable)
+        self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~usable))
+
+    def _tighten(self):
+        tighten(self._shape, self._state, self._candidates)
+        # No embedding is longer than the farthest point of a node of the root can be.
+        root = self.tree.levels[0]
+        norms = tf.norm(tf.cast(root.mean, tf.float32), axis=2)
+        longest = tf.reduce_max(norms + root.stats[..., RADIUS]) * (1.0 + 1e-5)
+        self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
+
+    def _usable(self, ids, mask):
+        """[m] bool, in range and for the first time."""
+        mask = mask & (ids >= 0) & (ids < self._shape.capacity)
+        return mask & (Groups.of(ids, mask).rank == 0)
