@@ -6,7 +6,6 @@ of the package imports `keras` from here and never branches on the version itsel
 
 import contextlib
 import os
-import sys
 import types
 from collections.abc import Callable
 
@@ -90,12 +89,6 @@ if IS_KERAS_2:
     def _batch_size(x):
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
-    def become_task(cls: type) -> None:
-        """Makes a class a `tfrs.tasks.Task`, if somebody has imported TF-Recommenders."""
-        recommenders = sys.modules.get("tensorflow_recommenders")
-        if recommenders is not None and not issubclass(cls, recommenders.tasks.Task):
-            cls.__bases__ += (recommenders.tasks.Task,)
-
     def prepare_to_restore(model: keras.Model) -> None:
         """Makes the variables that TensorFlow can only restore once they are there: none."""
 
@@ -133,9 +126,6 @@ else:
                 )
                 iterator = None
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
-
-    def become_task(cls: type) -> None:
-        """Makes a class a `tfrs.tasks.Task`: no, TF-Recommenders does not know Keras 3."""
 
     def prepare_to_restore(model: keras.Model) -> None:
         """Makes the variables that TensorFlow can only restore once they are there: all."""

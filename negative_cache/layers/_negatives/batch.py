@@ -37,9 +37,7 @@ class LogQ:
             has not brought.
         """
         if self.frequency is not None:
-            log_probability = log_estimated_probability(
-                self.frequency, ids, of_rows=are_cached
-            )
+            log_probability = log_estimated_probability(self.frequency, ids, of_rows=are_cached)
         return log_expected_occurrences(log_probability, self.num_draws)
 
 
@@ -69,7 +67,7 @@ class Batch:
       ids: [N] int64, fingerprints of the candidates' ids; None without a `candidate_id_key`.
       log_probability: [N] float32, log of the given sampling probabilities, or marks of unknown.
       scores: how a query and a candidate are scored.
-      pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if there is a `log_q`.
+      pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if that is wanted.
       positive_logits: [B] float32, s⁺, corrected by log Q where TF-Recommenders corrects it.
       not_negatives: [B, N] bool, the candidates of the batch that are no negatives of a query,
         besides its positive: masked, of a right id, or above `max_scores`.

@@ -277,7 +277,7 @@ class FromCache(CachedNegatives):
             }
         )
 
-    def _left_out(self, batch: Batch) -> dict[str, tf.Tensor]:
+    def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
         if batch.left_out_ids is None:
             return {}
         return {"candidate_ids": self._row_ids(), "positive_ids": batch.left_out_ids}
@@ -288,7 +288,7 @@ class FromCache(CachedNegatives):
             return tf.convert_to_tensor(self._cache.data[CANDIDATE_ID])
         return fingerprint(tf.convert_to_tensor(self._cache.data[self._id_key]))
 
-    def _log_weights(self, batch: Batch) -> tf.Tensor | None:
+    def log_weights(self, batch: Batch) -> tf.Tensor | None:
         if batch.log_q is None:
             return None
         if batch.log_q.frequency is None:
@@ -314,11 +314,11 @@ class FromCache(CachedNegatives):
                 stacklevel=2,
             )
 
-    def _own_rows(self, batch: Batch) -> EncodedRows | None:
+    def own_rows(self, batch: Batch) -> EncodedRows | None:
         del batch
 
-    def _write(self, batch: Batch, encoded: EncodedRows | None) -> None:
-        features, embeddings = self._features_in(batch), batch.candidates
+    def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
+        features, embeddings = self.features_in(batch), batch.candidates
         if features is None:
             raise ValueError(
                 "The batch's candidates enter a cache that streams, and must have its features"

@@ -88,17 +88,13 @@ class FromCorpus(CachedNegatives):
             **kwargs,
         )
         feature_specs = checks.check_corpus(cache, feature_specs)
-        self._write_back = write_back
+        self.write_back = write_back
         self.takes_one_tensor = not isinstance(feature_specs, Mapping)
         self.feature_specs = dict(_features.named(feature_specs))
         self.cache_size = cache.cache_size
         self._cache = cache
         self._make_state(cache.use_lru)
         self._count(cache.num_filled)
-
-    @property
-    def write_back(self) -> bool:
-        return self._write_back
 
     @property
     def index(self) -> TreeIndex | None:
@@ -176,7 +172,7 @@ class FromCorpus(CachedNegatives):
         specs = self.feature_specs
         return specs[_features.ONE_FEATURE] if self.takes_one_tensor else specs
 
-    def _left_out(self, batch: Batch) -> dict[str, tf.Tensor]:
+    def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
         row_key = self._cache.row_key
         ids = batch.left_out_ids if row_key == self.get_task().candidate_id_key else None
         if ids is None:
@@ -188,17 +184,17 @@ class FromCorpus(CachedNegatives):
         rows = self._cache.rows_of(tf.reshape(ids, [-1]))
         return {"positive_ids": tf.reshape(rows, tf.shape(ids))}
 
-    def _log_weights(self, batch: Batch) -> tf.Tensor | None:
+    def log_weights(self, batch: Batch) -> tf.Tensor | None:
         del batch
 
-    def _own_rows(self, batch: Batch) -> EncodedRows | None:
+    def own_rows(self, batch: Batch) -> EncodedRows | None:
         if self.has_own_tower:
             return None
         rows = self._cache.rows_of(batch.features[self._cache.row_key])
         is_known = (rows >= 0) & self._cache.is_filled(tf.maximum(rows, 0))
         return EncodedRows(tf.maximum(rows, 0), batch.candidates, is_known)
 
-    def _write(self, batch: Batch, encoded: EncodedRows | None) -> None:
+    def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
         if self.has_own_tower:
             # Nothing of the batch is a row.
             items = {
@@ -209,6 +205,6 @@ class FromCorpus(CachedNegatives):
             }
             self._cache.update(new_items=items, **as_updates(encoded))
             return
-        items = {**self._features_in(batch), EMBEDDING: batch.candidates}
+        items = {**self.features_in(batch), EMBEDDING: batch.candidates}
         mask = None if self.write_back else tf.zeros([batch.num_candidates], tf.bool)
         self._cache.update(new_items=items, new_items_mask=mask, **as_updates(encoded))

@@ -58,7 +58,12 @@ def cross_entropy(positive, negatives):
 
 def copy_of_state(task):
     state = [variable.numpy() for variable in task.cache.data.values()]
-    return [*state, task.cache.age.numpy(), task.cache.filled.numpy(), task.cached._state.sampling.numpy()]
+    return [
+        *state,
+        task.cache.age.numpy(),
+        task.cache.filled.numpy(),
+        task.cached._state.sampling.numpy(),
+    ]
 
 
 def assert_same_state(left, right):

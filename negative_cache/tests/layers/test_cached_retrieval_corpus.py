@@ -234,7 +234,7 @@ def test_probes_of_the_whole_cache_are_its_staleness(corrector):
         if corrector is not None:
             corrected = corrector(task.cache.embeddings, task.cache.age).numpy()
         step(task, make_queries(2), [turn, turn + 5])
-    probes = {metric.name: float(metric.result()) for metric in task.cached._probe_metrics}
+    probes = {metric.name: float(metric.result()) for metric in task.cached.probe_metrics}
     names = ["probe_staleness", "probe_corrected_staleness"][: 1 if corrector is None else 2]
     assert list(probes) == names
 
@@ -260,7 +260,7 @@ def test_probes_leave_out_what_the_step_before_has_written():
     set_tower(task, now)
     step(task, make_queries(1), [0])
     error = np.sum(np.square(table - now), axis=1) / np.sum(np.square(now), axis=1)
-    np.testing.assert_allclose(task.cached._probe_metrics[0].result(), np.mean(error[3:]), rtol=1e-4)
+    np.testing.assert_allclose(task.cached.probe_metrics[0].result(), np.mean(error[3:]), rtol=1e-4)
 
 
 def test_probes_are_taken_every_so_many_steps():
@@ -270,7 +270,7 @@ def test_probes_are_taken_every_so_many_steps():
     for turn in range(7):
         set_tower(task, drifted(table, 0.1 * (turn + 1)))
         step(task, make_queries(1), [0])
-        values.append(float(task.cached._probe_metrics[0].result()))
+        values.append(float(task.cached.probe_metrics[0].result()))
     assert values[0] == values[1] == 0.0
     assert 0.0 < values[2] == values[3] == values[4] < values[5] == values[6]
 

@@ -137,15 +137,6 @@ def test_without_a_cache_it_is_the_task_of_tf_recommenders(
     np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
-@pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders needs Keras 2")
-def test_it_is_a_task_of_tf_recommenders():
-    import tensorflow_recommenders as tfrs
-
-    # Once and again: the second does not add a base class.
-    for _ in range(2):
-        assert isinstance(make_task(make_table()), tfrs.tasks.Task)
-
-
 def test_given_probabilities_correct_batch_and_cache():
     table, queries = make_table(), make_queries(2)
     task = make_task(table, in_batch_negatives=True, reduction="none", cache_size=5)

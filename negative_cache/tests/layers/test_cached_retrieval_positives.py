@@ -103,7 +103,7 @@ def test_further_positives_are_negatives_nowhere(kind, form):
 def drawn_rows(task, **kwargs):
     """[B, S] rows that a training step draws."""
     drawn = []
-    task.cached._write = lambda batch, encoded: drawn.append(encoded)
+    task.cached.write = lambda batch, encoded: drawn.append(encoded)
     call(task, QUERIES, IDS, TABLE, training=True, **kwargs)
     assert np.all(drawn[0].mask)
     return drawn[0].rows.numpy().reshape([len(QUERIES), -1])

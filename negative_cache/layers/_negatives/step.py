@@ -1,0 +1,241 @@
+"""A step of a cache as a source of negatives, in the order of the paper: draw, encode, estimate."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import tensorflow as tf
+
+from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._negatives.samplers import sampler_of
+from negative_cache.ops import SoftmaxSample, _execution, contrastive
+from negative_cache.ops.landmarks import uniform_rows
+
+if TYPE_CHECKING:
+    from negative_cache.layers._negatives.cached import CachedNegatives
+
+
+class Outcome(NamedTuple):
+    """What a training step has found out.
+
+    Attributes:
+      logit: [B] float32, the log partition, with the sampled gradient.
+      log_partition: [B] float32, without gradient; 0 for queries without negatives.
+      has_negatives: [B] bool, whether there is a row that is a negative of the query.
+      drawn: the drawn rows, B S of them, without gradient.
+      staleness: [B S] float32, ‖ĝ - g‖² / ‖g‖² of the drawn rows.
+      oldest: the oldest rows, encoded; None if no rows are refreshed in turn.
+      drift_loss: scalar whose gradient trains the corrector; None if nothing is trained.
+    """
+
+    logit: tf.Tensor
+    log_partition: tf.Tensor
+    has_negatives: tf.Tensor
+    drawn: EncodedRows
+    staleness: tf.Tensor
+    oldest: EncodedRows | None
+    drift_loss: tf.Tensor | None
+
+
+class CachedStep:
+    """The filled rows of a cache as negatives of one batch.
+
+    With ĝ the cached embeddings and g those of now, the logit of a cache is the log partition
+
+      log Z(x) = log Σ_y exp(score(x, ĝ(y)) + log_weight(y)),
+
+    and its gradient is estimated from draws ŷ in proportion to exp(score(x, ĝ(ŷ)) + log_weight(ŷ)),
+    which are encoded: it is that of their mean score(x, g(ŷ)), or with `exact_query_gradient` that
+    of ⟨x, ∇_x log Z⟩ + mean of (score(x, g(ŷ)) - score(x, ĝ(ŷ))), with ∇_x log Z and ĝ constant
+    (Lindgren et al., NeurIPS 2021).
+
+    A cache with an index draws from that: the law is nearly the same, and log Z and its gradient
+    are the index's estimates. With a corrector h, every ĝ above is h(ĝ).
+
+    Args:
+      source: has the cache, the tower and the options.
+      batch: the queries, and candidates that stand in for rows that there are not.
+    """
+
+    def __init__(self, source: CachedNegatives, batch: Batch):
+        self._source = source
+        self._batch = batch
+        self._correction = source.correction()
+
+    def log_partition(self) -> tf.Tensor:
+        """[B] float32, without gradient; changes nothing."""
+        return self._draw(0, compute_gradient=False)[0].log_partition
+
+    def sampled_log_partition(self, seed: tf.Tensor) -> Outcome:
+        """The log partition with the sampled gradient, and what there is to write.
+
+        Args:
+          seed: [2] int64.
+        """
+        sample, query_gradient = self._draw(seed, self._source.exact_query_gradient)
+        drawn = self._encode_drawn(sample)
+        stale = self._source.stale(drawn.rows)
+        staleness = contrastive.relative_staleness(stale, drawn.embeddings)
+        surrogate = self._surrogate(drawn, stale, query_gradient)
+        drawn = EncodedRows(drawn.rows, tf.stop_gradient(drawn.embeddings), drawn.mask)
+        oldest = self._encode_oldest()
+        log_partition = sample.log_partition
+        has_negatives = tf.math.is_finite(log_partition)
+        has_negatives &= log_partition > 0.5 * contrastive.NOT_A_CANDIDATE
+        return Outcome(
+            logit=contrastive.value_with_gradient(log_partition, surrogate),
+            log_partition=tf.where(has_negatives, log_partition, 0.0),
+            has_negatives=has_negatives,
+            drawn=drawn,
+            staleness=staleness,
+            oldest=oldest,
+            drift_loss=self._learn(drawn, oldest, seed),
+        )
+
+    def _draw(
+        self, seed: tf.Tensor | int, compute_gradient: bool
+    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
+        """Draws S rows a query; if `compute_gradient`, [B, d] ∇_x log Z comes with them."""
+        correction, log_weights = self._correction, self._source.log_weights(self._batch)
+        options: dict[str, Any] = {
+            "score_transform": self._batch.scores.transform,
+            "row_transform": None if correction is None else correction.correct,
+            "max_scores": self._batch.max_scores,
+            "seed": seed,
+            "compute_gradient": compute_gradient,
+            "log_zero": contrastive.NOT_A_CANDIDATE,
+            **self._source.left_out_rows(self._batch),
+        }
+        if log_weights is not None:
+            options["log_weights"] = log_weights
+        return sampler_of(self._source.cache).sample_with_gradient(
+            self._batch.queries, self._source.num_negatives, **options
+        )
+
+    def _encode_drawn(self, sample: SoftmaxSample) -> EncodedRows:
+        is_drawn = tf.reshape(sample.indices >= 0, [-1])
+        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
+        # A query without an admissible row has its own positive encoded instead.
+        own = tf.range(tf.size(rows)) // self._source.num_negatives
+        features = self._source.features_of(rows, is_drawn, self._batch, own)
+        return EncodedRows(rows, self._source.encode(features, training=True), is_drawn)
+
+    def _surrogate(
+        self, drawn: EncodedRows, stale: tf.Tensor, query_gradient: tf.Tensor | None
+    ) -> tf.Tensor:
+        """[B] float32, what has the gradient of the log partition, and not its value."""
+        queries, scores = self._batch.queries, self._batch.scores
+        num_draws = self._source.num_negatives
+        surrogate = scores.mean_of_draws(queries, drawn.embeddings, drawn.mask, num_draws)
+        if query_gradient is None:
+            return surrogate
+        surrogate += tf.reduce_sum(queries * query_gradient, axis=1)
+        known = stale
+        if self._correction is not None:
+            known = self._correction.correct(stale, drawn.rows)
+        # What the transform learns has its gradient from the draws alone, as they were drawn.
+        return surrogate - scores.mean_of_draws(
+            queries, known, drawn.mask, num_draws, as_given=True
+        )
+
+    def _encode_oldest(self) -> EncodedRows | None:
+        """ρC rows at each step, rounded; if that is less than a half, one every 1 / ρC steps."""
+        source, cache = self._source, self._source.cache
+        per_step = source.refresh_fraction * cache.cache_size
+        if not per_step:
+            return None
+        count = max(round(per_step), 1)
+        rows = cache.oldest(count)
+        filled = cache.is_filled(rows)
+
+        def encode() -> tf.Tensor:
+            features = source.features_of(rows, filled, self._batch, tf.zeros_like(rows))
+            return tf.stop_gradient(source.encode(features))
+
+        if per_step >= 0.5:
+            return EncodedRows(rows, encode(), filled)
+        is_due = tf.equal(cache.step % round(1.0 / per_step), 0)
+        dim = cache.embeddings.shape[1]
+        embeddings = tf.cond(is_due, encode, lambda: tf.zeros([count, dim]))
+        return EncodedRows(rows, embeddings, filled & is_due)
+
+    def _learn(
+        self, drawn: EncodedRows, oldest: EncodedRows | None, seed: tf.Tensor
+    ) -> tf.Tensor | None:
+        """Lets the corrector learn from all rows that were encoded; its loss."""
+        if self._correction is None:
+            return None
+        source, batch = self._source, self._batch
+        examples = drawn
+        for more in (source.own_rows(batch), oldest):
+            if more is not None:
+                examples = examples.and_those(more)
+        examples = examples.finite()
+        self._learn_landmarks(seed)
+        return _execution.compiled(
+            lambda encoded: source.corrector.learn(
+                encoded,
+                self._correction.displacement,
+                lambda embeddings: batch.scores.of_all_pairs_as_given(batch.queries, embeddings),
+            ),
+            self._correction.examples(examples, source.stale(examples.rows)),
+            like=source.corrector.state_variable,
+        )
+
+    def _learn_landmarks(self, seed: tf.Tensor) -> None:
+        """Encodes the rows that the corrector asks for, if it asks for some."""
+        source, cache = self._source, self._source.cache
+        asked = source.corrector.rows_to_encode(cache.embeddings, cache.filled, seed)
+        if asked is None:
+            return
+        rows, are_there = asked
+        are_there &= cache.is_filled(rows)
+        features = source.features_of(rows, are_there, self._batch, tf.zeros_like(rows))
+        fresh = tf.stop_gradient(source.encode(features))
+        are_there &= tf.reduce_all(tf.math.is_finite(fresh), axis=1)
+        landmarks = EncodedRows(rows, fresh, are_there)
+        _execution.compiled(
+            source.corrector.learn_landmarks,
+            self._correction.examples(landmarks, source.stale(rows)),
+            like=source.corrector.state_variable,
+        )
+
+
+def probe(source: CachedNegatives, seed: tf.Tensor) -> None:
+    """Measures the staleness of some rows, if it is time to, without changing them.
+
+    Args:
+      source: has the cache, and the metrics to update.
+      seed: [2] int64.
+    """
+    cache, metrics = source.cache, source.probe_metrics
+    is_filled = cache.num_filled >= source.probe_size
+    before = tuple(metric.result() for metric in metrics)
+    before += (0.0,) * (2 - len(before))
+
+    def measure() -> tuple[tf.Tensor, ...]:
+        rows = uniform_rows(cache.filled, source.probe_size, seed)
+        # Rows written by the step before say nothing of those that wait.
+        weight = tf.cast(tf.gather(cache.age, rows) > 0, tf.float32)
+        total = tf.reduce_sum(weight)
+        return tuple(
+            tf.where(total > 0.0, tf.math.divide_no_nan(tf.reduce_sum(weight * part), total), old)
+            for part, old in zip(_staleness(source, rows), before)
+        )
+
+    is_due = is_filled & tf.equal((cache.step + 1) % source.probe_every, 0)
+    values = tf.cond(is_due, measure, lambda: before)
+    for metric, value in zip(metrics, values):
+        metric.update_state(value)
+
+
+def _staleness(source: CachedNegatives, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """[n] staleness of filled `rows` [n], as they are and as corrected, by encoding them."""
+    fresh = source.encode(source.features_at(rows))
+    stale = known = source.stale(rows)
+    correction = source.correction()
+    if correction is not None:
+        known = correction.correct(stale, rows)
+    before, after = (contrastive.relative_staleness(part, fresh) for part in (stale, known))
+    return before, after
