@@ -100,7 +100,14 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
     has_remainder = tf.is_tensor(remainder) or remainder > 0
     num_blocks = num_full_blocks + int(has_remainder)
 
-    def scan_block(block, size, log_partitions, group_probabilities, seen_partition, mean):
+    def scan_block(
+        block: int | tf.Tensor,
+        size: int | tf.Tensor,
+        log_partitions: tf.TensorArray,
+        group_probabilities: tf.TensorArray,
+        seen_partition: tf.Tensor,
+        mean: tf.Tensor,
+    ) -> tuple[tf.TensorArray, tf.TensorArray, tf.Tensor, tf.Tensor]:
         embeddings = scorer.read_block(block * block_size, size)
         scores, slopes = scorer.score_block(
             embeddings, block * block_size, size, with_slopes=with_mean
@@ -163,7 +170,7 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
     )
 
 
-def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
+def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None) -> tuple[int, int]:
     """The block size, a multiple of the group size, and the group size, both from the shapes.
 
     A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
