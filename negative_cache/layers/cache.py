@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import deserialize, keras
-from negative_cache.layers._cache.checks import check_index
+from negative_cache.layers._cache.checks import check_index, check_on_host
 from negative_cache.layers._cache.rows import CacheRows
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._cache.writer import CacheWriter, RowUpdates
@@ -110,11 +110,7 @@ class Cache(StateLayer):
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
         self._rows = CacheRows(self.specs, self.cache_size, on_host)
-        if embedding_key in on_host and index is None:
-            raise ValueError(
-                "Without an `index` the embeddings are all read at every step, and cannot be"
-                f" `on_host`. Received: {on_host!r}."
-            )
+        check_on_host(on_host, embedding_key, index)
         self.on_host = tuple(on_host)
         self._times = RowTimes(self.cache_size)
         rows_by_id = {}

@@ -17,7 +17,6 @@ from negative_cache.layers._tree.build import build_tree
 from negative_cache.layers._tree.draws import (
     DrawOptions,
     ScoreOptions,
-    TensorFn,
     bound,
     draw,
     transformed,
@@ -28,6 +27,7 @@ from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.layers._tree.upkeep import TreeUpkeep
 from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops._block_scorer import TensorFn
 from negative_cache.ops.tree.cut import COUNT, Tree
 from negative_cache.ops.tree.sampling import search_tree
 from negative_cache.ops.tree.shape import TreeShape

@@ -10,6 +10,7 @@ last step.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -124,14 +125,10 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         grouped = [scorer.num_queries, group_size, groups_per_block]
         group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
 
-        # log Z = s(y) - log P(y) for any y, here the best of some, unless its P(y) is too small.
-        some_probability = tf.reduce_max(probability[:, :groups_per_block], axis=1)
-        log_partition = tf.cond(
-            tf.reduce_all(some_probability > _SMALLEST_PROBABILITY),
-            lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(some_probability),
-            lambda: tf.reduce_logsumexp(
-                scorer.score_block(embeddings, block * block_size, size)[0], axis=1
-            ),
+        log_partition = _log_partition(
+            some_scores,
+            probability[:, :groups_per_block],
+            lambda: scorer.score_block(embeddings, block * block_size, size)[0],
         )
         if with_mean:
             weights = probability[:, :size]
@@ -167,6 +164,24 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         tf.transpose(log_partitions.stack()),
         tf.transpose(group_probabilities.stack(), [1, 0, 2]),
         mean,
+    )
+
+
+def _log_partition(
+    some_scores: tf.Tensor, some_probabilities: tf.Tensor, score_again: Callable[[], tf.Tensor]
+) -> tf.Tensor:
+    """[B] log Z of a block, s(y) - log P(y) for any y: the best of some, unless P(y) is too small.
+
+    Args:
+      some_scores: [B, n], those of some of the block's candidates.
+      some_probabilities: [B, n], theirs in the softmax over the block.
+      score_again: returns the scores of all.
+    """
+    largest = tf.reduce_max(some_probabilities, axis=1)
+    return tf.cond(
+        tf.reduce_all(largest > _SMALLEST_PROBABILITY),
+        lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(largest),
+        lambda: tf.reduce_logsumexp(score_again(), axis=1),
     )
 
 

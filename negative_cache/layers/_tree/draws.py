@@ -2,7 +2,6 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import TypedDict
 
 import tensorflow as tf
@@ -10,11 +9,10 @@ import tensorflow as tf
 from negative_cache.layers._tree.coded import TreeCandidates
 from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops._block_scorer import TensorFn
 from negative_cache.ops._draws import Seed, seed_or_random
 from negative_cache.ops.tree.cut import ROUNDING, Scoring, Tree, log_partition_bounds, make_cut
 from negative_cache.ops.tree.sampling import sample_tree
-
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
 
 class ScoreOptions(TypedDict, total=False):

@@ -16,13 +16,12 @@ children. All shapes are fixed.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE, is_among
+from negative_cache.ops._block_scorer import INADMISSIBLE, TensorFn, is_among
 from negative_cache.ops.tree.shape import TreeShape
 
 # The columns of `TreeLevel.stats`.
@@ -84,7 +83,7 @@ class Tree(NamedTuple):
     levels: tuple[TreeLevel, ...]
     members: tf.Tensor
     candidates: Candidates
-    mean_transform: Callable[[tf.Tensor], tf.Tensor] | None = None
+    mean_transform: TensorFn | None = None
 
     def means_of_blocks(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
         """[..., width, d] float32, the (transformed) means of the nodes of blocks [...]."""
@@ -117,7 +116,7 @@ class Scoring:
     def __init__(
         self,
         queries: tf.Tensor,
-        transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        transform: TensorFn | None = None,
         *,
         candidate_ids: tf.Tensor | None = None,
         positive_ids: tf.Tensor | None = None,

@@ -158,21 +158,7 @@ def _descend(
       random: [L, B, T] uniforms.
     """
     num_levels = tree.shape.num_levels
-    address = tf.zeros_like(position)
-    start = 0
-    depth_of_part = tf.fill(tf.shape(position), num_levels)
-    for depth, nodes in enumerate(cut.nodes):
-        size = nodes.log_mass.shape[1]
-        is_here = (position >= start) & (position < start + size)
-        node = tf.clip_by_value(position - start, 0, size - 1)
-        width = tree.shape.widths[depth]
-        first = nodes.first
-        if depth > 0:
-            first = tf.gather(nodes.first, node // width, batch_dims=1)
-        address = tf.where(is_here, first + node % width, address)
-        depth_of_part = tf.where(is_here, depth, depth_of_part)
-        start += size
-
+    depth_of_part, address, num_nodes = _locate(tree, cut, position)
     queries = scoring.queries
     for depth, level in enumerate(tree.levels):
         is_here = depth_of_part <= depth
@@ -199,12 +185,37 @@ def _descend(
     # What the cut holds as single candidates is drawn already.
     assert cut.scores is not None and cut.ids is not None, "leaves are opened"
     in_cut = depth_of_part == num_levels
-    candidate = tf.clip_by_value(position - start, 0, cut.ids.shape[1] - 1)
+    candidate = tf.clip_by_value(position - num_nodes, 0, cut.ids.shape[1] - 1)
     return TreeDraws(
         tf.where(in_cut, tf.gather(cut.ids, candidate, batch_dims=1), ids),
         tf.where(in_cut, tf.gather(cut.scores, candidate, batch_dims=1), scores),
         log_probability,
     )
+
+
+def _locate(tree: Tree, cut: Cut, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, int]:
+    """Where the parts of a cut at `position` [B, T] are.
+
+    Returns:
+      depth: [B, T] int32, the level of a part that is a node; the number of levels for others.
+      address: [B, T] int32, of a node.
+      num_nodes: how many parts of the cut are nodes. They come first.
+    """
+    address = tf.zeros_like(position)
+    start = 0
+    depth_of_part = tf.fill(tf.shape(position), tree.shape.num_levels)
+    for depth, nodes in enumerate(cut.nodes):
+        size = nodes.log_mass.shape[1]
+        is_here = (position >= start) & (position < start + size)
+        node = tf.clip_by_value(position - start, 0, size - 1)
+        width = tree.shape.widths[depth]
+        first = nodes.first
+        if depth > 0:
+            first = tf.gather(nodes.first, node // width, batch_dims=1)
+        address = tf.where(is_here, first + node % width, address)
+        depth_of_part = tf.where(is_here, depth, depth_of_part)
+        start += size
+    return depth_of_part, address, start
 
 
 def _pick(log_masses: tf.Tensor, random: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
