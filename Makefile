@@ -51,10 +51,11 @@ test-keras3: $(STAMP) ## Run the test suite under Keras 3 only
 test-keras2: $(STAMP) ## Run the test suite under Keras 2 only
 	@TF_USE_LEGACY_KERAS=1 $(run_pytest)
 
-lint: $(STAMP) ## Check style and formatting
+lint: $(STAMP) ## Check style, formatting and types
 	@status=0; \
 	$(VENV_PYTHON) -m ruff check . || status=1; \
 	$(VENV_PYTHON) -m ruff format --check . || status=1; \
+	$(VENV_PYTHON) -m mypy || status=1; \
 	exit $$status
 
 format: $(STAMP) ## Format the code and fix what ruff can fix
@@ -62,7 +63,7 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 	@$(VENV_PYTHON) -m ruff format .
 
 clean: ## Remove build products and caches, keep .venv
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 clean-venv: clean ## Remove .venv too

@@ -30,6 +30,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["negative_cache*"]),
+    package_data={"negative_cache": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "absl-py",
@@ -48,6 +49,8 @@ setup(
             "hypothesis",
             "keras-rs",
             "matplotlib",
+            # Bounded like ruff: a new release may find other errors in the same code.
+            "mypy>=2.4,<2.5",
             "pytest>=8",
             "pytest-xdist",
             # Bounded, since a new minor release may format the same code differently.

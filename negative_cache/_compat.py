@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 
 import tensorflow as tf
+from tensorflow import keras
 
 _backend = os.environ.get("KERAS_BACKEND", "tensorflow")
 if _backend != "tensorflow":
@@ -19,7 +20,6 @@ if _backend != "tensorflow":
         " before Python starts."
     )
 
-keras = tf.keras
 IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
 
 if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":

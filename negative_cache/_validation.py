@@ -6,6 +6,7 @@ that quotes what it received.
 
 import operator
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -77,7 +78,7 @@ def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, wh
         )
 
 
-def check_rows(rows, num_rows: int, name: str) -> tf.Tensor:
+def check_rows(rows: tf.Tensor, num_rows: int, name: str) -> tf.Tensor:
     """Returns `rows` [n] as integers from 0 to below `num_rows`, which are looked at if known."""
     rows = tf.convert_to_tensor(rows)
     if rows.shape.rank not in (1, None) or not rows.dtype.is_integer:
@@ -179,7 +180,7 @@ def check_indices(
     return tf.cast(indices, tf.int64)
 
 
-def _check_feature(value, spec, what: str, key: str) -> tf.Tensor:
+def _check_feature(value: Any, spec: tf.io.FixedLenFeature, what: str, key: str) -> tf.Tensor:
     dtype, shape = tf.as_dtype(spec.dtype), tf.TensorShape([None]).concatenate(spec.shape)
     wanted = f"`{what}[{key!r}]` must have dtype {dtype.name} and shape {shape}."
     has_dtype = tf.is_tensor(value) or isinstance(value, tf.Variable)

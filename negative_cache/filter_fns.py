@@ -48,7 +48,9 @@ class IsInCacheFilterFn(CacheFilterFn):
         cache_size = tf.shape(tf.convert_to_tensor(cache.data[self.keys[0]]))[0]
         return codes[cache_size:] > tf.reduce_max(codes[:cache_size])
 
-    def _number(self, cache_data, new_items, key: str) -> tf.Tensor:
+    def _number(
+        self, cache_data: Mapping[str, tf.Tensor], new_items: Mapping[str, tf.Tensor], key: str
+    ) -> tf.Tensor:
         """[C + B] int32, equal where two rows or items are equal in this feature."""
         for what, features in (("cache", cache_data), ("new_items", new_items)):
             if key not in features:

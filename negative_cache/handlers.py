@@ -7,6 +7,7 @@ updated in place.
 
 import types
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -26,7 +27,13 @@ class _Handler(keras.layers.Layer):
     """What the handlers share: the caches of named sources, and a step of training with them."""
 
     def __init__(
-        self, cache_managers, cache_loss, embedding_key, data_keys, use_cross_replica, **kwargs
+        self,
+        cache_managers: Mapping[str, CacheManager],
+        cache_loss: CacheLossFn,
+        embedding_key: str,
+        data_keys: Sequence[str],
+        use_cross_replica: bool,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         data_keys = (data_keys,) if isinstance(data_keys, str) else tuple(data_keys)
@@ -48,7 +55,14 @@ class _Handler(keras.layers.Layer):
     def _as_negative_caches(self) -> dict[str, NegativeCache]:
         return {source: cache.as_negative_cache() for source, cache in self._caches.items()}
 
-    def _step(self, item_network, query_embeddings, pos_item_embeddings, features, masks):
+    def _step(
+        self,
+        item_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_item_embeddings: tf.Tensor,
+        features: Mapping[str, tf.Tensor],
+        masks: Mapping[str, tf.Tensor],
+    ) -> tf.Tensor:
         """Computes the loss and updates the caches; `masks` are source -> which items enter it."""
         new_items = self._new_items(pos_item_embeddings, features)
         loss = CacheLossReturn(
@@ -72,7 +86,9 @@ class _Handler(keras.layers.Layer):
             )
         return loss.training_loss
 
-    def _new_items(self, pos_item_embeddings, features) -> dict[str, tf.Tensor]:
+    def _new_items(
+        self, pos_item_embeddings: tf.Tensor, features: Mapping[str, tf.Tensor]
+    ) -> dict[str, tf.Tensor]:
         missing = set(self.data_keys) - set(features)
         if missing:
             raise ValueError(
@@ -148,7 +164,7 @@ class CacheLossHandler(_Handler):
         embedding_key: str,
         data_keys: Sequence[str],
         use_cross_replica: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(
             {_SOURCE: cache_manager},
@@ -237,7 +253,7 @@ class MultiCacheLossHandler(_Handler):
         embedding_key: str,
         data_keys: Sequence[str],
         use_cross_replica: bool = False,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(
             cache_managers, cache_loss, embedding_key, data_keys, use_cross_replica, **kwargs
@@ -279,7 +295,9 @@ class MultiCacheLossHandler(_Handler):
         masks = self._new_items_masks(new_items_cache, tf.shape(pos_item_embeddings)[:1])
         return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
 
-    def _new_items_masks(self, new_items_cache, shape) -> dict[str, tf.Tensor]:
+    def _new_items_masks(
+        self, new_items_cache: str | Mapping[str, tf.Tensor] | None, shape: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
         """Source -> [B] bool, which new items enter it."""
         if new_items_cache is None:
             return {source: tf.ones(shape, tf.bool) for source in self._caches}
@@ -311,7 +329,12 @@ def _concat_updates(update: Mapping) -> dict:
     }
 
 
-def _check_arguments(cache_managers, cache_loss, embedding_key: str, data_keys) -> None:
+def _check_arguments(
+    cache_managers: Mapping[str, CacheManager],
+    cache_loss: CacheLossFn,
+    embedding_key: str,
+    data_keys: Sequence[str],
+) -> None:
     if not callable(cache_loss):
         raise ValueError(f"`cache_loss` must be callable. Received: {cache_loss!r}.")
     if not isinstance(cache_managers, Mapping) or not cache_managers:

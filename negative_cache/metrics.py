@@ -24,10 +24,12 @@ class Latest(RunningMean):
     It outlasts the end of an epoch, until there is a new one.
     """
 
-    def update_state(self, value, sample_weight=None):
+    def update_state(
+        self, value: float | tf.Tensor, sample_weight: tf.Tensor | None = None
+    ) -> None:
         del sample_weight
         self.total.assign(tf.cast(value, self.total.dtype))
         self.count.assign(tf.cast(1, self.count.dtype))
 
-    def reset_state(self):
+    def reset_state(self) -> None:
         """Keeps the value."""

@@ -115,7 +115,13 @@ class CacheManager:
         rows = insertion_rows(oldest_rows(cache.age, tf.size(mask)), mask)
         return _reset_age(_write(cache, rows, new_items), rows)
 
-    def _update_rows(self, cache, items, indices, mask) -> NegativeCache:
+    def _update_rows(
+        self,
+        cache: NegativeCache,
+        items: Mapping[str, tf.Tensor],
+        indices: tf.Tensor | None,
+        mask: tf.Tensor | None,
+    ) -> NegativeCache:
         items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
         like = next(iter(items.values()))
         indices = _validation.check_indices(

@@ -32,10 +32,10 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     argmax_y (β s(x, y) + G_y) with independent standard Gumbel variables G_y has exactly that law.
 
     Args:
-      inv_temp: β.
+      inv_temp: β, a number or a scalar tensor or variable.
     """
 
-    def __init__(self, inv_temp: float = 1.0):
+    def __init__(self, inv_temp: float | tf.Tensor = 1.0):
         super().__init__()
         self.inv_temp = inv_temp
 
@@ -59,13 +59,14 @@ def _sample_gumbel(shape: tf.Tensor) -> tf.Tensor:
 _own_sample_gumbel = _sample_gumbel
 
 
-def draws_from_softmax(retrieval_fn) -> bool:
+def draws_from_softmax(retrieval_fn: object) -> bool:
     """Whether `retrieval_fn` is known to draw from the softmax of the scores.
 
     A sampler that never holds all the scores may then stand in for it. Gumbel noise that somebody
     has patched must be used, so it counts as unknown.
     """
-    is_gumbel_max = type(retrieval_fn) is GumbelMaxRetrievalFn
-    if not is_gumbel_max or not isinstance(retrieval_fn.inv_temp, int | float):
+    if type(retrieval_fn) is not GumbelMaxRetrievalFn:
+        return False
+    if not isinstance(retrieval_fn.inv_temp, int | float):
         return False
     return retrieval_fn.inv_temp == 1 and _sample_gumbel is _own_sample_gumbel

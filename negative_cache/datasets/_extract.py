@@ -15,7 +15,7 @@ import stat
 import tokenize
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from negative_cache.datasets import _summary
 
@@ -38,7 +38,7 @@ _GENERATED_HEADER = re.compile(
 )
 _GENERATED_HEADER_CHARS = 600
 
-_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+_Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class SourceFile(NamedTuple):
@@ -153,13 +153,13 @@ def read_records(source: SourceFile) -> list[Record]:
     return [record for record in records if record is not None]
 
 
-def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Function]]:
     """Functions and methods outside functions: a nested one is already part of another's code."""
     # A stack instead of recursion: generated code holds `elif` chains of a thousand branches.
     stack: list[tuple[str, ast.AST]] = [(module, tree)]
     while stack:
         scope, node = stack.pop()
-        if isinstance(node, _FUNCTIONS):
+        if isinstance(node, _Function):
             if not _TEST_NAME.fullmatch(node.name):
                 yield f"{scope}.{node.name}", node
             continue
@@ -176,7 +176,7 @@ def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, ast.Functio
         stack.extend((scope, child) for child in reversed(children))
 
 
-def _record(name: str, node: ast.FunctionDef, lines: list[str]) -> Record | None:
+def _record(name: str, node: _Function, lines: list[str]) -> Record | None:
     docstring = ast.get_docstring(node)
     if docstring is None or is_trivial(node.body[1:]) or _is_overload(node):
         return None
@@ -233,26 +233,30 @@ def _is_super_call(node: ast.expr) -> bool:
     return False
 
 
-def _is_overload(node: ast.FunctionDef) -> bool:
+def _is_overload(node: _Function) -> bool:
     return any(
         getattr(decorator, "attr", getattr(decorator, "id", None)) == "overload"
         for decorator in node.decorator_list
     )
 
 
-def _split_source(node: ast.FunctionDef, lines: list[str]) -> tuple[str, str]:
+def _split_source(node: _Function, lines: list[str]) -> tuple[str, str]:
     """The source text before and after the docstring, dedented to column 0."""
     docstring = node.body[0]
     indent = node.col_offset
     head = _segment(lines, node.lineno, indent, docstring.lineno, docstring.col_offset)
-    body = _segment(
-        lines, docstring.end_lineno, docstring.end_col_offset, node.end_lineno, node.end_col_offset
-    )
+    body = _segment(lines, *_end(docstring), *_end(node))
     # The rest of the docstring's last line is empty, or `; statement`, or a comment.
     first, newline, rest = body.partition("\n")
     first = first.lstrip("; \t\f")
     body = f"    {first}{newline}{_dedent(rest, indent)}" if first else _dedent(rest, indent)
     return _dedent(head, indent).rstrip(), re.sub(r"\A(?:[ \t\f]*\n)+", "", body)
+
+
+def _end(node: ast.stmt) -> tuple[int, int]:
+    """Line and column where a node ends, which `ast` knows of all that it has parsed."""
+    assert node.end_lineno is not None and node.end_col_offset is not None
+    return node.end_lineno, node.end_col_offset
 
 
 def _segment(lines: list[str], line: int, column: int, end_line: int, end_column: int) -> str:

@@ -12,6 +12,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,7 +35,7 @@ class CorruptFileError(ValueError):
     """A file that `save` did not write, or not all of it."""
 
 
-def save(path: str, columns: Mapping[str, Sequence[str]]) -> None:
+def save(path: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
     """Writes a file that at every moment is whole or not there, for readers in other processes too.
 
     Args:
@@ -44,7 +45,7 @@ def save(path: str, columns: Mapping[str, Sequence[str]]) -> None:
     Raises:
       OSError: If the folder or the file cannot be written.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     for name, strings in columns.items():
         encoded = [string.encode() for string in strings]
         offsets = np.zeros(len(encoded) + 1, np.int64)

@@ -7,6 +7,7 @@ variables nor, where they must be saved, strings. `StateLayer` puts them into fi
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -76,7 +77,7 @@ class StateLayer(keras.layers.Layer):
     Such a layer is used by its methods. It has no `call`, and to call it is an error.
     """
 
-    def call(self, *args, **kwargs):
+    def call(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses, for a layer that has no `call` of its own.
 
         Raises:

@@ -8,6 +8,7 @@ variable has a kernel on every device. Strings exist in host memory only.
 
 import contextlib
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
@@ -120,7 +121,7 @@ class Int32Variable:
         return f"<Int32Variable {self.name!r} shape={self.shape}>"
 
 
-StateVariable = tf.Variable | Int32Variable
+StateVariable: TypeAlias = tf.Variable | Int32Variable
 
 
 def make_state_variable(

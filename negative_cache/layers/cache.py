@@ -1,13 +1,14 @@
 """`Cache`: the rows of a negative cache as variables that are updated in place."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import deserialize, keras
-from negative_cache.layers._cache.checks import check_index
+from negative_cache.layers._cache.checks import check_index, check_on_host
 from negative_cache.layers._cache.rows import CacheRows
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._cache.writer import CacheWriter, RowUpdates
@@ -88,7 +89,7 @@ class Cache(StateLayer):
         index: TreeIndex | None = None,
         row_key: str | None = None,
         on_host: Sequence[str] = (),
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(**kwargs)
         self.specs = _validation.check_specs(specs)
@@ -109,11 +110,7 @@ class Cache(StateLayer):
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
         self._rows = CacheRows(self.specs, self.cache_size, on_host)
-        if embedding_key in on_host and index is None:
-            raise ValueError(
-                "Without an `index` the embeddings are all read at every step, and cannot be"
-                f" `on_host`. Received: {on_host!r}."
-            )
+        check_on_host(on_host, embedding_key, index)
         self.on_host = tuple(on_host)
         self._times = RowTimes(self.cache_size)
         rows_by_id = {}
@@ -220,7 +217,7 @@ class Cache(StateLayer):
         saved: bool = True,
         on_host: Sequence[str] = (),
         verbose: int = 1,
-        **kwargs,
+        **kwargs: Any,
     ) -> "Cache":
         """A cache of a whole corpus, each candidate encoded once: row i is that of candidate i.
 
@@ -294,7 +291,7 @@ class Cache(StateLayer):
         if self.index is not None:
             self.index.index(self._embeddings_on_host(), verbose=verbose)
 
-    def _embeddings_on_host(self):
+    def _embeddings_on_host(self) -> np.ndarray:
         """[C, d] float32, NaN where a row is not filled, which an index leaves out as well."""
         embeddings, filled = tf.convert_to_tensor(self.embeddings), self.filled.numpy()
         if embeddings.dtype != tf.float32 or not np.all(filled):
@@ -391,14 +388,14 @@ class Cache(StateLayer):
             )
         on_every_replica(self._writer.update, new_items, new_items_mask, updates)
 
-    def _limits(self):
+    def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         largest = float(tf.as_dtype(self.embeddings.dtype).max)
         yield "an embedding", self.embeddings, -largest, largest
         yield from self._times.limits()
         if self.row_key is not None:
             yield "a row", self._state.rows_by_id["rows"], -1, self.cache_size - 1
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "specs": describe_specs(self.specs),
@@ -412,11 +409,13 @@ class Cache(StateLayer):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: dict[str, Any]) -> "Cache":
         index = deserialize(config.get("index"))
         return cls(**{**config, "specs": specs_of(config["specs"]), "index": index})
 
-    def _check_updates(self, items, indices, mask):
+    def _check_updates(
+        self, items: Mapping[str, tf.Tensor], indices: tf.Tensor | None, mask: tf.Tensor | None
+    ) -> RowUpdates:
         items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
         like = next(iter(items.values()))
         indices = _validation.check_indices(

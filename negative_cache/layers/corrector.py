@@ -1,13 +1,17 @@
 """`Corrector`: a small network that learns where stale embeddings have gone."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers.drift_corrector import (
+    Displacement,
     DriftCorrector,
+    Encoded,
     cross_entropy,
     mean_squared_error,
 )
@@ -68,7 +72,7 @@ class Corrector(DriftCorrector):
         learning_rate_multiplier: float = 1.0,
         warmup_steps: int = 0,
         content_key: str | None = None,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(warmup_steps=warmup_steps, content_key=content_key, **kwargs)
         self.hidden_units = _validation.check_count(hidden_units, "hidden_units")
@@ -83,7 +87,7 @@ class Corrector(DriftCorrector):
             )
         self.drift_loss = drift_loss
         self.learning_rate_multiplier = learning_rate_multiplier
-        self._network = None
+        self._network: _ResidualNetwork | None = None
 
     def make(self, embedding_dim: int, content_dim: int = 0) -> None:
         self._network = _ResidualNetwork(
@@ -95,10 +99,11 @@ class Corrector(DriftCorrector):
         )
         super().make(embedding_dim, content_dim)
 
-    def displacement_fn(self):
+    def displacement_fn(self) -> Displacement:
         network = self._network
+        assert network is not None, "`make` comes first"
 
-        def displacement(stale, content):
+        def displacement(stale: tf.Tensor, content: tf.Tensor | None) -> tf.Tensor:
             lengths = tf.maximum(tf.norm(stale, axis=1, keepdims=True), 1e-6)
             inputs = [stale * (stale.shape[1] ** 0.5 / lengths)]
             if self.content_key is not None:
@@ -107,15 +112,24 @@ class Corrector(DriftCorrector):
 
         return displacement
 
-    def _drift_loss(self, corrected, encoded, score_fn):
+    def _drift_loss(
+        self,
+        corrected: tf.Tensor,
+        encoded: Encoded,
+        score_fn: Callable[[tf.Tensor], tf.Tensor] | None,
+    ) -> tf.Tensor:
         loss = tf.constant(0.0)
         if self.drift_loss != "cross_entropy":
             loss += mean_squared_error(corrected, encoded)
         if self.drift_loss != "mse":
+            if score_fn is None:
+                raise ValueError(
+                    f"`score_fn` is needed for drift_loss={self.drift_loss!r}. Received: None."
+                )
             loss += cross_entropy(corrected, encoded, score_fn)
         return loss
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "hidden_units": self.hidden_units,
@@ -131,7 +145,9 @@ class _ResidualNetwork(keras.layers.Layer):
     of any optimizer moves w by m times what it would move it by otherwise.
     """
 
-    def __init__(self, num_inputs: int, hidden_units: int, dim: int, multiplier: float, **kwargs):
+    def __init__(
+        self, num_inputs: int, hidden_units: int, dim: int, multiplier: float, **kwargs: Any
+    ):
         super().__init__(autocast=False, dtype="float32", **kwargs)
         self.multiplier = multiplier
         normal = keras.initializers.RandomNormal(stddev=num_inputs**-0.5 / multiplier)
@@ -141,15 +157,20 @@ class _ResidualNetwork(keras.layers.Layer):
         self.outer_bias = self._make("outer_bias", [dim])
         self.built = True
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
         names = ("inner", "inner_bias", "outer", "outer_bias")
         inner, inner_bias, outer, outer_bias = (self._weight(name) for name in names)
         hidden = tf.nn.gelu(tf.matmul(inputs, inner) + inner_bias, approximate=True)
         return tf.matmul(hidden, outer) + outer_bias
 
-    def _make(self, name, shape, initializer="zeros"):
+    def _make(
+        self,
+        name: str,
+        shape: list[int],
+        initializer: str | keras.initializers.Initializer = "zeros",
+    ) -> Any:
         return self.add_weight(name=name, shape=shape, initializer=initializer, dtype="float32")
 
-    def _weight(self, name):
+    def _weight(self, name: str) -> tf.Tensor:
         variable = tf.convert_to_tensor(getattr(self, name))
         return variable + tf.stop_gradient((self.multiplier - 1.0) * variable)

@@ -1,7 +1,7 @@
 """`DriftCorrector`: what all correctors of stale embeddings share."""
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
@@ -40,7 +40,7 @@ class Encoded(NamedTuple):
     def as_constants(self) -> "Encoded":
         """Without gradient, and with zeros in what is none, which may be anything."""
 
-        def constant(part):
+        def constant(part: tf.Tensor) -> tf.Tensor:
             is_there = tf.reshape(self.mask, [-1] + [1] * (part.shape.rank - 1))
             return tf.stop_gradient(tf.where(is_there, part, tf.zeros_like(part)))
 
@@ -74,13 +74,13 @@ class DriftCorrector(StateLayer):
     # For files: see `LAYOUT`.
     _layout: Mapping = {}
 
-    def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs):
+    def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)
         self.warmup_steps = _validation.check_count(warmup_steps, "warmup_steps", at_least=0)
         self.content_key = content_key
-        self.embedding_dim = None
+        self.embedding_dim: int | None = None
 
-    def build(self, input_shape):
+    def build(self, input_shape: Sequence[int]) -> None:
         """Makes the state for embeddings of shape `input_shape`, [n, d]."""
         if self.content_key is not None:
             raise ValueError(
@@ -129,7 +129,9 @@ class DriftCorrector(StateLayer):
         """`call` as a function, for many parts of a step with the same `displacement_fn()`."""
         trust = self._trust()
 
-        def correct(embeddings, age=None, content=None):
+        def correct(
+            embeddings: tf.Tensor, age: tf.Tensor | None = None, content: tf.Tensor | None = None
+        ) -> tf.Tensor:
             stale = tf.cast(embeddings, tf.float32)
             share = trust * self._share(age, stale)
             return tf.stop_gradient(self._moved(stale, share * displacement(stale, content)))
@@ -187,15 +189,22 @@ class DriftCorrector(StateLayer):
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
         """Rows of the cache to encode for `learn_landmarks` in this step, and a mask of them."""
         del embeddings, filled, seed
+        return None
 
     def _make_fields(self, dim: int) -> dict:
         """Further state variables."""
         del dim
         return {}
 
-    def _drift_loss(self, corrected, encoded, score_fn):
+    def _drift_loss(
+        self,
+        corrected: tf.Tensor,
+        encoded: Encoded,
+        score_fn: Callable[[tf.Tensor], tf.Tensor] | None,
+    ) -> tf.Tensor | None:
         """A loss of `corrected` [n, d] against `encoded.fresh`; None where nothing is trained."""
         del corrected, encoded, score_fn
+        return None
 
     def _observe(self, encoded: Encoded) -> None:
         """Takes note of what was encoded."""
@@ -215,7 +224,7 @@ class DriftCorrector(StateLayer):
         trust = tf.clip_by_value(tf.math.divide_no_nan(both[0], both[1]), 0.0, 1.0)
         return tf.where(self._state.num_updates < self.warmup_steps, 0.0, trust)
 
-    def _moved(self, stale, step):
+    def _moved(self, stale: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         """`stale` [n, d] moved by `step`, to the length it had where embeddings are normalised."""
         # A correction that has gone wrong is none.
         is_finite = tf.reduce_all(tf.math.is_finite(step), axis=1, keepdims=True)
@@ -227,14 +236,14 @@ class DriftCorrector(StateLayer):
         )
         return tf.where(self._state.are_unit, moved * tf.sqrt(squares / moved_squares), moved)
 
-    def _share(self, age, like) -> tf.Tensor:
+    def _share(self, age: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:
         """[n, 1] φ; 1 where the age is not known."""
         if age is None:
             return tf.ones_like(like[:, :1])
         relative = tf.math.divide_no_nan(tf.cast(age, tf.float32), self._state.typical_age)
         return tf.clip_by_value(relative, 0.0, _MAX_SHARE)[:, tf.newaxis]
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "warmup_steps": self.warmup_steps,

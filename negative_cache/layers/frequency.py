@@ -7,6 +7,7 @@ or estimated from the stream.
 """
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -51,7 +52,7 @@ class FrequencyEstimator(StateLayer):
         are no integers.
     """
 
-    def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs):
+    def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs: Any):
         super().__init__(**kwargs)
         num_buckets = _validation.check_count(num_buckets, "num_buckets")
         if not 0.0 < learning_rate <= 1.0:
@@ -70,7 +71,7 @@ class FrequencyEstimator(StateLayer):
         """Counts the occurrences `keys` [n] of a batch, integers."""
         on_every_replica(self._update, _as_keys(keys))
 
-    def _update(self, keys):
+    def _update(self, keys: tf.Tensor) -> None:
         buckets = self._bucket(keys)
         self._state.num_seen.assign_add(tf.shape(keys, out_type=tf.int64)[0])
         now = tf.convert_to_tensor(self._state.num_seen)
@@ -108,14 +109,14 @@ class FrequencyEstimator(StateLayer):
         """
         return tf.reduce_mean(tf.cast(tf.convert_to_tensor(self._state.gap) > 0.0, tf.float32))
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "num_buckets": self.num_buckets,
             "learning_rate": self.learning_rate,
         }
 
-    def _bucket(self, keys):
+    def _bucket(self, keys: tf.Tensor) -> tf.Tensor:
         # Ids are often multiples of a round number, which then share few buckets: mixed, they are
         # spread over all (Knuth's multiplicative hashing, wrapping around).
         mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
@@ -123,7 +124,7 @@ class FrequencyEstimator(StateLayer):
         return tf.math.floormod(mixed, tf.constant(self.num_buckets, tf.int64))
 
 
-def _as_keys(keys) -> tf.Tensor:
+def _as_keys(keys: tf.Tensor) -> tf.Tensor:
     keys = tf.convert_to_tensor(keys)
     if not keys.dtype.is_integer:
         raise ValueError(f"`keys` must be integers. Received dtype: {keys.dtype.name}.")

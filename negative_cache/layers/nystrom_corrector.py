@@ -1,12 +1,14 @@
 """`NystromCorrector`: carries the movement of a few landmarks to all stale embeddings."""
 
+from typing import Any
+
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers._state import LAYOUT
 from negative_cache.layers._variables import make_state_variable, scatter_rows
-from negative_cache.layers.drift_corrector import DriftCorrector, Encoded
+from negative_cache.layers.drift_corrector import Displacement, DriftCorrector, Encoded
 from negative_cache.ops import _execution
 from negative_cache.ops import landmarks as _landmarks
 from negative_cache.ops.cache_rows import insertion_rows
@@ -68,7 +70,7 @@ class NystromCorrector(DriftCorrector):
         bandwidth: float = 2.0,
         ridge: float = 0.1,
         warmup_steps: int = 0,
-        **kwargs,
+        **kwargs: Any,
     ):
         super().__init__(warmup_steps=warmup_steps, **kwargs)
         self.num_landmarks = _validation.check_count(num_landmarks, "num_landmarks")
@@ -96,7 +98,7 @@ class NystromCorrector(DriftCorrector):
         self.landmarks, self.num_encoded = landmarks, num_encoded
         self.kernel, self.bandwidth, self.ridge = kernel, bandwidth, ridge
 
-    def displacement_fn(self):
+    def displacement_fn(self) -> Displacement:
         weights, stale, length = _execution.as_constant(self._solve, like=self.state_variable)
         if self.kernel == "linear":
             return lambda embeddings, content: tf.matmul(_features(embeddings, length), weights)
@@ -105,7 +107,7 @@ class NystromCorrector(DriftCorrector):
             _landmarks.rbf_kernel(embeddings, stale, scale), weights
         )
 
-    def _solve(self):
+    def _solve(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """The weights of the regression, the landmarks' stale embeddings, and their length l."""
         landmarks = {key: tf.convert_to_tensor(v) for key, v in self._state.landmarks.items()}
         is_there = landmarks["age"] >= 0
@@ -126,14 +128,16 @@ class NystromCorrector(DriftCorrector):
             weights = _landmarks.nystrom_coefficients(kernel, fresh - stale, share, self.ridge)
         return weights, stale, length
 
-    def rows_to_encode(self, embeddings, filled, seed):
+    def rows_to_encode(
+        self, embeddings: tf.Variable, filled: tf.Tensor, seed: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor] | None:
         """[k] int64 rows of landmarks to encode now, and [k] bool; None where draws will do."""
         if self.landmarks == "encoded":
             return None
         chosen = self._state.landmarks["rows"]
         num_filled = tf.math.count_nonzero(filled)
 
-        def choose():
+        def choose() -> tf.Tensor:
             if self.landmarks == "uniform":
                 rows = _landmarks.uniform_rows(filled, self.num_landmarks, seed)
             else:
@@ -155,7 +159,7 @@ class NystromCorrector(DriftCorrector):
         """Takes the embeddings of the rows that `rows_to_encode` has asked for."""
         self._remember(encoded, self.num_encoded or self.num_landmarks)
 
-    def _observe(self, encoded):
+    def _observe(self, encoded: Encoded) -> None:
         if self.landmarks == "encoded":
             size = encoded.mask.shape[0]
             size = tf.size(encoded.mask) if size is None else size
@@ -168,7 +172,9 @@ class NystromCorrector(DriftCorrector):
             )
             self._remember(first, count, tf.math.count_nonzero(first.mask))
 
-    def _remember(self, encoded, size, num_used=None):
+    def _remember(
+        self, encoded: Encoded, size: int | tf.Tensor, num_used: int | tf.Tensor | None = None
+    ) -> None:
         """Writes what was encoded into the next `size` slots, and moves on by `num_used`."""
         slots = insertion_rows(self._next_slots(size), encoded.mask)
         fields = {"stale": encoded.stale, "fresh": encoded.fresh, "age": encoded.age}
@@ -179,10 +185,10 @@ class NystromCorrector(DriftCorrector):
         num_used = size if num_used is None else num_used
         self._state.next_slot.assign_add(tf.cast(num_used, tf.int64))
 
-    def _next_slots(self, count):
+    def _next_slots(self, count: int | tf.Tensor) -> tf.Tensor:
         return (self._state.next_slot + tf.range(count, dtype=tf.int64)) % self.num_landmarks
 
-    def _make_fields(self, dim):
+    def _make_fields(self, dim: int) -> dict:
         size = self.num_landmarks
         return {
             "next_slot": make_state_variable(lambda: tf.zeros([], tf.int64), "next_slot"),
@@ -197,7 +203,7 @@ class NystromCorrector(DriftCorrector):
             },
         }
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         del config["content_key"]
         return {
@@ -211,6 +217,6 @@ class NystromCorrector(DriftCorrector):
         }
 
 
-def _features(embeddings, length):
+def _features(embeddings: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
     """[n, d + 1], of which inner products are the linear kernel."""
     return tf.pad(embeddings / length, [[0, 0], [0, 1]], constant_values=1.0)

@@ -1,6 +1,7 @@
 """`LearnedTemperature`: a temperature that the optimizer trains."""
 
 import math
+from typing import Any
 
 import tensorflow as tf
 
@@ -28,7 +29,7 @@ class LearnedTemperature(keras.layers.Layer):
     """
 
     def __init__(
-        self, initial: float = 0.05, *, smallest: float = 0.01, largest: float = 1.0, **kwargs
+        self, initial: float = 0.05, *, smallest: float = 0.01, largest: float = 1.0, **kwargs: Any
     ):
         super().__init__(**{"autocast": False, "dtype": "float32", **kwargs})
         if not 0.0 < smallest <= initial <= largest:
@@ -53,11 +54,11 @@ class LearnedTemperature(keras.layers.Layer):
             tf.clip_by_value(log_temperature, math.log(self.smallest), math.log(self.largest))
         )
 
-    def call(self, scores):
+    def call(self, scores: tf.Tensor) -> tf.Tensor:
         """Scores [...] divided by the temperature."""
         return tf.cast(scores, tf.float32) / self.temperature
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
             "initial": self.initial,

@@ -14,12 +14,20 @@ from negative_cache._compat import keras
 from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._tree import checks
 from negative_cache.layers._tree.build import build_tree
-from negative_cache.layers._tree.draws import DrawOptions, TensorFn, bound, draw, transformed
+from negative_cache.layers._tree.draws import (
+    DrawOptions,
+    ScoreOptions,
+    bound,
+    draw,
+    transformed,
+)
 from negative_cache.layers._tree.make import make_tree
 from negative_cache.layers._tree.state import tree_limits
+from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.layers._tree.upkeep import TreeUpkeep
 from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops._block_scorer import TensorFn
 from negative_cache.ops.tree.cut import COUNT, Tree
 from negative_cache.ops.tree.sampling import search_tree
 from negative_cache.ops.tree.shape import TreeShape
@@ -272,7 +280,7 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: where a shape does not fit or an argument is out of range.
         """
-        return self._draw(query_embeddings, num_samples, correction_steps, options)[0]
+        return self._draw(query_embeddings, num_samples, correction_steps, **options)[0]
 
     def sample_with_log_probability(
         self,
@@ -306,7 +314,7 @@ class TreeIndex(StateLayer):
         Raises:
           ValueError: as `sample`.
         """
-        return self._draw(query_embeddings, num_samples, correction_steps, options)[:2]
+        return self._draw(query_embeddings, num_samples, correction_steps, **options)[:2]
 
     def sample_with_gradient(
         self,
@@ -329,9 +337,9 @@ class TreeIndex(StateLayer):
             query_embeddings,
             num_samples,
             correction_steps,
-            options,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
+            **options,
         )
         return sample, gradient
 
@@ -414,22 +422,20 @@ class TreeIndex(StateLayer):
         query_embeddings: tf.Tensor,
         num_samples: int,
         correction_steps: int | None,
-        options: DrawOptions,
         *,
+        temperature: float | tf.Tensor | None = None,
+        beam: int | None = None,
+        row_transform: RowTransform | None = None,
         compute_gradient: bool = False,
         log_zero: float = -math.inf,
+        **options: Unpack[ScoreOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
         steps = self.correction_steps if correction_steps is None else correction_steps
-        queries = checks.scaled_queries(
-            query_embeddings, options.pop("temperature", None), self.embedding_dim
-        )
-        beam = self._checked_beam(options.pop("beam", None))
-        row_transform = options.pop("row_transform", None)
         return draw(
             transformed(self.tree, self._candidates, row_transform),
-            queries,
+            checks.scaled_queries(query_embeddings, temperature, self.embedding_dim),
             _validation.check_count(num_samples, "num_samples"),
-            beam=beam,
+            beam=self._checked_beam(beam),
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
             like=self.state_variable,
             compute_gradient=compute_gradient,

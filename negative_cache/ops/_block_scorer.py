@@ -3,9 +3,15 @@
 `sample_softmax` and `top_k_scores` share it. It reads candidates without ever copying them whole.
 """
 
+from collections.abc import Callable
+from typing import TypeAlias, TypedDict
+
 import tensorflow as tf
 
 from negative_cache.ops import _execution
+
+TensorFn: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+RowTransform: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
 # The score of a candidate that is not admissible: exp of it is zero beside any other score, and,
 # unlike -inf, it stays finite where no candidate is admissible.
@@ -16,6 +22,20 @@ _UNROLLED_IDS = 8
 
 # A second scoring of a candidate may round differently from the first, by this relative amount.
 RESCORING_TOLERANCE = 1e-4
+
+
+class ScoringOptions(TypedDict, total=False):
+    """Keyword arguments of `BlockScorer`; `sample_softmax` says what they do."""
+
+    score_transform: TensorFn | None
+    embedding_transform: TensorFn | None
+    row_transform: RowTransform | None
+    candidate_mask: tf.Tensor | None
+    candidate_ids: tf.Tensor | None
+    positive_ids: tf.Tensor | None
+    log_weights: tf.Tensor | None
+    max_scores: tf.Tensor | None
+    masked_rows_are_finite: bool
 
 
 class BlockScorer:
@@ -32,18 +52,18 @@ class BlockScorer:
 
     def __init__(
         self,
-        query_embeddings,
-        candidate_embeddings,
+        query_embeddings: tf.Tensor,
+        candidate_embeddings: tf.Tensor | tf.Variable,
         *,
-        score_transform=None,
-        embedding_transform=None,
-        row_transform=None,
-        candidate_mask=None,
-        candidate_ids=None,
-        positive_ids=None,
-        log_weights=None,
-        max_scores=None,
-        masked_rows_are_finite=False,
+        score_transform: TensorFn | None = None,
+        embedding_transform: TensorFn | None = None,
+        row_transform: RowTransform | None = None,
+        candidate_mask: tf.Tensor | None = None,
+        candidate_ids: tf.Tensor | None = None,
+        positive_ids: tf.Tensor | None = None,
+        log_weights: tf.Tensor | None = None,
+        max_scores: tf.Tensor | None = None,
+        masked_rows_are_finite: bool = False,
     ):
         queries = tf.convert_to_tensor(query_embeddings)
         self._is_variable = isinstance(candidate_embeddings, tf.Variable)
@@ -69,10 +89,11 @@ class BlockScorer:
         self._positive_ids = _ids_of_queries(positive_ids, num_queries)
         self._log_weights = _vector(log_weights, "log_weights", num_candidates, tf.float32)
         self._max_scores = _vector(max_scores, "max_scores", num_queries, tf.float32)
-        if self._ids is not None and self._ids.dtype != self._positive_ids.dtype:
+        ids, positive_ids = self._ids, self._positive_ids
+        if ids is not None and positive_ids is not None and ids.dtype != positive_ids.dtype:
             raise ValueError(
                 "`candidate_ids` and `positive_ids` must have one dtype. Received:"
-                f" {self._ids.dtype.name} and {self._positive_ids.dtype.name}."
+                f" {ids.dtype.name} and {positive_ids.dtype.name}."
             )
         self.dim = candidate_embeddings.shape[1]
         self.has_known_size = num_candidates is not None
@@ -81,7 +102,9 @@ class BlockScorer:
         if num_candidates is None:
             self.num_candidates = tf.shape(candidate_embeddings)[0]
 
-    def read_block(self, start, size, *, as_kept=False) -> tf.Tensor:
+    def read_block(
+        self, start: int | tf.Tensor, size: int | tf.Tensor, *, as_kept: bool = False
+    ) -> tf.Tensor:
         """[size, d], the (transformed) embeddings of `size` candidates from `start` on.
 
         They are float32; or, where `as_kept` and XLA can multiply them so, of the 16 bits in which
@@ -100,7 +123,14 @@ class BlockScorer:
             return block
         return self._embed(block, rows)
 
-    def score_block(self, block, start, size, *, with_slopes=False):
+    def score_block(
+        self,
+        block: tf.Tensor,
+        start: int | tf.Tensor,
+        size: int | tf.Tensor,
+        *,
+        with_slopes: bool = False,
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """Scores of all queries with a block that `read_block(start, size)` has read.
 
         Returns:
@@ -116,12 +146,19 @@ class BlockScorer:
                 transformed = self._score_transform(products)
             slopes = tf.stop_gradient(tape.gradient(transformed, products))
 
-        def take(values):
+        def take(values: tf.Tensor) -> tf.Tensor:
             return tf.slice(values, [start], [size])[tf.newaxis]
 
         return self._admit(products, take, self._max_scores), slopes
 
-    def combine(self, weights, slopes, block, start, size) -> tf.Tensor:
+    def combine(
+        self,
+        weights: tf.Tensor,
+        slopes: tf.Tensor | None,
+        block: tf.Tensor,
+        start: int | tf.Tensor,
+        size: int | tf.Tensor,
+    ) -> tf.Tensor:
         """[B, d] float32, Σ_y weight slope y over a block that `read_block(start, size)` has read.
 
         Args:
@@ -142,7 +179,7 @@ class BlockScorer:
             block = tf.cast(block, tf.float32)
         return _matmul(weights, block)
 
-    def score_rows(self, rows) -> tuple[tf.Tensor, tf.Tensor | None]:
+    def score_rows(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
         """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
 
         Rows from C on are inadmissible. The second are those with `max_scores` widened by
@@ -156,7 +193,7 @@ class BlockScorer:
         candidates = tf.reshape(candidates, [self.num_queries, -1, self.dim])
         products = tf.matmul(candidates, self._queries[..., tf.newaxis])[..., 0]
 
-        def admit(max_scores):
+        def admit(max_scores: tf.Tensor) -> tf.Tensor:
             scores = self._admit(products, lambda values: tf.gather(values, rows), max_scores)
             return tf.where(exists, scores, INADMISSIBLE)
 
@@ -167,17 +204,19 @@ class BlockScorer:
         return scores, admit(self._max_scores + wider)
 
     @property
-    def _is_transformed(self):
+    def _is_transformed(self) -> bool:
         return self._embedding_transform is not None or self._row_transform is not None
 
-    def _embed(self, block, rows):
+    def _embed(self, block: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
         if self._embedding_transform is not None:
             block = self._embedding_transform(block)
         if self._row_transform is not None:
             block = self._row_transform(block, rows)
         return tf.stop_gradient(tf.cast(block, tf.float32))
 
-    def _admit(self, products, take, max_scores):
+    def _admit(
+        self, products: tf.Tensor, take: TensorFn, max_scores: tf.Tensor | None
+    ) -> tf.Tensor:
         scores = products
         if self._score_transform is not None:
             scores = tf.stop_gradient(tf.cast(self._score_transform(products), tf.float32))
@@ -195,7 +234,7 @@ class BlockScorer:
         return scores
 
 
-def _matmul(one, block, transpose=False):
+def _matmul(one: tf.Tensor, block: tf.Tensor, transpose: bool = False) -> tf.Tensor:
     """Float32 product of `one` [n, m] float32 with [m, k], or [k, m] where `transpose`.
 
     A block of 16 bits is multiplied as such, by `one` rounded to them, and summed in 32 bits, which
@@ -212,7 +251,7 @@ def is_among(ids: tf.Tensor, of_queries: tf.Tensor) -> tf.Tensor:
     """[B, ...] bool, whether `ids` [B or 1, ...] are among the ids `of_queries` [B, P]."""
     shape = [-1] + [1] * (ids.shape.rank - 1)
 
-    def matches(i):
+    def matches(i: int | tf.Tensor) -> tf.Tensor:
         return tf.equal(ids, tf.reshape(of_queries[:, i], shape))
 
     # One after the other: all at once they would take P times the memory.
@@ -237,7 +276,7 @@ def is_admissible(scores: tf.Tensor) -> tf.Tensor:
     return scores > 0.5 * INADMISSIBLE
 
 
-def _check_embeddings(queries: tf.Tensor, candidates) -> None:
+def _check_embeddings(queries: tf.Tensor, candidates: tf.Tensor | tf.Variable) -> None:
     for name, values in (("query_embeddings", queries), ("candidate_embeddings", candidates)):
         if values.shape.rank != 2:
             raise ValueError(
@@ -254,7 +293,7 @@ def _check_embeddings(queries: tf.Tensor, candidates) -> None:
         )
 
 
-def _ids_of_queries(ids, num_queries: int | None):
+def _ids_of_queries(ids: tf.Tensor | None, num_queries: int | None) -> tf.Tensor | None:
     """`positive_ids` as [B, P]; None where they are."""
     if ids is None:
         return None
@@ -267,7 +306,9 @@ def _ids_of_queries(ids, num_queries: int | None):
     return ids if ids.shape.rank == 2 else ids[:, tf.newaxis]
 
 
-def _vector(values, name: str, size: int | None, dtype: tf.DType | None = None):
+def _vector(
+    values: tf.Tensor | None, name: str, size: int | None, dtype: tf.DType | None = None
+) -> tf.Tensor | None:
     if values is None:
         return None
     values = tf.convert_to_tensor(values)

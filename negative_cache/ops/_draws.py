@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
-Seed = int | tf.Tensor | Sequence[int] | None
+Seed: TypeAlias = int | tf.Tensor | Sequence[int] | None
 
 
 class Draws(NamedTuple):
@@ -55,7 +55,7 @@ def wide_inverse_cdf(
     return tf.minimum(position, num_weights - 1)
 
 
-def draw_uniforms(shape, seed: Seed) -> tf.Tensor:
+def draw_uniforms(shape: tf.Tensor | Sequence[int | tf.Tensor], seed: Seed) -> tf.Tensor:
     """Uniform random numbers in [0, 1) of `shape`; the same ones for the same seed."""
     if seed is None:
         return tf.random.uniform(shape)

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.eager import record
@@ -14,7 +15,18 @@ _SWITCH = "NEGATIVE_CACHE_XLA"
 FACTOR_ROUNDING = 2.0**-11
 
 
-def device_type(like=None) -> str:
+Result = TypeVar("Result")
+
+
+class Placed(Protocol):
+    """A variable, or what stands for one."""
+
+    @property
+    def device(self) -> str:
+        """Where it is, "" if nobody has said."""
+
+
+def device_type(like: Placed | None = None) -> str:
     """Where operations run that are called or traced now: on a CPU, a GPU or a TPU.
 
     That is where the variable `like` is. Without one it is the device of the surrounding
@@ -30,7 +42,7 @@ def device_type(like=None) -> str:
     return accelerators[0].device_type if accelerators else "CPU"
 
 
-def is_on_accelerator(like=None) -> bool:
+def is_on_accelerator(like: Placed | None = None) -> bool:
     """Whether `device_type` is not the CPU."""
     return device_type(like) != "CPU"
 
@@ -40,7 +52,7 @@ def is_in_xla() -> bool:
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 
-def is_to_be_compiled(like=None) -> bool:
+def is_to_be_compiled(like: Placed | None = None) -> bool:
     """Whether a function that is traced now should be compiled, which nobody else does.
 
     One more operation is little to an accelerator next to launching its kernel, and XLA makes few
@@ -50,13 +62,18 @@ def is_to_be_compiled(like=None) -> bool:
     return is_wanted and is_on_accelerator(like) and not is_in_xla()
 
 
-def rounds_factors(like=None) -> bool:
+def rounds_factors(like: Placed | None = None) -> bool:
     """Whether float32 products are those of TF32, by `FACTOR_ROUNDING` off in each factor."""
     is_enabled = tf.config.experimental.tensor_float_32_execution_enabled()
     return is_enabled and is_on_accelerator(like)
 
 
-def as_constant(function: Callable, *args, like=None, may_compile: bool = True):
+def as_constant(
+    function: Callable[..., Result],
+    *args: Any,
+    like: Placed | None = None,
+    may_compile: bool = True,
+) -> Result:
     """Calls `function(*args)` in a graph so that no gradient tape records what happens inside.
 
     A `tf.stop_gradient` of the result would not do: tapes would keep the function's inner values
@@ -78,7 +95,7 @@ def as_constant(function: Callable, *args, like=None, may_compile: bool = True):
             return traced()
 
 
-def compiled(function: Callable, *args, like=None):
+def compiled(function: Callable[..., Result], *args: Any, like: Placed | None = None) -> Result:
     """`function(*args)`, with its gradient, compiled by XLA where `is_to_be_compiled`.
 
     In eager execution it is called as it is: there is nowhere to keep what was compiled. Arguments
@@ -90,11 +107,11 @@ def compiled(function: Callable, *args, like=None):
         return _trace(function, args, True)()
 
 
-def _trace(function, args, is_compiled):
+def _trace(function: Callable, args: tuple, is_compiled: bool) -> Any:
     return tf.function(lambda: function(*args), autograph=False, jit_compile=is_compiled or None)
 
 
-def _device_of(like):
+def _device_of(like: Placed | None) -> contextlib.AbstractContextManager:
     """Runs a function where its variables are: XLA reaches no others."""
     if like is None or not like.device:
         return contextlib.nullcontext()

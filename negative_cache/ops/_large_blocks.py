@@ -43,7 +43,7 @@ def draw_from_large_blocks(
     size, num_blocks = choose_blocks(scorer.num_queries, scorer.num_candidates, block_size)
     random = random_of_blocks(seed, num_blocks)
 
-    def draw_more(block, draws):
+    def draw_more(block: int | tf.Tensor, draws: Draws) -> Draws:
         uniforms = random(block, [3, scorer.num_queries, num_samples])
         more = _draw_from_block(scorer, block * size, size, uniforms, with_mean)
         return _merge(draws, more, uniforms[2])
@@ -83,7 +83,9 @@ def choose_blocks(
     return size, math.ceil(num_candidates / size)
 
 
-def _draw_from_block(scorer: BlockScorer, first, size: int, uniforms, with_mean: bool) -> Draws:
+def _draw_from_block(
+    scorer: BlockScorer, first: int | tf.Tensor, size: int, uniforms: tf.Tensor, with_mean: bool
+) -> Draws:
     """Draws from the candidates from `first` on, `size` of them or as many as there are."""
     num_there = min(size, scorer.num_candidates)
     # The last block begins earlier, so as to be as long as the others.

@@ -22,7 +22,7 @@ def matmul_in_full(a: tf.Tensor, b: tf.Tensor, *, transpose_b: bool = False) -> 
     return tf.matmul(a_most, b_most, transpose_b=transpose_b) + rest
 
 
-def _in_two(values):
+def _in_two(values: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     bits = tf.bitcast(values, tf.uint32) + tf.constant(_HALF, tf.uint32)
     kept = tf.constant(2**32 - 1 - _DROPPED, tf.uint32)
     most = tf.bitcast(tf.bitwise.bitwise_and(bits, kept), tf.float32)

@@ -10,6 +10,7 @@ last step.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -100,7 +101,14 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
     has_remainder = tf.is_tensor(remainder) or remainder > 0
     num_blocks = num_full_blocks + int(has_remainder)
 
-    def scan_block(block, size, log_partitions, group_probabilities, seen_partition, mean):
+    def scan_block(
+        block: int | tf.Tensor,
+        size: int | tf.Tensor,
+        log_partitions: tf.TensorArray,
+        group_probabilities: tf.TensorArray,
+        seen_partition: tf.Tensor,
+        mean: tf.Tensor,
+    ) -> tuple[tf.TensorArray, tf.TensorArray, tf.Tensor, tf.Tensor]:
         embeddings = scorer.read_block(block * block_size, size)
         scores, slopes = scorer.score_block(
             embeddings, block * block_size, size, with_slopes=with_mean
@@ -117,14 +125,10 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         grouped = [scorer.num_queries, group_size, groups_per_block]
         group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
 
-        # log Z = s(y) - log P(y) for any y, here the best of some, unless its P(y) is too small.
-        some_probability = tf.reduce_max(probability[:, :groups_per_block], axis=1)
-        log_partition = tf.cond(
-            tf.reduce_all(some_probability > _SMALLEST_PROBABILITY),
-            lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(some_probability),
-            lambda: tf.reduce_logsumexp(
-                scorer.score_block(embeddings, block * block_size, size)[0], axis=1
-            ),
+        log_partition = _log_partition(
+            some_scores,
+            probability[:, :groups_per_block],
+            lambda: scorer.score_block(embeddings, block * block_size, size)[0],
         )
         if with_mean:
             weights = probability[:, :size]
@@ -163,7 +167,25 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
     )
 
 
-def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None):
+def _log_partition(
+    some_scores: tf.Tensor, some_probabilities: tf.Tensor, score_again: Callable[[], tf.Tensor]
+) -> tf.Tensor:
+    """[B] log Z of a block, s(y) - log P(y) for any y: the best of some, unless P(y) is too small.
+
+    Args:
+      some_scores: [B, n], those of some of the block's candidates.
+      some_probabilities: [B, n], theirs in the softmax over the block.
+      score_again: returns the scores of all.
+    """
+    largest = tf.reduce_max(some_probabilities, axis=1)
+    return tf.cond(
+        tf.reduce_all(largest > _SMALLEST_PROBABILITY),
+        lambda: tf.reduce_max(some_scores, axis=1) - tf.math.log(largest),
+        lambda: tf.reduce_logsumexp(score_again(), axis=1),
+    )
+
+
+def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None) -> tuple[int, int]:
     """The block size, a multiple of the group size, and the group size, both from the shapes.
 
     A group is the power of two that balances the group sums, B·C/g floats, with the rows that are

@@ -33,14 +33,15 @@ def kmeans_plus_plus_rows(
       seed: as in `sample_softmax`.
     """
     pool_size = min(_POOL_PER_LANDMARK * count, mask.shape[0])
-    seed = draw_uniforms([2], seed)
-    seeds = tf.cast(seed * 2.0**24, tf.int64)
+    seeds = tf.cast(draw_uniforms([2], seed) * 2.0**24, tf.int64)
     pool = uniform_rows(mask, pool_size, tf.stack([seeds[0], seeds[1]]))
     weight = tf.cast(tf.gather(mask, pool), tf.float32)
     vectors = tf.cast(tf.gather(points, pool), tf.float32)
     uniforms = draw_uniforms([count], tf.stack([seeds[1], seeds[0]]))
 
-    def choose(i, chosen, distances):
+    def choose(
+        i: tf.Tensor, chosen: tf.Tensor, distances: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         cdf = tf.cumsum(distances)
         position = tf.searchsorted(cdf, uniforms[i : i + 1] * cdf[-1], side="right")[0]
         position = tf.minimum(position, pool_size - 1)

@@ -50,7 +50,7 @@ def nearest_candidates(
     block_size = width * _GROUP_SIZE
     num_blocks = -(-scorer.num_candidates // block_size)
 
-    def add_block(block, maxima):
+    def add_block(block: tf.Tensor, maxima: tf.TensorArray) -> tuple[tf.Tensor, tf.TensorArray]:
         start = block * block_size
         size = tf.minimum(block_size, scorer.num_candidates - start)
         scores, _ = scorer.score_block(scorer.read_block(start, size), start, size)

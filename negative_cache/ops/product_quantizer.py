@@ -147,7 +147,7 @@ def lookup_scores(tables: tf.Tensor, codes: tf.Tensor) -> tf.Tensor:
     return tf.reduce_sum(terms, axis=2)
 
 
-def _as_float32(values) -> tf.Tensor:
+def _as_float32(values: np.ndarray | tf.Tensor) -> tf.Tensor:
     return tf.cast(tf.convert_to_tensor(values), tf.float32)
 
 

@@ -7,18 +7,28 @@ accelerator. Neither holds an array of all scores.
 one rule.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._block_scorer import (
+    INADMISSIBLE,
+    BlockScorer,
+    ScoringOptions,
+    is_admissible,
+)
 from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, seed_or_random
 from negative_cache.ops._large_blocks import draw_from_large_blocks
 from negative_cache.ops._small_blocks import draw_from_small_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
@@ -118,7 +128,7 @@ def sample_softmax_with_gradient(
     seed: Seed = None,
     compute_gradient: bool = True,
     log_zero: float = -math.inf,
-    **scoring,
+    **scoring: Unpack[ScoringOptions],
 ) -> tuple[SoftmaxSample, tf.Tensor | None]:
     """`sample_softmax`, and in the same pass the exact gradient of log Z by the query.
 
@@ -213,7 +223,9 @@ def merge_samples(
     )
 
 
-def _sample_of_nothing(scorer: BlockScorer, num_samples: int, with_gradient: bool, log_zero: float):
+def _sample_of_nothing(
+    scorer: BlockScorer, num_samples: int, with_gradient: bool, log_zero: float
+) -> tuple[SoftmaxSample, tf.Tensor | None]:
     draws = [scorer.num_queries, num_samples]
     sample = SoftmaxSample(
         tf.fill(draws, tf.constant(-1, tf.int64)),

@@ -1,12 +1,23 @@
 """The k best candidates of each query, one block of candidates at a time."""
 
+from __future__ import annotations
+
 import math
+from typing import TYPE_CHECKING
 
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
+from negative_cache.ops._block_scorer import (
+    INADMISSIBLE,
+    BlockScorer,
+    ScoringOptions,
+    is_admissible,
+)
 from negative_cache.ops._large_blocks import choose_blocks
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # On a CPU, a block at the most: see `softmax_sampling` for why it is bounded from both sides.
 _BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**21
@@ -19,7 +30,7 @@ def top_k_scores(
     *,
     approximate: bool = False,
     block_size: int | None = None,
-    **scoring,
+    **scoring: Unpack[ScoringOptions],
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds candidates of high score without an array of all scores.
 
@@ -70,11 +81,13 @@ def top_k_scores(
     return tf.where(found, scores, -math.inf), tf.where(found, indices, nothing)
 
 
-def _best_of_all(scorer: BlockScorer, k: int, block_size: int):
+def _best_of_all(scorer: BlockScorer, k: int, block_size: int) -> tuple[tf.Tensor, tf.Tensor]:
     block_size = min(max(block_size, k), scorer.num_candidates)
     num_blocks = scorer.num_candidates // block_size
 
-    def add_block(start, size, scores, indices):
+    def add_block(
+        start: int | tf.Tensor, size: int | tf.Tensor, scores: tf.Tensor, indices: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         block_scores, _ = scorer.score_block(scorer.read_block(start, size), start, size)
         best = tf.math.top_k(block_scores, k=min(k, size))
         both_scores = tf.concat([scores, best.values], axis=1)
@@ -95,7 +108,7 @@ def _best_of_all(scorer: BlockScorer, k: int, block_size: int):
     return scores, indices
 
 
-def _best_of_runs(scorer: BlockScorer, k: int, block_size: int):
+def _best_of_runs(scorer: BlockScorer, k: int, block_size: int) -> tuple[tf.Tensor, tf.Tensor]:
     """Scores whole runs at a time, or a long run in parts.
 
     The last part of a long run is as long as the others and so may overlap the one before, which
@@ -108,7 +121,7 @@ def _best_of_runs(scorer: BlockScorer, k: int, block_size: int):
     runs_per_block = min(runs_per_block, k)
     num_blocks = (k // runs_per_block) * parts
 
-    def best_of_block(block, runs):
+    def best_of_block(block: tf.Tensor, runs: int) -> tuple[tf.Tensor, tf.Tensor]:
         run, part = block // parts * runs_per_block, block % parts
         start = run * run_size + tf.minimum(part * part_size, run_size - part_size)
         size = runs * part_size
@@ -117,7 +130,9 @@ def _best_of_runs(scorer: BlockScorer, k: int, block_size: int):
         first = tf.cast(start + tf.range(runs) * part_size, tf.int64)
         return tf.reduce_max(scores, axis=2), tf.argmax(scores, axis=2) + first
 
-    def body(block, scores, indices):
+    def body(
+        block: tf.Tensor, scores: tf.TensorArray, indices: tf.TensorArray
+    ) -> tuple[tf.Tensor, tf.TensorArray, tf.TensorArray]:
         block_scores, block_indices = best_of_block(block, runs_per_block)
         return block + 1, scores.write(block, block_scores), indices.write(block, block_indices)
 

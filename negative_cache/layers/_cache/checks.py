@@ -1,5 +1,7 @@
 """Checks of what a caller hands to a `Cache`."""
 
+from collections.abc import Sequence
+
 import tensorflow as tf
 
 from negative_cache.layers.tree_index import TreeIndex
@@ -31,4 +33,13 @@ def check_index(
         raise ValueError(
             "`index` must be saved if, and only if, the cache is: a tree of other rows is of no"
             f" use. Received an index with saved={not saved} and a cache with saved={saved}."
+        )
+
+
+def check_on_host(on_host: Sequence[str], embedding_key: str, index: TreeIndex | None) -> None:
+    """Checks that the embeddings are not on the host where every step needs all of them."""
+    if embedding_key in on_host and index is None:
+        raise ValueError(
+            "Without an `index` the embeddings are all read at every step, and cannot be"
+            f" `on_host`. Received: {on_host!r}."
         )

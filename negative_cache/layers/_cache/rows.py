@@ -1,6 +1,6 @@
 """The features of a cache's rows as variables, each where it belongs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
@@ -64,14 +64,14 @@ class CacheRows:
         """Writes all `items`."""
         self._write(rows, items, items)
 
-    def _write(self, rows, items, keys):
+    def _write(self, rows: MaskedRows, items: Items, keys: Iterable[str]) -> None:
         for key in sorted(keys):
             variable, values = self.variables[key], tf.stop_gradient(items[key])
             scatter_rows(variable, rows.rows, rows.values(values, variable))
 
 
-def _make(name, shape, dtype, on_host):
-    def nothing():
+def _make(name: str, shape: list[int], dtype: tf.DType, on_host: bool) -> StateVariable:
+    def nothing() -> tf.Tensor:
         return tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype)
 
     return make_state_variable(nothing, name, on_host=on_host)

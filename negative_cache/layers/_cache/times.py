@@ -1,8 +1,15 @@
 """When the rows of a cache were last touched, which of them are filled, and which are oldest."""
 
+from collections.abc import Callable, Iterator
+
 import tensorflow as tf
 
-from negative_cache.layers._variables import Int32Variable, make_state_variable, scatter_rows
+from negative_cache.layers._variables import (
+    Int32Variable,
+    StateVariable,
+    make_state_variable,
+    scatter_rows,
+)
 from negative_cache.ops import OldestRows, _execution, cache_rows, oldest_rows
 from negative_cache.ops.cache_rows import MaskedRows, times_of
 
@@ -42,7 +49,7 @@ class RowTimes:
         """C."""
         return self._stamps.shape[0]
 
-    def limits(self):
+    def limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         """As of `StateLayer`."""
         num_rows = self._stamps.shape[0]
         yield "the number of steps", self.step, 0, tf.int32.max
@@ -110,10 +117,10 @@ class RowTimes:
         queue = OldestRows(tf.convert_to_tensor(rows), tf.convert_to_tensor(touched))
         usable = queue.untouched(times_of(tf.gather(self._stamps, queue.rows)))
 
-        def from_queue():
+        def from_queue() -> tf.Tensor:
             return queue.first(usable, count)
 
-        def from_new_queue():
+        def from_new_queue() -> tf.Tensor:
             size = (
                 tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
             )
@@ -131,18 +138,18 @@ class RowTimes:
         num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
         return tf.cond(num_usable >= count, from_queue, from_new_queue)
 
-    def _age(self, stamps):
+    def _age(self, stamps: tf.Tensor) -> tf.Tensor:
         return self.now - times_of(stamps)
 
-    def _on_device(self, function):
+    def _on_device(self, function: Callable[[], tf.Tensor]) -> tf.Tensor:
         """Arithmetic of int32, which TensorFlow itself does on the host."""
         return _execution.as_constant(function, like=self._stamps)
 
-    def _write(self, rows, stamps):
+    def _write(self, rows: MaskedRows, stamps: tf.Tensor) -> None:
         scatter_rows(self._stamps, rows.rows, rows.values(stamps, self._stamps))
 
 
-def _make_queue():
+def _make_queue() -> dict[str, StateVariable]:
     """Variables of an `OldestRows` without a usable entry."""
     size = [_QUEUE_SIZE]
     return {

@@ -1,7 +1,8 @@
 """How the rows of a `Cache` are written, on one replica: they arrive, change, and start over."""
 
+import functools
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -13,6 +14,9 @@ from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import _execution, insertion_rows, masked_rows
 from negative_cache.ops.cache_rows import MaskedRows
 from negative_cache.ops.groups import Groups
+
+# Pairs of rows [n] and masks [n].
+Changed: TypeAlias = list[tuple[tf.Tensor, tf.Tensor]]
 
 
 class RowUpdates(NamedTuple):
@@ -67,16 +71,7 @@ class CacheWriter:
 
     def update(self, new_items: Items, mask: tf.Tensor, updates: RowUpdates | None) -> None:
         """`Cache.update` of `new_items` with True in `mask`, with arguments that were checked."""
-        fits = None
-        if self._row_key is None and mask.shape[0] is None:
-            # A batch whose size was unknown until now is refused before anything changes.
-            fits = tf.debugging.assert_less_equal(
-                tf.size(mask),
-                self._times.num_rows,
-                "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
-                " `cache_size`, or make the batches smaller.",
-            )
-        with tf.control_dependencies([] if fits is None else [fits]):
+        with tf.control_dependencies(self._assert_fits(mask)):
             self._times.step.assign_add(1)
         rows = None
         if self._row_key is not None:
@@ -93,7 +88,7 @@ class CacheWriter:
             known,
             like=self._times.stamps,
         )
-        if updates is not None:
+        if updates is not None and updated is not None:
             self._rows.write_on_host(updated, updates.items)
         self._rows.write_on_host(inserted, new_items)
         self._follow(changed)
@@ -119,7 +114,26 @@ class CacheWriter:
         self._times.forget()
         RowsById.clear(self._rows_by_id)
 
-    def _update_device(self, new_items, new_mask, rows, updates):
+    def _assert_fits(self, mask: tf.Tensor) -> list[tf.Operation]:
+        """Refuses a batch whose size was unknown until now, before anything changes."""
+        if self._row_key is not None or mask.shape[0] is not None:
+            return []
+        fits = tf.debugging.assert_less_equal(
+            tf.size(mask),
+            self._times.num_rows,
+            "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
+            " `cache_size`, or make the batches smaller.",
+        )
+        # In eager execution there is nothing to wait for.
+        return [] if fits is None else [fits]
+
+    def _update_device(
+        self,
+        new_items: Items,
+        new_mask: tf.Tensor,
+        rows: tf.Tensor | None,
+        updates: RowUpdates | None,
+    ) -> tuple[MaskedRows, MaskedRows | None, Changed]:
         """An update but for what is on the host, and the index.
 
         Returns:
@@ -145,7 +159,7 @@ class CacheWriter:
         self._times.fill(inserted, mask)
         return inserted, updated, [*changed, (inserted.rows, mask)]
 
-    def _known_rows(self, rows, mask) -> tuple[MaskedRows, tf.Tensor]:
+    def _known_rows(self, rows: tf.Tensor, mask: tf.Tensor) -> tuple[MaskedRows, tf.Tensor]:
         """Where new items are written whose ids have `rows` [n], and which of them are, [n]."""
         is_known = mask & (rows >= 0)
         self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
@@ -153,7 +167,7 @@ class CacheWriter:
         is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
         return masked_rows(rows, is_known), is_known
 
-    def _admit(self, items, mask):
+    def _admit(self, items: Items, mask: tf.Tensor) -> tf.Tensor:
         """Leaves out entries with a non-finite embedding, and counts them."""
         if self._embedding_key not in items:
             return mask
@@ -161,22 +175,24 @@ class CacheWriter:
         self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~finite))
         return mask & finite
 
-    def _follow(self, changed):
+    def _follow(self, changed: Changed) -> None:
         """Brings the index up to date with pairs of rows [n] and masks [n], changed embeddings."""
-        if self._index is None:
+        index = self._index
+        if index is None:
             return
         mask = tf.concat([mask for _, mask in changed], axis=0)
         rows = tf.concat([tf.cast(rows, tf.int64) for rows, _ in changed], axis=0)
         rows = tf.where(mask, rows, 0)
         # Read here: they may be on the host, where the index is not.
         embeddings = tf.gather(self._rows.variables[self._embedding_key], rows)
-        _execution.as_constant(
-            self._update_index, rows, embeddings, mask, like=self._index.state_variable
-        )
+        update = functools.partial(self._update_index, index)
+        _execution.as_constant(update, rows, embeddings, mask, like=index.state_variable)
 
-    def _update_index(self, rows, embeddings, mask):
+    def _update_index(
+        self, index: TreeIndex, rows: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor
+    ) -> None:
         numbers = tf.cast(rows, tf.int32)
         # A row may come several times.
         mask &= Groups.of(numbers, mask).rank == 0
         mask &= self._times.is_filled(rows)
-        self._index.update(numbers, embeddings, mask)
+        index.update(numbers, embeddings, mask)

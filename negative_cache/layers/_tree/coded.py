@@ -1,12 +1,12 @@
 """Candidates of a `TreeIndex` that keeps no embeddings, but residuals coded by a few bytes."""
 
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache.layers._tree.state import LeafPlan, write_nodes, write_rows
-from negative_cache.layers._tree.stored import RowTransform
+from negative_cache.layers._tree.stored import RowTransform, StoredEmbeddings
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops.groups import Groups
 from negative_cache.ops.product_quantizer import (
@@ -251,7 +251,7 @@ class CodedResiduals:
             node = np.repeat(owners[leaves], np.sum(some >= 0, axis=1))
             self.write(ids, _rows(embeddings, ids), node, tf.fill([len(ids)], True))
 
-    def _load_leaves(self, embeddings, members, node):
+    def _load_leaves(self, embeddings: np.ndarray, members: np.ndarray, node: np.ndarray) -> None:
         vectors = _rows(embeddings, np.maximum(members, 0).reshape(-1))
         vectors = tf.reshape(vectors, [*members.shape, self._shape.dim])
         stats = candidate_stats(members >= 0, tf.zeros(members.shape))
@@ -260,14 +260,14 @@ class CodedResiduals:
         write_nodes(self._means, node, mean, everywhere)
         write_nodes(self._stats, node, stats, everywhere)
 
-    def _encode(self, residuals):
+    def _encode(self, residuals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Codes [..., m] of residuals [..., d], and the distances of what they stand for."""
         codes = quantize(self._along_basis(residuals), self._codebooks())
         off = tf.norm(residuals - self._decode(codes), axis=-1)
         # Also of the sums with a centre.
         return codes, off * distances_round_up(residuals) + 1e-6 * tf.norm(residuals, axis=-1)
 
-    def _decode(self, codes):
+    def _decode(self, codes: tf.Tensor) -> tf.Tensor:
         """Residuals [..., d] that codes [..., m] stand for."""
         return tf.matmul(
             dequantize(codes, self._codebooks()),
@@ -275,14 +275,18 @@ class CodedResiduals:
             transpose_b=True,
         )
 
-    def _along_basis(self, vectors):
+    def _along_basis(self, vectors: tf.Tensor) -> tf.Tensor:
         return tf.matmul(vectors, tf.cast(tf.convert_to_tensor(self._basis), tf.float32))
 
-    def _centres(self, node):
+    def _centres(self, node: tf.Tensor) -> tf.Tensor:
         return tf.cast(take_nodes(self._means, node), tf.float32)
 
-    def _codebooks(self):
+    def _codebooks(self) -> tf.Tensor:
         return tf.cast(tf.convert_to_tensor(self._books), tf.float32)
+
+
+# What a tree keeps of its candidates, in either form.
+TreeCandidates: TypeAlias = StoredEmbeddings | CodedResiduals
 
 
 def _principal_directions(residuals: np.ndarray, count: int, num_parts: int) -> np.ndarray:
@@ -292,5 +296,5 @@ def _principal_directions(residuals: np.ndarray, count: int, num_parts: int) -> 
     return by_variance[:, np.argsort(np.arange(count) % num_parts, kind="stable")]
 
 
-def _rows(embeddings, ids: np.ndarray) -> tf.Tensor:
+def _rows(embeddings: np.ndarray, ids: np.ndarray) -> tf.Tensor:
     return tf.convert_to_tensor(np.asarray(embeddings[ids], np.float32))

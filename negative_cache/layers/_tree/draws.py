@@ -2,37 +2,38 @@
 
 import functools
 import math
-from collections.abc import Callable
 from typing import TypedDict
 
 import tensorflow as tf
 
-from negative_cache.layers._tree.coded import CodedResiduals
-from negative_cache.layers._tree.stored import RowTransform, StoredEmbeddings
+from negative_cache.layers._tree.coded import TreeCandidates
+from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.ops import SoftmaxSample, _execution
+from negative_cache.ops._block_scorer import TensorFn
 from negative_cache.ops._draws import Seed, seed_or_random
 from negative_cache.ops.tree.cut import ROUNDING, Scoring, Tree, log_partition_bounds, make_cut
 from negative_cache.ops.tree.sampling import sample_tree
 
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
 
+class ScoreOptions(TypedDict, total=False):
+    """What draws of a tree score candidates by; see `DrawOptions`."""
 
-class DrawOptions(TypedDict, total=False):
-    """Keyword arguments of draws; `TreeIndex.sample_with_log_probability` says what they do."""
-
-    temperature: float | tf.Tensor | None
     score_transform: TensorFn | None
-    beam: int | None
     candidate_ids: tf.Tensor | None
     positive_ids: tf.Tensor | None
     max_scores: tf.Tensor | None
-    row_transform: RowTransform | None
     seed: Seed
 
 
-def transformed(
-    tree: Tree, candidates: StoredEmbeddings | CodedResiduals, row_transform: RowTransform | None
-) -> Tree:
+class DrawOptions(ScoreOptions, total=False):
+    """Keyword arguments of draws; `TreeIndex.sample_with_log_probability` says what they do."""
+
+    temperature: float | tf.Tensor | None
+    beam: int | None
+    row_transform: RowTransform | None
+
+
+def transformed(tree: Tree, candidates: TreeCandidates, row_transform: RowTransform | None) -> Tree:
     """The tree as draws see it whose candidates, and means of them, are corrected."""
     if row_transform is None:
         return tree

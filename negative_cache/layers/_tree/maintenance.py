@@ -11,7 +11,8 @@ import functools
 
 import tensorflow as tf
 
-from negative_cache.layers._tree.state import tree_levels, write_nodes, write_rows
+from negative_cache.layers._tree.coded import TreeCandidates
+from negative_cache.layers._tree.state import TreeState, tree_levels, write_nodes, write_rows
 from negative_cache.ops import _execution
 from negative_cache.ops.groups import Groups
 from negative_cache.ops.tree.cut import COUNT, RADIUS, SPREAD, Tree, take_nodes
@@ -43,7 +44,12 @@ class TreeMaintenance:
       candidates: what holds the candidates' vectors, see `stored` and `coded`.
     """
 
-    def __init__(self, shape: TreeShape, state, candidates):
+    def __init__(
+        self,
+        shape: TreeShape,
+        state: TreeState,
+        candidates: TreeCandidates,
+    ):
         self._shape = shape
         self._state = state
         self._candidates = candidates
@@ -94,17 +100,19 @@ class TreeMaintenance:
         self._change_paths(node, vectors, -tf.cast(is_known, tf.float32), errors)
         self._take_out(ids, position, is_known)
 
-    def _locate(self, ids, mask):
+    def _locate(self, ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
         """Which of `ids` are in the tree, their slots, and their leaves' nodes: [m] each, or 0."""
         position = tf.gather(self._state.position, ids)
         is_known = mask & (position >= 0)
         position = tf.maximum(position, 0)
         return is_known, position, self._owner(self._last + 1, position // self._shape.leaf_size)
 
-    def _insert(self, ids, vectors, pending):
+    def _insert(self, ids: tf.Tensor, vectors: tf.Tensor, pending: tf.Tensor) -> tf.Tensor:
         """Places the `pending` [m] candidates; returns how many there was no room for."""
 
-        def place_some(pending, is_stuck, num_refused):
+        def place_some(
+            pending: tf.Tensor, is_stuck: tf.Tensor, num_refused: tf.Tensor
+        ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
             chosen, is_one = _first_pending(pending)
             some_ids, some = tf.gather(ids, chosen), tf.gather(vectors, chosen)
             leaf = tf.cond(
@@ -133,7 +141,9 @@ class TreeMaintenance:
         )
         return num_refused
 
-    def _place(self, ids, vectors, leaf, mask):
+    def _place(
+        self, ids: tf.Tensor, vectors: tf.Tensor, leaf: tf.Tensor, mask: tf.Tensor
+    ) -> tf.Tensor:
         """Puts those with True in `mask` into free slots of their leaves; which have fitted."""
         rank = Groups.of(leaf, mask).rank
         slot, placed = _free_place(tf.gather(self._state.members, leaf), rank)
@@ -146,7 +156,7 @@ class TreeMaintenance:
         self._change_paths(node, vectors, tf.cast(placed, tf.float32), errors)
         return placed
 
-    def _nearest_with_room(self, vectors):
+    def _nearest_with_room(self, vectors: tf.Tensor) -> tf.Tensor:
         """[n] int32, for each of `vectors` the nearest of the leaves that have most room."""
         occupied = tf.convert_to_tensor(self._state.members) >= 0
         room = self._shape.leaf_size - tf.math.count_nonzero(occupied, axis=1, dtype=tf.int32)
@@ -157,7 +167,7 @@ class TreeMaintenance:
         choice = nearest(vectors, tf.cast(means, tf.float32), most > 0)
         return tf.gather(leaves, choice)
 
-    def _take_out(self, ids, position, mask):
+    def _take_out(self, ids: tf.Tensor, position: tf.Tensor, mask: tf.Tensor) -> None:
         """Empties slots whose candidates the statistics of their paths count no longer."""
         write_nodes(self._state.members, position, tf.fill(tf.shape(ids), -1), mask)
         write_rows(self._state.position, ids, tf.fill(tf.shape(ids), -1), mask)
@@ -172,7 +182,7 @@ class TreeMaintenance:
             lambda: None,
         )
 
-    def _give_up(self, depth, blocks, mask):
+    def _give_up(self, depth: int, blocks: tf.Tensor, mask: tf.Tensor) -> None:
         """Makes empty blocks free, and those that owned them if they are empty now."""
         level = str(depth)
         node = self._owner(depth, blocks)
@@ -190,7 +200,7 @@ class TreeMaintenance:
             depth - 1, parents.numbers, parents.is_some & tf.reduce_all(children < 0, axis=1)
         )
 
-    def _split_leaves(self, leaf, mask):
+    def _split_leaves(self, leaf: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         """Splits leaves with True in `mask`, and full blocks above them; whether any was split."""
         groups = Groups.of(leaf, mask)
         requests = [_first(groups.numbers, groups.is_some)]
@@ -210,7 +220,7 @@ class TreeMaintenance:
             )
         return has_split
 
-    def _split(self, depth, blocks, mask):
+    def _split(self, depth: int, blocks: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         """Finds each block of level `depth` a free one, and a node to own it; moves half there.
 
         Returns whether that worked for any.
@@ -241,7 +251,12 @@ class TreeMaintenance:
                 write_nodes(self._state.first_spread, at, stats[:, SPREAD], mask)
         return tf.reduce_any(mask)
 
-    def _halve_leaves(self, leaves, nodes, mask):
+    def _halve_leaves(
+        self,
+        leaves: tuple[tf.Tensor, tf.Tensor],
+        nodes: tuple[tf.Tensor, tf.Tensor],
+        mask: tf.Tensor,
+    ) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """Moves candidates of the old leaves to the new ones; mean and statistics of both."""
         size = self._shape.leaf_size
         members = tf.gather(self._state.members, leaves[0])
@@ -261,7 +276,9 @@ class TreeMaintenance:
             )
         return halves
 
-    def _halve_nodes(self, depth, blocks, new_blocks, mask):
+    def _halve_nodes(
+        self, depth: int, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor
+    ) -> list[tuple[tf.Tensor, tf.Tensor]]:
         """Moves nodes of `blocks` of level `depth` to `new_blocks`, likewise."""
         level, below = str(depth), str(depth + 1)
         children = tf.gather(self._state.children[level], blocks)
@@ -289,7 +306,9 @@ class TreeMaintenance:
         write_rows(self._state.owners[below], owned, tf.reshape(address, [-1]), moved)
         return halves
 
-    def _change_paths(self, address, vectors, signs, errors):
+    def _change_paths(
+        self, address: tf.Tensor, vectors: tf.Tensor, signs: tf.Tensor, errors: tf.Tensor
+    ) -> None:
         """Counts candidates in (sign 1) and out (-1) at nodes of the last level and above them."""
         for depth in range(self._last, -1, -1):
             level = str(depth)
@@ -303,7 +322,7 @@ class TreeMaintenance:
             if depth > 0:
                 address = self._owner(depth, address // self._shape.widths[depth])
 
-    def _owner(self, depth, blocks):
+    def _owner(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
         """The addresses of the nodes of level `depth` - 1 that own blocks; 0 where none does."""
         return tf.maximum(tf.gather(self._state.owners[str(depth)], blocks), 0)
 

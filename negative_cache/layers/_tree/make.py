@@ -1,11 +1,11 @@
 """The parts of a new `TreeIndex`."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from negative_cache.layers._tree.checks import check_residual_bytes
-from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.coded import CodedResiduals, TreeCandidates
 from negative_cache.layers._tree.state import make_tree_variables
 from negative_cache.layers._tree.stored import StoredEmbeddings
 from negative_cache.ops.tree.shape import TreeShape
@@ -24,8 +24,8 @@ class TreeParts(NamedTuple):
     """
 
     shape: TreeShape
-    candidates: StoredEmbeddings | CodedResiduals
-    fields: dict
+    candidates: TreeCandidates
+    fields: dict[str, Any]
 
 
 def make_tree(
@@ -54,7 +54,7 @@ def make_tree(
         spare=kind.leaves.spare,
     )
     fields = make_tree_variables(shape, kind.leaf_mean_dtype)
-    candidates: StoredEmbeddings | CodedResiduals
+    candidates: TreeCandidates
     if dtype is None:
         last = str(shape.num_levels - 1)
         means, stats = fields["mean"][last], fields["stats"][last]

@@ -2,7 +2,7 @@
 
 import types
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -17,6 +17,9 @@ from negative_cache.ops import masked_rows
 from negative_cache.ops.tree.build import Topology
 from negative_cache.ops.tree.cut import NUM_STATS, TreeLevel, take_nodes
 from negative_cache.ops.tree.shape import TreeShape
+
+# The variables of a tree, named as `make_tree_variables` says.
+TreeState: TypeAlias = types.SimpleNamespace
 
 
 class LeafPlan(NamedTuple):
@@ -33,7 +36,7 @@ class LeafPlan(NamedTuple):
     spare: float
 
 
-def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
+def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict[str, Any]:
     """The variables of a tree, as fields of a `StateLayer`; empty as `empty_topology` says.
 
     Returns:
@@ -51,10 +54,10 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
     """
     last = shape.num_levels - 1
 
-    def make(name, size, dtype, value=0):
+    def make(name: str, size: list[int], dtype: tf.DType, value: float = 0) -> StateVariable:
         return make_state_variable(lambda: tf.cast(tf.fill(size, value), dtype), name)
 
-    fields = {
+    fields: dict[str, Any] = {
         "mean": {},
         "stats": {},
         "children": {},
@@ -84,7 +87,7 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict:
 
 
 def tree_limits(
-    shape: TreeShape, state: types.SimpleNamespace
+    shape: TreeShape, state: TreeState
 ) -> Iterator[tuple[str, StateVariable, float, float]]:
     """What the places that the variables hold may be, as of `StateLayer._limits`."""
     for depth in range(shape.num_levels):
@@ -101,7 +104,7 @@ def tree_limits(
     yield "a slot", state.position, -1, shape.num_leaves * shape.leaf_size - 1
 
 
-def tree_levels(state: types.SimpleNamespace) -> tuple[TreeLevel, ...]:
+def tree_levels(state: TreeState) -> tuple[TreeLevel, ...]:
     """The node levels of the variables."""
     return tuple(
         TreeLevel(state.mean[level], state.stats[level], state.children[level])
@@ -124,7 +127,7 @@ def empty_topology(shape: TreeShape) -> Topology:
     return Topology(children, owners, np.full([shape.num_leaves, shape.leaf_size], -1, np.int32))
 
 
-def assign_topology(state: types.SimpleNamespace, topology: Topology) -> None:
+def assign_topology(state: TreeState, topology: Topology) -> None:
     """Assigns a topology and what follows from it.
 
     The statistics are zero then.

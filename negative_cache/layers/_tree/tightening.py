@@ -1,8 +1,12 @@
 """Exact statistics for every node of a `TreeIndex`, by passes over its blocks."""
 
+from collections.abc import Callable
+from typing import Any
+
 import tensorflow as tf
 
-from negative_cache.layers._tree.state import write_nodes
+from negative_cache.layers._tree.coded import TreeCandidates
+from negative_cache.layers._tree.state import TreeState, write_nodes
 from negative_cache.ops.tree.cut import RADIUS, take_nodes
 from negative_cache.ops.tree.shape import TreeShape
 from negative_cache.ops.tree.statistics import combine, distances_round_up
@@ -11,7 +15,7 @@ from negative_cache.ops.tree.statistics import combine, distances_round_up
 _READ_AT_ONCE = 2**22
 
 
-def tighten(shape: TreeShape, state, candidates) -> None:
+def tighten(shape: TreeShape, state: TreeState, candidates: TreeCandidates) -> None:
     """Computes means, spreads, radii and errors anew, from the leaves up.
 
     The radii are the distances of the farthest candidates themselves at every level, where those
@@ -20,7 +24,7 @@ def tighten(shape: TreeShape, state, candidates) -> None:
     last = shape.num_levels - 1
     leaf_owners = state.owners[str(last + 1)]
 
-    def tighten_leaves(leaves):
+    def tighten_leaves(leaves: tf.Tensor) -> None:
         node = tf.gather(leaf_owners, leaves)
         members = tf.gather(state.members, leaves)
         mean, stats = candidates.summary(members, tf.maximum(node, 0))
@@ -34,7 +38,7 @@ def tighten(shape: TreeShape, state, candidates) -> None:
         return
 
     # Radii that were combined from radii are loose: these are of the candidates.
-    def measure(leaves, radii):
+    def measure(leaves: tf.Tensor, radii: list[tf.Tensor]) -> list[tf.Tensor]:
         members = tf.gather(state.members, leaves)
         node = tf.gather(leaf_owners, leaves)
         is_owned, node = node >= 0, tf.maximum(node, 0)
@@ -61,8 +65,8 @@ def tighten(shape: TreeShape, state, candidates) -> None:
         stats.assign(tf.stack(columns, axis=-1))
 
 
-def _combine_blocks(shape, state, depth):
-    def combine_some(blocks):
+def _combine_blocks(shape: TreeShape, state: TreeState, depth: int) -> None:
+    def combine_some(blocks: tf.Tensor) -> None:
         node = tf.gather(state.owners[str(depth)], blocks)
         means = tf.cast(tf.gather(state.mean[str(depth)], blocks), tf.float32)
         mean, stats = combine(means, tf.gather(state.stats[str(depth)], blocks))
@@ -72,14 +76,16 @@ def _combine_blocks(shape, state, depth):
     _for_blocks(shape.num_blocks[depth], shape.widths[depth] * shape.dim, combine_some)
 
 
-def _for_blocks(num_blocks, block_size, function, *values):
+def _for_blocks(
+    num_blocks: int, block_size: int, function: Callable[..., Any], *values: Any
+) -> Any:
     """Calls `function(blocks, *values)` for all blocks, some at a time; it returns new values.
 
     The last call has as many blocks as the others, some of them for the second time.
     """
     size = min(max(_READ_AT_ONCE // block_size, 1), num_blocks)
 
-    def body(start, *values):
+    def body(start: tf.Tensor, *values: Any) -> tuple[Any, ...]:
         blocks = tf.minimum(start, num_blocks - size) + tf.range(size)
         new_values = function(blocks, *values)
         return (start + size, *([new_values] if values else []))

@@ -1,7 +1,8 @@
 """All that changes the variables of a `TreeIndex`."""
 
 import functools
-import types
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -9,10 +10,9 @@ import tensorflow as tf
 from negative_cache.layers._state import on_every_replica
 from negative_cache.layers._tree.build import BuiltTree
 from negative_cache.layers._tree.checks import is_usable
-from negative_cache.layers._tree.coded import CodedResiduals
+from negative_cache.layers._tree.coded import TreeCandidates
 from negative_cache.layers._tree.maintenance import TreeMaintenance
-from negative_cache.layers._tree.state import assign_topology, empty_topology
-from negative_cache.layers._tree.stored import StoredEmbeddings
+from negative_cache.layers._tree.state import TreeState, assign_topology, empty_topology
 from negative_cache.layers._tree.tightening import tighten
 from negative_cache.ops import _execution
 from negative_cache.ops.groups import Groups
@@ -34,8 +34,8 @@ class TreeUpkeep:
     def __init__(
         self,
         shape: TreeShape,
-        state: types.SimpleNamespace,
-        candidates: StoredEmbeddings | CodedResiduals,
+        state: TreeState,
+        candidates: TreeCandidates,
     ):
         self._shape = shape
         self._state = state
@@ -78,7 +78,7 @@ class TreeUpkeep:
         """Computes all statistics anew."""
         self._on_every_replica(self._compiled_tighten)
 
-    def _on_every_replica(self, function, *args):
+    def _on_every_replica(self, function: Callable[..., None], *args: Any) -> None:
         # Outside of its scope a strategy is not known, and one replica alone would be changed.
         if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
             with self._strategy.scope():
@@ -86,12 +86,12 @@ class TreeUpkeep:
         else:
             on_every_replica(function, *args)
 
-    def _clear(self):
+    def _clear(self) -> None:
         assign_topology(self._state, empty_topology(self._shape))
         self._candidates.clear()
         self._state.max_norm.assign(0.0)
 
-    def _load(self, built, embeddings, seed):
+    def _load(self, built: BuiltTree, embeddings: np.ndarray, seed: int) -> None:
         topology = built.topology
         assign_topology(self._state, topology)
         self._candidates.clear()
@@ -104,7 +104,7 @@ class TreeUpkeep:
         last_stats = tf.convert_to_tensor(self.tree.levels[-1].stats)
         self._state.first_spread.assign(last_stats[..., SPREAD])
 
-    def _update(self, ids, embeddings, mask):
+    def _update(self, ids: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor) -> None:
         usable = self._usable(ids, mask) & self._candidates.accepts_updates
         embeddings = self._candidates.rounded(embeddings)
         usable &= is_usable(embeddings)
@@ -115,12 +115,12 @@ class TreeUpkeep:
         skipped = tf.math.count_nonzero(mask & ~usable) + tf.cast(refused, tf.int64)
         self._state.num_skipped.assign_add(skipped)
 
-    def _remove(self, ids, mask):
+    def _remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
         usable = self._usable(ids, mask)
         self._maintenance.remove(tf.where(usable, ids, 0), usable)
         self._state.num_skipped.assign_add(tf.math.count_nonzero(mask & ~usable))
 
-    def _tighten(self):
+    def _tighten(self) -> None:
         tighten(self._shape, self._state, self._candidates)
         # No embedding is longer than the farthest point of a node of the root can be.
         root = self.tree.levels[0]
@@ -128,7 +128,7 @@ class TreeUpkeep:
         longest = tf.reduce_max(norms + root.stats[..., RADIUS]) * (1.0 + 1e-5)
         self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
 
-    def _usable(self, ids, mask):
+    def _usable(self, ids: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         """[m] bool, in range and for the first time."""
         mask = mask & (ids >= 0) & (ids < self._shape.capacity)
         return mask & (Groups.of(ids, mask).rank == 0)

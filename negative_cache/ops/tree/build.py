@@ -66,7 +66,8 @@ def build_topology(
     groups = partition(points, shape.leaf_size, fill=fill, rng=rng, on_progress=on_progress)
     members, _ = _tabulate(groups, shape.num_leaves, shape.leaf_size)
     means = _means(points, members)
-    children, owners = [], []
+    children: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
     for level in reversed(range(levels)):
         width = shape.widths[level]
         if level:

@@ -16,13 +16,12 @@ children. All shapes are fixed.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import tensorflow as tf
 
 from negative_cache.ops import _execution
-from negative_cache.ops._block_scorer import INADMISSIBLE, is_among
+from negative_cache.ops._block_scorer import INADMISSIBLE, TensorFn, is_among
 from negative_cache.ops.tree.shape import TreeShape
 
 # The columns of `TreeLevel.stats`.
@@ -84,7 +83,7 @@ class Tree(NamedTuple):
     levels: tuple[TreeLevel, ...]
     members: tf.Tensor
     candidates: Candidates
-    mean_transform: Callable[[tf.Tensor], tf.Tensor] | None = None
+    mean_transform: TensorFn | None = None
 
     def means_of_blocks(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
         """[..., width, d] float32, the (transformed) means of the nodes of blocks [...]."""
@@ -94,7 +93,7 @@ class Tree(NamedTuple):
         """[..., d] float32, the (transformed) means of the nodes at `addresses` [...]."""
         return self._transformed(take_nodes(self.levels[depth].mean, addresses))
 
-    def _transformed(self, means):
+    def _transformed(self, means: tf.Tensor) -> tf.Tensor:
         means = tf.cast(means, tf.float32)
         if self.mean_transform is None:
             return means
@@ -117,7 +116,7 @@ class Scoring:
     def __init__(
         self,
         queries: tf.Tensor,
-        transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
+        transform: TensorFn | None = None,
         *,
         candidate_ids: tf.Tensor | None = None,
         positive_ids: tf.Tensor | None = None,
@@ -210,7 +209,7 @@ class Scoring:
             admissible &= scores <= self._like(self._max_scores, scores)
         return tf.where(admissible, scores, INADMISSIBLE)
 
-    def _transformed(self, products):
+    def _transformed(self, products: tf.Tensor) -> tf.Tensor:
         """Scores, and their derivatives by the inner product."""
         if self._transform is None:
             return products, 1.0
@@ -220,7 +219,7 @@ class Scoring:
         slopes = tape.gradient(scores, products, unconnected_gradients="zero")
         return scores, tf.stop_gradient(tf.where(tf.math.is_finite(slopes), slopes, 0.0))
 
-    def _like(self, values, other):
+    def _like(self, values: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
         """[B, 1, ...], of the rank of `other`."""
         return tf.reshape(values, [-1] + [1] * (other.shape.rank - 1))
 
@@ -319,7 +318,8 @@ def log_partition_bounds(
       scoring: without candidates left out, of which the bounds of nodes know nothing.
       rounding: [B], what an inner product may be off by.
     """
-    lower, upper = [], []
+    lower: list[tf.Tensor] = []
+    upper: list[tf.Tensor] = []
     for nodes in cut.nodes:
         for parts, bound in zip(
             (lower, upper), scoring.bounds(nodes.products, nodes.stats, rounding)
@@ -335,7 +335,7 @@ def log_partition_bounds(
         bound = tf.reduce_logsumexp(tf.concat(parts, axis=1), axis=1)
         bound += sign * _SUM_ROUNDING * (1.0 + tf.abs(bound))
         bounds.append(without_nothing(bound))
-    return tuple(bounds)
+    return bounds[0], bounds[1]
 
 
 def _log_normal_cdf(values: tf.Tensor) -> tf.Tensor:
@@ -357,7 +357,9 @@ def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:
     return tf.gather_nd(values, tf.stack([addresses // width, addresses % width], axis=-1))
 
 
-def _score_blocks(tree: Tree, depth: int, queries: tf.Tensor, block: tf.Tensor):
+def _score_blocks(
+    tree: Tree, depth: int, queries: tf.Tensor, block: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Products [B, n * width] with the nodes of blocks [B, n], and their stats; -1 is empty."""
     level, dim = tree.levels[depth], queries.shape[1]
     held = tf.maximum(block, 0)

@@ -19,7 +19,7 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
     """
     cut = make_cut(tree, scoring, beam)
     log_partition = tf.reduce_logsumexp(cut.log_masses, axis=1).numpy().astype(np.float64)
-    from_above = None
+    from_above: np.ndarray | None = None
     for depth, (level, nodes) in enumerate(zip(tree.levels, cut.nodes)):
         num_blocks, width = level.children.shape
         law = np.full([len(log_partition), num_blocks * width], -np.inf)
@@ -37,6 +37,7 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
         from_above[:, children] = law
         from_above = from_above[:, :-1]
 
+    assert from_above is not None and cut.ids is not None, "leaves are opened"
     members = tf.convert_to_tensor(tree.members).numpy()
     level = tree.levels[-1]
     leaf_means = np.zeros([len(members) + 1, tree.shape.dim], np.float32)

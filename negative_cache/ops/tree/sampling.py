@@ -109,6 +109,7 @@ def search_tree(tree: Tree, queries: tf.Tensor, k: int, beam: int) -> tuple[tf.T
     Where there are fewer than k candidates, scores are -inf and ids -1.
     """
     cut = make_cut(tree, _ByBest(queries), beam)
+    assert cut.scores is not None and cut.ids is not None, "leaves are opened"
     # The leaves may have fewer slots than k.
     missing = [[0, 0], [0, max(k - cut.scores.shape[1], 0)]]
     best = tf.math.top_k(tf.pad(cut.scores, missing, constant_values=INADMISSIBLE), k=k)
@@ -129,7 +130,7 @@ class _ByBest(Scoring):
     order, over all inverse temperatures β.
     """
 
-    def log_masses(self, products, stats):
+    def log_masses(self, products: tf.Tensor, stats: tf.Tensor) -> tf.Tensor:
         """As of `Scoring`: [B, ...], `INADMISSIBLE` for empty nodes."""
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
         norms = self._like(tf.norm(self.queries, axis=1), products)
@@ -138,7 +139,14 @@ class _ByBest(Scoring):
         return tf.where(count > 0.0, products + norms * above, INADMISSIBLE)
 
 
-def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> TreeDraws:
+def _descend(
+    tree: Tree,
+    scoring: Scoring,
+    cut: Cut,
+    position: tf.Tensor,
+    log_probability: tf.Tensor,
+    random: tf.Tensor,
+) -> TreeDraws:
     """Goes down from parts of the cut to candidates.
 
     Args:
@@ -150,21 +158,7 @@ def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> Tree
       random: [L, B, T] uniforms.
     """
     num_levels = tree.shape.num_levels
-    address = tf.zeros_like(position)
-    start = 0
-    depth_of_part = tf.fill(tf.shape(position), num_levels)
-    for depth, nodes in enumerate(cut.nodes):
-        size = nodes.log_mass.shape[1]
-        is_here = (position >= start) & (position < start + size)
-        node = tf.clip_by_value(position - start, 0, size - 1)
-        width = tree.shape.widths[depth]
-        first = nodes.first
-        if depth > 0:
-            first = tf.gather(nodes.first, node // width, batch_dims=1)
-        address = tf.where(is_here, first + node % width, address)
-        depth_of_part = tf.where(is_here, depth, depth_of_part)
-        start += size
-
+    depth_of_part, address, num_nodes = _locate(tree, cut, position)
     queries = scoring.queries
     for depth, level in enumerate(tree.levels):
         is_here = depth_of_part <= depth
@@ -189,8 +183,9 @@ def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> Tree
         log_probability += tf.where(is_here, its_log_probability, 0.0)
 
     # What the cut holds as single candidates is drawn already.
+    assert cut.scores is not None and cut.ids is not None, "leaves are opened"
     in_cut = depth_of_part == num_levels
-    candidate = tf.clip_by_value(position - start, 0, cut.ids.shape[1] - 1)
+    candidate = tf.clip_by_value(position - num_nodes, 0, cut.ids.shape[1] - 1)
     return TreeDraws(
         tf.where(in_cut, tf.gather(cut.ids, candidate, batch_dims=1), ids),
         tf.where(in_cut, tf.gather(cut.scores, candidate, batch_dims=1), scores),
@@ -198,14 +193,39 @@ def _descend(tree, scoring, cut: Cut, position, log_probability, random) -> Tree
     )
 
 
-def _pick(log_masses, random):
+def _locate(tree: Tree, cut: Cut, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, int]:
+    """Where the parts of a cut at `position` [B, T] are.
+
+    Returns:
+      depth: [B, T] int32, the level of a part that is a node; the number of levels for others.
+      address: [B, T] int32, of a node.
+      num_nodes: how many parts of the cut are nodes. They come first.
+    """
+    address = tf.zeros_like(position)
+    start = 0
+    depth_of_part = tf.fill(tf.shape(position), tree.shape.num_levels)
+    for depth, nodes in enumerate(cut.nodes):
+        size = nodes.log_mass.shape[1]
+        is_here = (position >= start) & (position < start + size)
+        node = tf.clip_by_value(position - start, 0, size - 1)
+        width = tree.shape.widths[depth]
+        first = nodes.first
+        if depth > 0:
+            first = tf.gather(nodes.first, node // width, batch_dims=1)
+        address = tf.where(is_here, first + node % width, address)
+        depth_of_part = tf.where(is_here, depth, depth_of_part)
+        start += size
+    return depth_of_part, address, start
+
+
+def _pick(log_masses: tf.Tensor, random: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Positions [B, T] drawn in proportion to the masses [B, T, n], and their log probability."""
     position = inverse_cdf(tf.nn.softmax(log_masses), random[..., tf.newaxis])[..., 0]
     log_mass = tf.gather(log_masses, position, batch_dims=2)
     return position, log_mass - tf.reduce_logsumexp(log_masses, axis=2)
 
 
-def _correct(draws: TreeDraws, random, num_samples: int, steps: int) -> TreeDraws:
+def _correct(draws: TreeDraws, random: tf.Tensor, num_samples: int, steps: int) -> TreeDraws:
     """The states [B, S] of S independent chains after `steps` steps, out of B x S(K + 1) draws."""
     # Of the same shape: the draws of one chain, step by step.
     parts = [

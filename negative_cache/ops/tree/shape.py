@@ -55,7 +55,8 @@ class TreeShape:
         grows, or whose candidates move, finds leaves to split into.
         """
         num_leaves = math.ceil(spare * capacity / (leaf_fill * leaf_size)) + 2
-        widths, num_blocks = [], []
+        widths: list[int] = []
+        num_blocks: list[int] = []
         to_own = num_leaves
         while to_own > max_root_width:
             to_own = math.ceil(to_own / (_WORST_NODE_FILL * branching)) + 2

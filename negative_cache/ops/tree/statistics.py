@@ -150,19 +150,19 @@ def distances_round_up(vectors: tf.Tensor) -> float:
     return 1.0 + (vectors.shape[-1] + 4) * ROUNDING
 
 
-def _nearer(vectors, one, other):
+def _nearer(vectors: tf.Tensor, one: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
     """[Q, n], positive for vectors that are nearer to `one` [Q, d] than to `other`."""
     middle = 0.5 * (one + other)
     return tf.einsum("qnd,qd->qn", vectors - middle[:, tf.newaxis], one - other)
 
 
-def _farthest(vectors, is_there, point):
+def _farthest(vectors: tf.Tensor, is_there: tf.Tensor, point: tf.Tensor) -> tf.Tensor:
     distances = tf.reduce_sum((vectors - point[:, tf.newaxis]) ** 2, axis=2)
     position = tf.argmax(tf.where(is_there, distances, -1.0), axis=1)
     return tf.gather(vectors, position, batch_dims=1)
 
 
-def _mean_or(vectors, weights, default):
+def _mean_or(vectors: tf.Tensor, weights: tf.Tensor, default: tf.Tensor) -> tf.Tensor:
     count = tf.reduce_sum(weights, axis=1)
     mean = tf.reduce_sum(weights * vectors, axis=1) / tf.maximum(count, 1.0)
     return tf.where(count > 0.0, mean, default)
