@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from negative_cache import _features, _towers, _validation, evaluation
 from negative_cache._compat import keras
+from negative_cache.layers import FromCorpus
+from negative_cache.layers._negatives.cached import CachedNegatives
 
 
 class CorpusMetrics(keras.callbacks.Callback):
@@ -111,7 +113,8 @@ class CacheWarmStart(keras.callbacks.Callback):
     Args:
       candidates: batches of candidate features.
       verbose: 1 shows a progress bar.
-      task: the `CachedRetrieval`; the attribute `task` of the model where None.
+      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
+        None.
 
     Raises:
       ValueError: when training begins, where the dataset is empty or the model has no cache.
@@ -127,44 +130,45 @@ class CacheWarmStart(keras.callbacks.Callback):
         return copy.copy(self)
 
     def on_train_begin(self, logs=None):
-        task = cached_task(self.model, self.task)
-        if _holds_rows(task):
-            return
-        if task.cache is not None and task.cache.row_key is not None:
+        for source in cached_sources(self.model, self.task):
+            # In the scope, but outside of the replicas: what is added reaches every one of them.
             with self.model.distribute_strategy.scope():
-                task.fill_cache(self.candidates, verbose=self.verbose)
+                if not _holds_rows(source):
+                    self._fill(source)
+
+    def _fill(self, source):
+        if isinstance(source, FromCorpus):
+            source.fill(self.candidates, verbose=self.verbose)
             return
-        batches = iter(self.candidates)
+        batches = map(_features.named, self.candidates)
         first = next(batches, None)
-        # In the scope, but outside of the replicas: what is added reaches every one of them.
-        with self.model.distribute_strategy.scope():
-            if first is not None and task.cache is None:
-                # Makes the cache, and with it a checkpoint's rows appear.
-                task.embed_candidates(_features.first_rows(first, 1))
-                if _holds_rows(task):
-                    return
-            bar = keras.utils.Progbar(task.cache_size, unit_name="row") if self.verbose else None
-            num_added = 0
-            if first is not None:
-                num_added = self._fill(task, itertools.chain([first], batches), bar)
-        if num_added == 0:
+        if first is None:
             raise ValueError("The dataset to fill the cache from is empty.")
-        if bar and num_added < task.cache_size:
+        if source.cache is None:
+            # Makes the cache, and with it a checkpoint's rows appear.
+            source.encode(_features.first_rows(first, 1))
+            if _holds_rows(source):
+                return
+        bar = keras.utils.Progbar(source.cache_size, unit_name="row", verbose=self.verbose)
+        num_added = _add(source, itertools.chain([first], batches), bar)
+        if not num_added:
+            raise ValueError("The dataset to fill the cache from is empty.")
+        if num_added < source.cache_size:
             bar.update(num_added, finalize=True)
 
-    def _fill(self, task, batches, bar) -> int:
-        """Adds candidates until the cache is full, and returns their number."""
-        add = tf.function(task.add_to_cache, reduce_retracing=True)
-        num_added = 0
-        for features in batches:
-            num_rows = min(_features.num_rows(features), task.cache_size - num_added)
-            add(_features.first_rows(features, num_rows))
-            num_added += num_rows
-            if bar:
-                bar.update(num_added)
-            if num_added >= task.cache_size:
-                break
-        return num_added
+
+def _add(source, batches, bar) -> int:
+    """Adds candidates to a cache that streams until it is full, and returns their number."""
+    add = tf.function(source.add, reduce_retracing=True)
+    num_added = 0
+    for features in batches:
+        num_rows = min(_features.num_rows(features), source.cache_size - num_added)
+        add(_features.first_rows(features, num_rows))
+        num_added += num_rows
+        bar.update(num_added)
+        if num_added >= source.cache_size:
+            break
+    return num_added
 
 
 class CacheRefresh(keras.callbacks.Callback):
@@ -180,7 +184,8 @@ class CacheRefresh(keras.callbacks.Callback):
         With `steps_per_execution` it is at the end of the execution in which it was due.
       batch_size: candidates encoded at a time.
       verbose: 1 shows a progress bar at every refresh.
-      task: the `CachedRetrieval`; the attribute `task` of the model where None.
+      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
+        None.
 
     Raises:
       ValueError: where `every_steps` or `batch_size` is not positive; when training begins, where
@@ -202,37 +207,39 @@ class CacheRefresh(keras.callbacks.Callback):
         self.batch_size = _validation.check_count(batch_size, "batch_size")
         self.verbose = verbose
         self.task = task
-        self._num_due = None
+        self._num_due = []
 
     def on_train_begin(self, logs=None):
-        cached_task(self.model, self.task)
-        self._num_due = None
+        sources = cached_sources(self.model, self.task)
+        self._num_due = [None] * len(sources)
 
     def on_epoch_begin(self, epoch, logs=None):
-        task = cached_task(self.model, self.task)
-        if self.every_steps is not None:
-            # By now other callbacks have restored what they restore.
-            if self._num_due is None:
-                self._num_due = self._due_until_now(task)
-        elif task.cache is not None and _has_aged(task.cache):
-            self._refresh(task)
+        for i, source in enumerate(cached_sources(self.model, self.task)):
+            if self.every_steps is not None:
+                # By now other callbacks have restored what they restore.
+                if self._num_due[i] is None:
+                    self._num_due[i] = self._due_until_now(source)
+            elif source.cache is not None and _has_aged(source.cache):
+                self._refresh(source)
 
     def on_train_batch_end(self, batch, logs=None):
         if self.every_steps is None:
             return
-        # The cache's own count: Keras does not say how many steps an execution had.
-        task = cached_task(self.model, self.task)
-        num_due = self._due_until_now(task)
-        if num_due > self._num_due:
-            self._refresh(task)
-            self._num_due = num_due
+        for i, source in enumerate(cached_sources(self.model, self.task)):
+            # The cache's own count: Keras does not say how many steps an execution had.
+            num_due = self._due_until_now(source)
+            if num_due > self._num_due[i]:
+                self._refresh(source)
+                self._num_due[i] = num_due
 
-    def _due_until_now(self, task) -> int:
-        return int(tf.convert_to_tensor(task.cache.step)) // self.every_steps if task.cache else 0
+    def _due_until_now(self, source) -> int:
+        if source.cache is None:
+            return 0
+        return int(tf.convert_to_tensor(source.cache.step)) // self.every_steps
 
-    def _refresh(self, task):
+    def _refresh(self, source):
         with self.model.distribute_strategy.scope():
-            task.refresh_cache(self.batch_size, self.verbose)
+            source.refresh(self.batch_size, verbose=self.verbose)
 
 
 def _has_aged(cache) -> bool:
@@ -240,16 +247,22 @@ def _has_aged(cache) -> bool:
     return bool(tf.reduce_any(waits))
 
 
-def cached_task(model, task=None):
-    """The task whose cache a callback is about: `task`, or where None that of the model."""
+def cached_sources(model, task=None) -> tuple[CachedNegatives, ...]:
+    """The caches that a callback is about: those of `task`, or if it is None of the model's task.
+
+    `task` may be one source of negatives too.
+    """
     task = task if task is not None else getattr(model, "task", None)
-    if not getattr(task, "cache_size", 0):
+    if isinstance(task, CachedNegatives):
+        return (task,)
+    sources = getattr(task, "cached_negatives", ())
+    if not sources:
         raise ValueError(
             "There is no cache: the model needs an attribute `task` with a cache, or give the"
             f" callback a `task`. Received: {task!r}."
         )
-    return task
+    return sources
 
 
-def _holds_rows(task) -> bool:
-    return task.cache is not None and int(tf.convert_to_tensor(task.cache.num_filled)) > 0
+def _holds_rows(source) -> bool:
+    return source.cache is not None and int(tf.convert_to_tensor(source.cache.num_filled)) > 0

@@ -4,7 +4,7 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache.callbacks import cached_task
+from negative_cache.callbacks import cached_sources
 
 
 class CacheSummaries(keras.callbacks.Callback):
@@ -22,7 +22,8 @@ class CacheSummaries(keras.callbacks.Callback):
     Args:
       log_dir: folder of the event files, such as that of the `TensorBoard` callback.
       update_freq: "epoch", or a number of batches.
-      task: the `CachedRetrieval`; the attribute `task` of the model where None.
+      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
+        None.
 
     Raises:
       ValueError: where `update_freq` is out of range; when training begins, where there is no task
@@ -39,7 +40,9 @@ class CacheSummaries(keras.callbacks.Callback):
         self._writer = None
 
     def on_train_begin(self, logs=None):
-        self._task = cached_task(self.model, self.task)
+        self._sources = cached_sources(self.model, self.task)
+        task = self.task if self.task is not None else self.model.task
+        self._metrics = task.training_metrics
         self._num_unwritten = 0
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(self.log_dir)
@@ -62,11 +65,13 @@ class CacheSummaries(keras.callbacks.Callback):
         self._writer.flush()
 
     def _write(self, step):
-        cache = self._task.cache
-        if cache is None:
+        sources = [source for source in self._sources if source.cache is not None]
+        if not sources:
             # The batch was not trained on: a resumed training passes over it.
             return
         with self._writer.as_default(step=step):
-            for metric in self._task.training_metrics:
+            for metric in self._metrics:
                 tf.summary.scalar(f"cache/{metric.name}", metric.result())
-            tf.summary.histogram("cache/age", tf.boolean_mask(cache.age, cache.filled))
+            for source in sources:
+                age = tf.boolean_mask(source.cache.age, source.cache.filled)
+                tf.summary.histogram(f"cache/{source.log_prefix}age", age)

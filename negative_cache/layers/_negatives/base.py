@@ -104,12 +104,17 @@ class Negatives(keras.layers.Layer):
             raise ValueError(f"{self.name!r} is not one of the `negatives` of a task yet.")
         return self._bound.task
 
-    def bind(self, task: Retrieval, log_prefix: str) -> None:
+    @property
+    def log_prefix(self) -> str:
+        """What the names of the source's logs begin with."""
+        return self._bound.prefix
+
+    def bind(self, task: Retrieval, prefix: str) -> None:
         """Makes the source one of `task`; called by the task when it is made.
 
         Args:
           task: has its arguments as attributes.
-          log_prefix: what the task's own logs begin with.
+          prefix: what the task's own logs begin with.
 
         Raises:
           ValueError: if the source has another task, or an option of the task does not go with it.
@@ -120,7 +125,7 @@ class Negatives(keras.layers.Layer):
                 f" {self.name!r}, which is in the task {self._bound.task.name!r}."
             )
         self._bound.task = task
-        self._bound.prefix = log_prefix + given_name(self)
+        self._bound.prefix = prefix + given_name(self)
 
     def build_cache(self, embedding_dim: int) -> None:
         """Makes what needs to know d, or checks it; called before the first `logits`."""

@@ -125,9 +125,9 @@ class CachedNegatives(Negatives, StateLayer):
 
     # The task, and the cache.
 
-    def bind(self, task: Retrieval, log_prefix: str) -> None:
-        super().bind(task, log_prefix)
-        prefix = self._bound.prefix
+    def bind(self, task: Retrieval, prefix: str) -> None:
+        super().bind(task, prefix)
+        prefix = self.log_prefix
         self._staleness = MeanIfAny(name=prefix + "staleness")
         self._log_partition = MeanIfAny(name=prefix + "log_partition")
         self._fill = Latest(name=prefix + "fill")

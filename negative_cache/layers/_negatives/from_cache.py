@@ -190,7 +190,7 @@ class FromCache(CachedNegatives):
     def index(self) -> TreeIndex | None:
         return self._bound.cache.index
 
-    def bind(self, task: Retrieval, log_prefix: str) -> None:
+    def bind(self, task: Retrieval, prefix: str) -> None:
         checks.check_weighting(task.frequency is not None, self.index, "frequency_correction")
         if task.frequency is not None and self.use_lru:
             raise ValueError(
@@ -203,7 +203,7 @@ class FromCache(CachedNegatives):
             _validation.check_id(
                 self._id_key, self.feature_specs, "candidate_id_key", "feature_specs"
             )
-        super().bind(task, log_prefix)
+        super().bind(task, prefix)
         spec = self._bound.cache
         if isinstance(spec, CacheSpec):
             dim = spec.embedding_dim if spec.index is None else spec.index.embedding_dim

@@ -100,7 +100,7 @@ class FromCorpus(CachedNegatives):
     def index(self) -> TreeIndex | None:
         return self._cache.index
 
-    def bind(self, task: Retrieval, log_prefix: str) -> None:
+    def bind(self, task: Retrieval, prefix: str) -> None:
         if task.frequency is not None:
             raise ValueError(
                 "There is no `frequency_correction` with a `cache` of a corpus: it holds every"
@@ -111,7 +111,7 @@ class FromCorpus(CachedNegatives):
                 "The `candidate_id_key` of a task must be that of its corpus. Received:"
                 f" {task.candidate_id_key!r}. Wanted: {self._cache.row_key!r}."
             )
-        super().bind(task, log_prefix)
+        super().bind(task, prefix)
 
     def build_cache(self, embedding_dim: int) -> None:
         """Checks the dimension of the cache.
