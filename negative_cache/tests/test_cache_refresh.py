@@ -42,7 +42,7 @@ class Refreshes(keras.callbacks.Callback):
 
     def __init__(self, model):
         super().__init__()
-        self.steps, refresh = [], model.task.refresh_cache
+        self.steps, refresh = [], model.task.cached.refresh
 
         def refresh_and_tell(*args, **kwargs):
             refresh(*args, **kwargs)
@@ -52,7 +52,7 @@ class Refreshes(keras.callbacks.Callback):
             np.testing.assert_allclose(cache.embeddings, now, rtol=1e-6)
             self.steps.append(int(cache.step))
 
-        model.task.refresh_cache = refresh_and_tell
+        model.task.cached.refresh = refresh_and_tell
 
 
 def test_refreshes_when_an_epoch_begins_but_for_the_first():
