@@ -1,15 +1,28 @@
 """Drop-in losses and layers that train dual encoders against enormous pools of negatives.
 
-The modules of the published Google Research API keep their names and places:
-`negative_cache.negative_cache`, `losses`, `handlers`, `retrieval_fns`, `filter_fns` and `util`.
-What most users need is here, flat.
+What most users need is here, flat. The modules of the published Google Research API keep their
+names and places, and are attributes of the package: `negative_cache`, `losses`, `handlers`,
+`retrieval_fns`, `filter_fns` and `util`.
 """
 
 # `_compat` is first, because it refuses what the others would fail on.
-from negative_cache import _compat, batching, datasets, evaluation, layers, ops  # noqa: F401
+from negative_cache import (  # noqa: F401
+    _compat,
+    batching,
+    datasets,
+    evaluation,
+    filter_fns,
+    handlers,
+    layers,
+    losses,
+    negative_cache,
+    ops,
+    retrieval_fns,
+    util,
+)
 from negative_cache.backup import BackupAndRestore
 from negative_cache.batching import GlobalContrastiveBatches, contrastive_order
-from negative_cache.callbacks import CacheRefresh, CacheWarmStart, CorpusMetrics
+from negative_cache.callbacks import CacheRefresh, CacheSummaries, CacheWarmStart, CorpusMetrics
 from negative_cache.layers import (
     Batch,
     Cache,
@@ -29,7 +42,6 @@ from negative_cache.layers import (
     TreeIndex,
 )
 from negative_cache.models import DualEncoder
-from negative_cache.summaries import CacheSummaries
 from negative_cache.version import __version__
 
 __all__ = [
@@ -61,6 +73,12 @@ __all__ = [
     "contrastive_order",
     "datasets",
     "evaluation",
+    "filter_fns",
+    "handlers",
     "layers",
+    "losses",
+    "negative_cache",
     "ops",
+    "retrieval_fns",
+    "util",
 ]

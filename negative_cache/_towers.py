@@ -3,7 +3,7 @@
 A tower is a layer, a model or a function, features of n queries or candidates -> embeddings [n, d].
 
 * `embed` calls it, in training or not.
-* `compile_tower` makes a `tf.function` of it, in inference mode; `Encoder` embeds datasets so.
+* `compile_tower` makes a `tf.function` of it, in inference mode; `Encoder` embeds datasets with it.
 * `Towers` has both towers of a model, and a checksum of their weights.
 """
 

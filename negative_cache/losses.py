@@ -8,21 +8,13 @@ Shapes: B queries of dimension d, C candidates in all caches together, G queries
 together.
 """
 
-from collections.abc import Mapping, Sequence
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import tensorflow as tf
 
 from negative_cache import _validation, retrieval_fns, util
-from negative_cache._abstract_losses import (  # noqa: F401
-    AbstractCacheClassificationLoss,
-    CacheLoss,
-    CacheLossReturn,
-    DocNetwork,
-    TensorFn,
-    _RetrievalReturn,
-    losses_of,
-    reduce_or_zero,
-)
 from negative_cache.negative_cache import NegativeCache
 from negative_cache.ops import (
     SoftmaxSample,
@@ -31,6 +23,116 @@ from negative_cache.ops import (
     sample_softmax_with_gradient,
     top_k_scores,
 )
+from negative_cache.ops.cache_sources import CacheSources
+
+TensorFn = Callable[[tf.Tensor], tf.Tensor]
+DocNetwork = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
+
+
+class CacheLossReturn(NamedTuple):
+    """What a cache loss returns.
+
+    Attributes:
+      training_loss: the loss to differentiate. Its value means nothing.
+      interpretable_loss: the loss to look at, -log p⁺.
+      updated_item_data: source -> feature name -> [m, ...] new values for rows of that source.
+      updated_item_indices: source -> [m] int64, their rows in that source.
+      updated_item_mask: source -> [m] bool; entries with False must change nothing.
+      staleness: ‖ĝ(y) − g(y)‖² / ‖g(y)‖² of the retrieved candidates.
+    """
+
+    training_loss: tf.Tensor
+    interpretable_loss: tf.Tensor
+    updated_item_data: Mapping[str, Mapping[str, tf.Tensor]]
+    updated_item_indices: Mapping[str, tf.Tensor]
+    updated_item_mask: Mapping[str, tf.Tensor]
+    staleness: tf.Tensor
+
+
+class CacheLoss(abc.ABC):
+    """A loss that takes its negatives from caches."""
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_doc_embeddings: tf.Tensor,
+        cache: Mapping[str, NegativeCache],
+    ) -> CacheLossReturn:
+        """Computes the loss of [B, d] queries and their positives [B, d].
+
+        Args:
+          doc_network: candidates' features (feature name -> [B, ...]) -> their embeddings [B, d].
+          query_embeddings: [B, d].
+          pos_doc_embeddings: [B, d].
+          cache: source -> cache.
+        """
+
+
+class _RetrievalReturn(NamedTuple):
+    """What `AbstractCacheClassificationLoss._retrieve_from_cache` returns.
+
+    Attributes:
+      retrieved_data: feature name -> [B, ...], the features of the retrieved candidates.
+      scores: [B, n] scores of the candidates whose partition counts.
+      retrieved_indices: [B, 1] int64, places of the retrieved ones among all sources' rows.
+      retrieved_cache_embeddings: [B, d], their embeddings as cached.
+    """
+
+    retrieved_data: Mapping[str, tf.Tensor]
+    scores: tf.Tensor
+    retrieved_indices: tf.Tensor
+    retrieved_cache_embeddings: tf.Tensor
+
+
+class _LossCalculationReturn(NamedTuple):
+    """What `AbstractCacheClassificationLoss` computes of a batch, reduced."""
+
+    training_loss: tf.Tensor
+    interpretable_loss: tf.Tensor
+    staleness: tf.Tensor
+    retrieval_return: _RetrievalReturn
+    retrieved_negative_embeddings: tf.Tensor
+
+
+class AbstractCacheClassificationLoss(CacheLoss):
+    """A softmax cross-entropy over caches whose retrieval and scores a subclass says.
+
+    The published class to inherit from: override both methods, and in `__call__` make a
+    `CacheLossReturn` of what `_calculate_training_loss_and_summaries` returns.
+    """
+
+    @abc.abstractmethod
+    def _retrieve_from_cache(
+        self, query_embeddings: tf.Tensor, cache: Mapping[str, NegativeCache]
+    ) -> _RetrievalReturn:
+        """Retrieves a candidate for each of [B, d] queries."""
+
+    @abc.abstractmethod
+    def _score_documents(self, query_embeddings: tf.Tensor, doc_embeddings: tf.Tensor) -> tf.Tensor:
+        """[B] scores of queries [B, d] with the candidate of each [B, d]."""
+
+    def _calculate_training_loss_and_summaries(
+        self,
+        doc_network: DocNetwork,
+        query_embeddings: tf.Tensor,
+        pos_doc_embeddings: tf.Tensor,
+        cache: Mapping[str, NegativeCache],
+        reducer: TensorFn | None = tf.math.reduce_mean,
+    ) -> _LossCalculationReturn:
+        """The losses and the staleness of a batch, of what the subclass retrieves."""
+        retrieved = self._retrieve_from_cache(query_embeddings, cache)
+        fresh = doc_network(retrieved.retrieved_data)
+        losses = contrastive.losses_of_one_draw(
+            self._score_documents(query_embeddings, pos_doc_embeddings),
+            self._score_documents(query_embeddings, fresh),
+            tf.reduce_logsumexp(tf.cast(retrieved.scores, tf.float32), axis=1),
+        )
+        stale = tf.cast(retrieved.retrieved_cache_embeddings, tf.float32)
+        staleness = contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))
+        parts = (contrastive.reduce_or_zero(part, reducer) for part in (*losses, staleness))
+        return _LossCalculationReturn(*parts, retrieved, fresh)
 
 
 class CacheClassificationLoss(AbstractCacheClassificationLoss):
@@ -85,7 +187,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     ) -> CacheLossReturn:
         """Computes the loss, as `CacheLoss` describes it."""
         queries, positives = _check_pairs(query_embeddings, pos_doc_embeddings)
-        candidates = _Candidates(cache, self.embedding_key, self.data_keys, queries.shape[1])
+        candidates = self._candidates_of(cache, queries)
         if type(self)._retrieve_from_cache is not CacheClassificationLoss._retrieve_from_cache:
             found = self._calculate_training_loss_and_summaries(
                 doc_network, query_embeddings, pos_doc_embeddings, cache, self.reducer
@@ -101,7 +203,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         fresh = doc_network({key: features[key] for key in self.data_keys})
         fresh = _check_encoded(fresh, queries.shape)
 
-        training_loss, interpretable_loss = losses_of(
+        training_loss, interpretable_loss = contrastive.losses_of_one_draw(
             self._score_documents(queries, positives),
             self._score_documents(queries, fresh),
             log_partition,
@@ -109,21 +211,30 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         fresh = tf.stop_gradient(fresh)
         staleness = contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))
         return CacheLossReturn(
-            reduce_or_zero(training_loss, self.reducer),
-            reduce_or_zero(interpretable_loss, self.reducer),
+            contrastive.reduce_or_zero(training_loss, self.reducer),
+            contrastive.reduce_or_zero(interpretable_loss, self.reducer),
             *self._updates(indices, fresh, candidates),
-            reduce_or_zero(staleness, self.reducer),
+            contrastive.reduce_or_zero(staleness, self.reducer),
         )
 
     def _retrieve_from_cache(self, query_embeddings, cache):
         """Retrieves from all scores; the loss itself does without them where it can."""
         queries = tf.convert_to_tensor(query_embeddings)
-        candidates = _Candidates(cache, self.embedding_key, self.data_keys, queries.shape[1])
+        candidates = self._candidates_of(cache, queries)
         scores = self._score_all(tf.stop_gradient(queries), candidates)
         indices, _ = self._retrieve_from_scores(scores)
         features = candidates.gather(indices)
         data = {key: features[key] for key in self.data_keys}
         return _RetrievalReturn(data, scores, indices[:, tf.newaxis], features[self.embedding_key])
+
+    def _candidates_of(self, cache, queries) -> CacheSources:
+        """The rows of all sources of a cache as one list."""
+        if not isinstance(cache, Mapping) or not cache:
+            raise ValueError(
+                f"`cache` must map at least one source to a `NegativeCache`. Received: {cache!r}."
+            )
+        sources = {source: cache[source].data for source in cache}
+        return CacheSources(sources, self.embedding_key, self.data_keys, queries.shape[1])
 
     def _retrieve(self, queries, candidates):
         """Returns the drawn candidates [B] int64, -1 where there is none, and log Ẑ [B]."""
@@ -258,71 +369,6 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         return super()._updates(rows, fresh, candidates)
 
 
-class _Candidates:
-    """The rows of all sources as one list, in the order of the sources' names.
-
-    Attributes:
-      sources: source -> feature name -> [rows, ...].
-      offsets: source -> the index of its first row.
-      size: C, the number of rows of all sources.
-    """
-
-    def __init__(self, cache, embedding_key: str, data_keys: Sequence[str], dim: int):
-        if not isinstance(cache, Mapping) or not cache:
-            raise ValueError(
-                f"`cache` must map at least one source to a `NegativeCache`. Received: {cache!r}."
-            )
-        # Sorted, because workers must gather the features of their shards in the same order.
-        self._keys = sorted({embedding_key, *data_keys})
-        self.sources = {source: cache[source].data for source in sorted(cache)}
-        self._sizes = {}
-        for source, data in self.sources.items():
-            _check_source(source, data, self._keys, embedding_key, dim)
-            rows = data[embedding_key]
-            self._sizes[source] = rows.shape[0] or tf.shape(rows, out_type=tf.int64)[0]
-        self.offsets, self.size = {}, 0
-        for source, size in self._sizes.items():
-            self.offsets[source] = self.size
-            self.size += size
-
-    @property
-    def is_one_of_known_size(self) -> bool:
-        """Whether there is a single source, whose number of rows is known while tracing."""
-        return len(self.sources) == 1 and isinstance(self.size, int)
-
-    def locate(self, indices):
-        """Finds candidates in their sources.
-
-        Args:
-          indices: [n] int64 candidates, or others, which are in no source.
-
-        Returns:
-          rows: source -> [n] int64 rows, 0 for candidates of another source.
-          masks: source -> [n] bool, whether the candidate is in this source.
-        """
-        rows, masks = {}, {}
-        for source, offset in self.offsets.items():
-            local = indices - offset
-            masks[source] = (local >= 0) & (local < self._sizes[source])
-            rows[source] = tf.where(masks[source], local, tf.zeros_like(local))
-        return rows, masks
-
-    def gather(self, indices):
-        """Returns feature name -> [n, ...] of candidates [n]; a candidate in no source gets any."""
-        rows, masks = self.locate(indices)
-        features = {}
-        for key in self._keys:
-            parts = {source: tf.gather(self.sources[source][key], rows[source]) for source in rows}
-            value = None
-            for source, part in parts.items():
-                mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
-                value = part if value is None else tf.where(mask, part, value)
-            # Of integers there is none to stop, and TensorFlow would do it on the host.
-            is_float = value.dtype.is_floating or value.dtype.is_complex
-            features[key] = tf.stop_gradient(value) if is_float else value
-        return features
-
-
 class _GlobalBatch:
     """A [B, ...] tensor of this replica among those of all replicas, whose B may differ.
 
@@ -346,7 +392,7 @@ class _GlobalBatch:
         return stacked[:, self._start : self._start + self._size]
 
 
-def _rows_of_own_shard(indices, candidates: _Candidates):
+def _rows_of_own_shard(indices, candidates: CacheSources):
     """Turns candidates of the union [n] into candidates of this replica's shard, -1 for others."""
     rows = indices - tf.cast(util.replica_id(), tf.int64) * candidates.size
     return tf.where((indices >= 0) & (rows >= 0) & (rows < candidates.size), rows, -1)
@@ -368,20 +414,6 @@ def _check_pairs(query_embeddings, pos_doc_embeddings):
             f" Received shapes: {queries.shape} and {positives.shape}."
         )
     return queries, positives
-
-
-def _check_source(source, data, keys, embedding_key: str, dim: int) -> None:
-    if not set(keys) <= set(data):
-        raise ValueError(
-            f"The cache {source!r} must have `embedding_key` and `data_keys`, {keys}."
-            f" Received a cache of {sorted(data)}."
-        )
-    shape = tf.TensorShape(data[embedding_key].shape)
-    if shape.rank != 2 or shape[0] == 0 or not shape[1:].is_compatible_with([dim]):
-        raise ValueError(
-            f"The embeddings {embedding_key!r} of the cache {source!r} must have shape"
-            f" [rows, {dim}], as the queries have. Received shape: {shape}."
-        )
 
 
 def _check_encoded(embeddings, wanted: tf.TensorShape) -> tf.Tensor:

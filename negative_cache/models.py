@@ -161,7 +161,7 @@ class DualEncoder(_compat.Model):
         for name, network in (("query", self.query_network), ("candidate", self.candidate_network)):
             archive.track(network)
             # Traced here: Keras 3 would take no specs of ragged and sparse features.
-            function = _towers.compile_tower(network, [_named(self._input_specs[name])])
+            function = _towers.compile_tower(network, [_with_names(self._input_specs[name])])
             function.get_concrete_function()
             archive.add_endpoint(f"embed_{name}", function)
         archive.write_out(str(filepath), **kwargs)
@@ -208,7 +208,7 @@ def _merge_first_dimensions(values):
     return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
 
 
-def _named(specs):
+def _with_names(specs):
     """Specs of features with their names, which are those of the signature's inputs then."""
     if not isinstance(specs, Mapping):
         return specs

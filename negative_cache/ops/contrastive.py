@@ -4,6 +4,8 @@ Logits are float32; one of `NOT_A_CANDIDATE` takes part in nothing, gradient inc
 for those who check that all numbers are (`tf.debugging.enable_check_numerics`).
 """
 
+from collections.abc import Callable
+
 import tensorflow as tf
 
 from negative_cache.ops import _execution
@@ -52,6 +54,28 @@ def softmax_loss(positive_logits: tf.Tensor, negative_logits: tf.Tensor) -> tf.T
     return tf.reduce_logsumexp(tf.pad(margins, [[0, 0], [1, 0]]), axis=1)
 
 
+def losses_of_one_draw(
+    positive_scores: tf.Tensor, negative_scores: tf.Tensor, log_partition: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The losses of one draw ŷ per query from the softmax over Ẑ.
+
+    With p⁺ = exp s⁺ / (exp s⁺ + Ẑ), held constant, the training loss is (1 − p⁺) (ŝ − s⁺), whose
+    expected gradient is that of the interpretable loss −log p⁺.
+
+    Args:
+      positive_scores: s⁺ [B] float32.
+      negative_scores: ŝ [B] float32, of the drawn ones.
+      log_partition: log Ẑ [B] float32.
+
+    Returns:
+      [B] training losses and [B] interpretable ones.
+    """
+    # 1 − p⁺ = sigmoid(log Ẑ − s⁺) and −log p⁺ = softplus(log Ẑ − s⁺), both without overflow.
+    log_odds = tf.stop_gradient(log_partition - positive_scores)
+    training_losses = tf.sigmoid(log_odds) * (negative_scores - positive_scores)
+    return training_losses, tf.nn.softplus(log_odds)
+
+
 def reduce_losses(
     losses: tf.Tensor, reduction: str, sample_weight: tf.Tensor | None = None
 ) -> tf.Tensor:
@@ -76,6 +100,17 @@ def reduce_losses(
 def mean_or_zero(values: tf.Tensor) -> tf.Tensor:
     """Scalar mean of `values` [n]; zero where there are none, as a replica's last batch may be."""
     return tf.math.divide_no_nan(tf.reduce_sum(values), tf.cast(tf.size(values), values.dtype))
+
+
+def reduce_or_zero(
+    losses: tf.Tensor, reducer: Callable[[tf.Tensor], tf.Tensor] | None
+) -> tf.Tensor:
+    """`losses` [B] reduced, or as they are; zero where there are none."""
+    if reducer is None:
+        return losses
+    loss = reducer(losses)
+    # The last batch of a replica may be empty: the mean over nothing is NaN.
+    return tf.where(tf.size(losses) > 0, loss, tf.zeros_like(loss))
 
 
 def relative_staleness(cached: tf.Tensor, fresh: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""The laws of the cache losses: value, expected gradient, updates, and the union of shards."""
+"""The laws of the cache losses: value, expected gradient, and updates."""
 
 from unittest import mock
 
@@ -7,58 +7,28 @@ import pytest
 import tensorflow as tf
 from scipy.special import logsumexp
 
-from negative_cache import retrieval_fns, util
+from negative_cache import retrieval_fns
 from negative_cache.losses import (
     CacheClassificationLoss,
     CacheLoss,
     CacheLossReturn,
-    DistributedCacheClassificationLoss,
 )
 from negative_cache.negative_cache import NegativeCache
-from negative_cache.tests.replicas import run_on_two_replicas
+from negative_cache.tests.loss_cases import (
+    NUM_DRAWS,
+    POSITIVES,
+    QUERIES,
+    TABLE,
+    both_paths,
+    expected_interpretable_loss,
+    gradient_samples,
+    look_up,
+    make_cache,
+    make_loss,
+    see_all_scores,
+    softmax_gradient,
+)
 from negative_cache.tests.statistics import assert_draws_follow, assert_mean_is
-
-TABLE = np.array([[1, 0, 1], [0, 2, 0], [1, 1, 1], [-1, 0, 2], [0.5, 1, 0], [0, 0, -1]], np.float32)
-QUERIES = np.array([[1, 0.5, -0.5], [-0.5, 0.25, 1]], np.float32)
-POSITIVES = np.array([[0.5, 1, 0], [1, 0, 1]], np.float32)
-NUM_DRAWS = 4000
-
-
-def make_cache(rows, drift=0.0, dtype=tf.float32):
-    """A cache of rows of `TABLE`; a `drift` other than 0 makes its embeddings stale."""
-    rows = np.asarray(rows)
-    embeddings = tf.constant(TABLE[rows] + drift, dtype)
-    data = {"id": tf.constant(rows), "title": tf.as_string(rows), "embedding": embeddings}
-    return NegativeCache(data, tf.zeros([len(rows)], tf.int32))
-
-
-def look_up(features):
-    """A doc network without weights."""
-    return tf.gather(TABLE, features["id"])
-
-
-def make_loss(loss_class=CacheClassificationLoss, **kwargs):
-    return loss_class("embedding", ["id"], **{"reducer": None, **kwargs})
-
-
-def expected_interpretable_loss(rows, transform=lambda scores: scores, drift=0.0):
-    """-log p⁺ = log(exp s⁺ + Σ exp s) - s⁺."""
-    positive = transform(np.sum(QUERIES * POSITIVES, axis=1))
-    scores = transform(QUERIES @ (TABLE[rows] + drift).T)
-    everything = np.concatenate([positive[:, np.newaxis], scores], axis=1)
-    return logsumexp(everything, axis=1) - positive
-
-
-def see_all_scores(scores):
-    """Gumbel-max in disguise, so that the loss does not sample by blocks."""
-    return retrieval_fns.GumbelMaxRetrievalFn()(scores)
-
-
-def both_paths(loss):
-    """The loss as it is, which samples by blocks, and as it samples from all scores."""
-    yield loss
-    loss._retrieval_fn = see_all_scores
-    yield loss
 
 
 def test_value_is_minus_log_probability_of_the_positive():
@@ -97,40 +67,6 @@ def test_patched_gumbel_noise_is_used_once():
         result = make_loss()(look_up, QUERIES, POSITIVES, {"a": make_cache([0, 1, 2])})
     sample_gumbel.assert_called_once()
     assert result.updated_item_indices["a"].numpy().tolist() == [1, 0]
-
-
-def softmax_gradient(queries, positives, table, rows):
-    """Gradients of Σ_x -log p⁺ with respect to queries, positives and candidate table."""
-    queries, positives, table = (tf.constant(values) for values in (queries, positives, table))
-    with tf.GradientTape() as tape:
-        tape.watch([queries, positives, table])
-        positive = tf.reduce_sum(queries * positives, axis=1, keepdims=True)
-        negative = tf.matmul(queries, tf.gather(table, rows), transpose_b=True)
-        log_probabilities = tf.nn.log_softmax(tf.concat([positive, negative], axis=1))
-        loss = -tf.reduce_sum(log_probabilities[:, 0])
-    return [tf.convert_to_tensor(part) for part in tape.gradient(loss, [queries, positives, table])]
-
-
-def gradient_samples(loss, sources):
-    """Independent draws of the loss's gradient, laid out as `softmax_gradient`."""
-    table = tf.Variable(TABLE)
-
-    def gradients(_):
-        queries, positives = tf.constant(QUERIES), tf.constant(POSITIVES)
-        with tf.GradientTape() as tape:
-            tape.watch([queries, positives])
-            result = loss(
-                lambda features: tf.gather(table, features["id"]), queries, positives, sources
-            )
-            value = tf.reduce_sum(result.training_loss)
-        parts = tape.gradient(value, [queries, positives, table])
-        return [tf.convert_to_tensor(part) for part in parts]
-
-    @tf.function
-    def sample():
-        return tf.map_fn(gradients, tf.range(NUM_DRAWS), fn_output_signature=[tf.float32] * 3)
-
-    return [part.numpy() for part in sample()]
 
 
 @pytest.mark.parametrize("path", ["blocks", "scores"])
@@ -333,119 +269,3 @@ def test_bad_retrieval_fn():
 def test_the_abstract_loss_cannot_be_made():
     with pytest.raises(TypeError):
         CacheLoss()
-
-
-# The shards of two replicas: of each, the first row is the source "a" and the others are "b".
-SHARDS = [[0, 1, 2], [3, 4, 5]]
-
-
-def shard(drift=0.0):
-    rows = tf.gather(SHARDS, util.replica_id())
-    data = {
-        "id": rows,
-        "title": tf.as_string(rows),
-        "embedding": tf.gather(TABLE, rows) + drift,
-    }
-    ages = tf.zeros([3], tf.int32)
-    return {
-        "a": NegativeCache({key: value[:1] for key, value in data.items()}, ages[:1]),
-        "b": NegativeCache({key: value[1:] for key, value in data.items()}, ages[1:]),
-    }
-
-
-def own(values):
-    """This replica's row of `values`, so that each replica has a query of its own."""
-    return tf.gather(values, util.replica_id())[tf.newaxis]
-
-
-@pytest.mark.parametrize("path", ["blocks", "scores"])
-def test_distributed_partition_is_that_of_the_union(path):
-    loss = make_loss(DistributedCacheClassificationLoss, score_transform=lambda scores: scores * 3)
-    if path == "scores":
-        loss._retrieval_fn = retrieval_fns.MaxScoreRetrievalFn()
-    results = run_on_two_replicas(lambda: loss(look_up, own(QUERIES), own(POSITIVES), shard()))
-    expected = expected_interpretable_loss(range(6), lambda scores: scores * 3)
-    for replica, result in enumerate(results):
-        np.testing.assert_allclose(result.interpretable_loss, expected[replica : replica + 1], 1e-5)
-        np.testing.assert_allclose(result.staleness, [0], atol=1e-6)
-
-
-def test_distributed_updates_go_to_the_owner():
-    loss = DistributedCacheClassificationLoss("embedding", ["id", "title"], reducer=None)
-    # Both queries draw from the union 0, 1, ..., 5: the first takes row 5, the second row 0.
-    loss._retrieval_fn = lambda scores: tf.gather([[[5]], [[0]]], util.replica_id())
-
-    def doc_network(features):
-        return tf.gather(TABLE, tf.strings.to_number(features["title"], tf.int32))
-
-    first, second = run_on_two_replicas(
-        lambda: loss(doc_network, own(QUERIES), own(POSITIVES), shard(drift=0.5))
-    )
-    for result in (first, second):
-        for source in ("a", "b"):
-            embeddings = result.updated_item_data[source]["embedding"]
-            np.testing.assert_array_equal(embeddings, TABLE[[5, 0]])
-    assert first.updated_item_mask["a"].numpy().tolist() == [False, True]
-    assert first.updated_item_mask["b"].numpy().tolist() == [False, False]
-    assert second.updated_item_mask["a"].numpy().tolist() == [False, False]
-    assert second.updated_item_mask["b"].numpy().tolist() == [True, False]
-    # Row 5 is the last of the two rows of the second replica's "b".
-    assert first.updated_item_indices["a"].numpy()[1] == 0
-    assert second.updated_item_indices["b"].numpy()[0] == 1
-    np.testing.assert_allclose(first.staleness, 0.75 / np.sum(TABLE[[5]] ** 2, axis=1), rtol=1e-5)
-
-
-@pytest.mark.parametrize("path", ["blocks", "scores"])
-def test_distributed_draws_come_from_all_shards(path):
-    loss = make_loss(DistributedCacheClassificationLoss)
-    if path == "scores":
-        loss._retrieval_fn = see_all_scores
-
-    def step():
-        drawn = []
-
-        def doc_network(features):
-            drawn.append(features["id"])
-            return look_up(features)
-
-        # Batches of different sizes, as at the end of an epoch.
-        size = NUM_DRAWS + 10 * util.replica_id()
-        queries = tf.repeat(own(QUERIES), size, axis=0)
-        loss(doc_network, queries, tf.repeat(own(POSITIVES), size, axis=0), shard())
-        return drawn[0]
-
-    for replica, draws in enumerate(run_on_two_replicas(step)):
-        scores = (QUERIES[replica] @ TABLE.T).astype(np.float64)
-        assert_draws_follow(draws.numpy(), np.exp(scores - logsumexp(scores)))
-
-
-def test_distributed_gradients_reach_the_query_and_its_positive():
-    loss = make_loss(DistributedCacheClassificationLoss)
-    loss._retrieval_fn = retrieval_fns.MaxScoreRetrievalFn()
-
-    def gradients():
-        queries, positives = own(QUERIES), own(POSITIVES)
-        with tf.GradientTape() as tape:
-            tape.watch([queries, positives])
-            result = loss(look_up, queries, positives, shard())
-        return tape.gradient(result.training_loss, [queries, positives])
-
-    # (1 - p⁺)(g(ŷ) - g(y⁺)) and -(1 - p⁺) f(x), with ŷ the highest score of the union.
-    weights = 1 - np.exp(-expected_interpretable_loss(range(6)))
-    highest = TABLE[np.argmax(QUERIES @ TABLE.T, axis=1)]
-    for replica, (of_query, of_positive) in enumerate(run_on_two_replicas(gradients)):
-        expected = weights[replica] * (highest - POSITIVES)[replica]
-        np.testing.assert_allclose(of_query[0], expected, rtol=1e-4)
-        np.testing.assert_allclose(of_positive[0], -weights[replica] * QUERIES[replica], rtol=1e-4)
-
-
-def test_distributed_loss_of_one_replica_is_the_plain_loss():
-    sources = {"b": make_cache([2, 3, 5], drift=0.1), "a": make_cache([0, 1], drift=0.1)}
-    results = []
-    for loss_class in (CacheClassificationLoss, DistributedCacheClassificationLoss):
-        loss = make_loss(loss_class)
-        loss._retrieval_fn = retrieval_fns.MaxScoreRetrievalFn()
-        results.append(loss(look_up, QUERIES, POSITIVES, sources))
-    tf.nest.map_structure(np.testing.assert_array_equal, *results)
-    sampled = make_loss(DistributedCacheClassificationLoss)(look_up, QUERIES, POSITIVES, sources)
-    np.testing.assert_allclose(sampled.interpretable_loss, results[0].interpretable_loss, rtol=1e-5)

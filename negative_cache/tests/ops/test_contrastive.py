@@ -40,3 +40,27 @@ def test_a_large_surrogate_leaves_the_value_alone():
         value = contrastive.value_with_gradient(tf.constant([1.25]), surrogate)
     np.testing.assert_array_equal(value, [1.25])
     np.testing.assert_array_equal(tape.gradient(value, surrogate), [1.0])
+
+
+def test_losses_of_one_draw_by_hand():
+    # log Ẑ = 1 and s⁺ = 0: p⁺ = 1 / (1 + e); the second query's scores would overflow an exp.
+    positives, negatives = tf.constant([0.0, 1000.0]), tf.constant([0.5, 500.0])
+    with tf.GradientTape() as tape:
+        tape.watch(positives)
+        training, interpretable = contrastive.losses_of_one_draw(
+            positives, negatives, tf.constant([1.0, 500.0])
+        )
+    probability = 1.0 / (1.0 + math.e)
+    np.testing.assert_allclose(training, [(1.0 - probability) * 0.5, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(interpretable, [-math.log(probability), 0.0], rtol=1e-6)
+    # p⁺ is held constant.
+    np.testing.assert_allclose(
+        tape.gradient(training, positives), [probability - 1.0, 0.0], rtol=1e-6
+    )
+
+
+def test_a_loss_of_no_queries_is_zero_however_it_is_reduced():
+    nothing = tf.zeros([0])
+    assert contrastive.reduce_or_zero(nothing, tf.math.reduce_mean).numpy() == 0.0
+    assert contrastive.reduce_or_zero(nothing, None).shape == [0]
+    assert contrastive.reduce_or_zero(tf.constant([1.0, 3.0]), tf.math.reduce_mean).numpy() == 2.0

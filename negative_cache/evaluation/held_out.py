@@ -1,4 +1,4 @@
-"""The validation batches of `evaluation`: read in one pass, their ids looked up in the corpus.
+"""The validation set of `evaluate`: read in one pass, its ids looked up in the corpus.
 
 Nothing here scores or ranks.
 """
@@ -54,8 +54,8 @@ class Pairs:
 
 
 @dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """What the validation batches hold; ids are None where nothing needs them.
+class ValidationSet:
+    """What the validation batches hold. Ids are None if nothing needs them.
 
     Attributes:
       queries: [Q, d] float32 embeddings.
@@ -131,8 +131,8 @@ def read(
     embed_candidate: Callable[..., np.ndarray],
     ids_of: Callable[..., np.ndarray],
     uses_ids: bool,
-) -> HeldOut:
-    """Reads validation batches, which `evaluation.evaluate` describes, in one pass.
+) -> ValidationSet:
+    """Reads validation batches, which `evaluate` describes, in one pass.
 
     Args:
       batches: the validation batches.
@@ -171,7 +171,7 @@ def read(
         num_queries += size
     if not num_queries:
         raise ValueError("The validation dataset to embed is empty.")
-    return HeldOut(
+    return ValidationSet(
         queries=np.concatenate(queries),
         positives=concatenate(positives),
         candidate_ids=concatenate(candidate_ids) if uses_ids else None,
@@ -238,6 +238,7 @@ def _padding_of(ids: np.ndarray) -> int | bytes:
 
 
 def concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """All arrays, one after the other; no ids [0] if there are none."""
     arrays = list(arrays)
     return np.concatenate(arrays) if arrays else np.zeros([0], np.int64)
 

@@ -1,13 +1,6 @@
-"""Exact retrieval metrics over a whole corpus, without a top-k.
+"""Exact ranks of positives in a corpus, and the metrics that follow from them.
 
-Only the ranks of each query's positives are needed: the number of candidates that score higher.
-Counting them block by block costs one matmul and one comparison, holds no [Q, C] matrix, and every
-recall@k and the MRR follow from it.
-
-`evaluate` goes from towers and datasets to metrics; the callback `CorpusMetrics` calls it at the
-end of an epoch. `positive_ranks` and `retrieval_metrics` are its two steps, on embeddings.
-
-Shapes: Q queries, C candidates (the corpus), M positives, one or several a query, dimension d.
+Positives are ranked in chunks, against one block of the corpus at a time.
 """
 
 import functools
@@ -16,20 +9,12 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _held_out, _validation
+from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache._held_out import rows_of
-from negative_cache._towers import Encoder, encoders_of
+from negative_cache._towers import encoders_of
+from negative_cache.evaluation import held_out
+from negative_cache.evaluation.held_out import Pairs, rows_of
 from negative_cache.ops._precision import matmul_in_full
-
-__all__ = [
-    "Encoder",
-    "encoders_of",
-    "evaluate",
-    "positive_ranks",
-    "retrieval_metrics",
-    "rows_of",
-]
 
 # Where positives are not identified in the corpus, a candidate within rounding of the positive's
 # score is taken for the positive itself.
@@ -105,8 +90,8 @@ def evaluate(
     """
     check_cutoffs(k)
     query_encoder, candidate_encoder = encoders_of(model)
-    ids_of = functools.partial(_held_out.ids_of, key=candidate_id_key)
-    held_out = _held_out.read(
+    ids_of = functools.partial(held_out.ids_of, key=candidate_id_key)
+    held = held_out.read(
         validation,
         embed_query=query_encoder.embed,
         embed_candidate=candidate_encoder.embed,
@@ -114,22 +99,22 @@ def evaluate(
         uses_ids=candidate_id_key is not None,
     )
     corpus_ids = None
-    if held_out.candidate_ids is not None:
-        corpus_ids = _held_out.concatenate(ids_of(features) for features in candidates)
+    if held.candidate_ids is not None:
+        corpus_ids = held_out.concatenate(ids_of(features) for features in candidates)
         if not len(corpus_ids):
             raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
-    positives, excluded = held_out.look_up(corpus_ids)
+    positives, excluded = held.look_up(corpus_ids)
     corpus = _encode_corpus(candidates, candidate_encoder, ids_of, corpus_ids, verbose)
-    thresholds = _thresholds_of_pairs(held_out.queries, positives, held_out.positives, corpus)
+    thresholds = _thresholds_of_pairs(held.queries, positives, held.positives, corpus)
     ranks = _ranks(
-        held_out.queries,
+        held.queries,
         thresholds,
         corpus,
         positives.queries,
         None if corpus_ids is None else positives.rows,
         excluded,
     )
-    return retrieval_metrics(ranks, k, positives.queries if held_out.lists_positives else None)
+    return retrieval_metrics(ranks, k, positives.queries if held.lists_positives else None)
 
 
 def positive_ranks(
@@ -187,16 +172,12 @@ def positive_ranks(
         rows = _check_indices(positive_rows, "positive_rows", num_positives, num_candidates, -1)
     excluded = None
     if excluded_rows is not None:
-        excluded_queries, excluded_rows = _held_out.flatten(
+        excluded_queries, excluded_rows = held_out.flatten(
             excluded_rows, "excluded_rows", num_queries
         )
         size = len(excluded_rows)
         listed = _check_indices(excluded_rows, "excluded_rows", size, num_candidates, -1)
-        excluded = (
-            _held_out.Pairs(excluded_queries, listed)
-            .unique()
-            .without(_held_out.Pairs(owners, rows))
-        )
+        excluded = Pairs(excluded_queries, listed).unique().without(Pairs(owners, rows))
     queries, positives = queries.numpy(), positives.numpy()
     own_queries = queries if one_each else queries[owners]
     thresholds = _thresholds(own_queries, positives)
@@ -264,7 +245,7 @@ def _encode_corpus(candidates, encoder, ids_of, expected_ids, verbose) -> np.nda
 
     bar = _progress_bar(candidates, verbose)
     corpus = encoder(batches(), bar.update if bar else None)
-    if expected_ids is None or np.array_equal(ids := _held_out.concatenate(ids), expected_ids):
+    if expected_ids is None or np.array_equal(ids := held_out.concatenate(ids), expected_ids):
         return corpus
     # A dataset that shuffles has another order at each pass.
     rows = rows_of(expected_ids, ids)
@@ -294,7 +275,7 @@ def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return scores + _RELATIVE_TIE * lengths
 
 
-def _thresholds_of_pairs(queries, positives: _held_out.Pairs, embeddings, corpus) -> np.ndarray:
+def _thresholds_of_pairs(queries, positives: Pairs, embeddings, corpus) -> np.ndarray:
     """[M] thresholds of positives: the first of `embeddings`, the others of their rows."""
     parts = [_thresholds(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
     for start in range(len(embeddings), len(positives.queries), 2**16):
@@ -309,7 +290,7 @@ def _ranks(
     candidates: tf.Tensor | np.ndarray,
     positive_queries: np.ndarray,
     positive_rows: np.ndarray | None,
-    excluded: _held_out.Pairs | None,
+    excluded: Pairs | None,
     block_size: int | None = None,
 ) -> np.ndarray:
     """[M] ranks, of a chunk of positives in the order of their queries at a time."""
@@ -337,7 +318,7 @@ def _ranks(
     return ranks
 
 
-def _of_queries(pairs: _held_out.Pairs, queries: np.ndarray) -> np.ndarray:
+def _of_queries(pairs: Pairs, queries: np.ndarray) -> np.ndarray:
     """[n, 2] positions in `queries` and rows of those of `pairs`, in the order of rows."""
     first = np.searchsorted(pairs.queries, queries[0])
     last = np.searchsorted(pairs.queries, queries[-1], side="right")

@@ -1,0 +1,95 @@
+"""The rows of several caches as one list of candidates.
+
+C candidates in all of them together.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import tensorflow as tf
+
+
+class CacheSources:
+    """The rows of all sources as one list of candidates, in the order of the sources' names.
+
+    Args:
+      sources: source -> feature name -> [rows, ...], tensors or variables.
+      embedding_key: the feature that is the embedding, [rows, dim].
+      data_keys: the other features that are wanted.
+      dim: the embedding dimension of queries.
+
+    Attributes:
+      sources: source -> feature name -> [rows, ...].
+      offsets: source -> the index of its first row.
+      size: C, the number of rows of all sources.
+    """
+
+    def __init__(
+        self,
+        sources: Mapping[str, Mapping[str, tf.Tensor]],
+        embedding_key: str,
+        data_keys: Sequence[str],
+        dim: int,
+    ):
+        # Sorted, because workers must gather the features of their shards in the same order.
+        self._keys = sorted({embedding_key, *data_keys})
+        self.sources = {source: sources[source] for source in sorted(sources)}
+        self._sizes = {}
+        for source, data in self.sources.items():
+            _check_source(source, data, self._keys, embedding_key, dim)
+            rows = data[embedding_key]
+            self._sizes[source] = rows.shape[0] or tf.shape(rows, out_type=tf.int64)[0]
+        self.offsets, self.size = {}, 0
+        for source, size in self._sizes.items():
+            self.offsets[source] = self.size
+            self.size += size
+
+    @property
+    def is_one_of_known_size(self) -> bool:
+        """Whether there is a single source, whose number of rows is known while tracing."""
+        return len(self.sources) == 1 and isinstance(self.size, int)
+
+    def locate(self, indices):
+        """Finds candidates in their sources.
+
+        Args:
+          indices: [n] int64 candidates, or others, which are in no source.
+
+        Returns:
+          rows: source -> [n] int64 rows, 0 for candidates of another source.
+          masks: source -> [n] bool, whether the candidate is in this source.
+        """
+        rows, masks = {}, {}
+        for source, offset in self.offsets.items():
+            local = indices - offset
+            masks[source] = (local >= 0) & (local < self._sizes[source])
+            rows[source] = tf.where(masks[source], local, tf.zeros_like(local))
+        return rows, masks
+
+    def gather(self, indices):
+        """Returns feature name -> [n, ...] of candidates [n]; a candidate in no source gets any."""
+        rows, masks = self.locate(indices)
+        features = {}
+        for key in self._keys:
+            parts = {source: tf.gather(self.sources[source][key], rows[source]) for source in rows}
+            value = None
+            for source, part in parts.items():
+                mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
+                value = part if value is None else tf.where(mask, part, value)
+            # Of integers there is none to stop, and TensorFlow would do it on the host.
+            is_float = value.dtype.is_floating or value.dtype.is_complex
+            features[key] = tf.stop_gradient(value) if is_float else value
+        return features
+
+
+def _check_source(source, data, keys, embedding_key: str, dim: int) -> None:
+    if not set(keys) <= set(data):
+        raise ValueError(
+            f"The cache {source!r} must have `embedding_key` and `data_keys`, {keys}."
+            f" Received a cache of {sorted(data)}."
+        )
+    shape = tf.TensorShape(data[embedding_key].shape)
+    if shape.rank != 2 or shape[0] == 0 or not shape[1:].is_compatible_with([dim]):
+        raise ValueError(
+            f"The embeddings {embedding_key!r} of the cache {source!r} must have shape"
+            f" [rows, {dim}], as the queries have. Received shape: {shape}."
+        )
