@@ -1,0 +1,506 @@
+"""Tests of `Retrieval`: what a list of sources of negatives can say, and how it is kept in files."""
+
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import negative_cache as nc
+from negative_cache import (
+    CachedRetrieval,
+    CacheRefresh,
+    CacheSpec,
+    CacheWarmStart,
+    Contribution,
+    DualEncoder,
+    Explicit,
+    FromCache,
+    FromCorpus,
+    InBatch,
+    Negatives,
+    Retrieval,
+)
+from negative_cache._compat import keras
+from negative_cache.layers import Cache
+from negative_cache.tests.layers.corpus_cases import corpus_of
+from negative_cache.tests.layers.retrieval_cases import (
+    DIM,
+    INT_ID,
+    STRING_ID,
+    Table,
+    call,
+    cross_entropy,
+    make_queries,
+    make_table,
+)
+
+SIZE = 12
+SPECS = {"id": INT_ID}
+TABLE = make_table(SIZE)
+
+
+def stream(size=6, **kwargs):
+    return FromCache(CacheSpec(SPECS, size), seed=1, **kwargs)
+
+
+def corpus(tower, size=SIZE, **kwargs):
+    cache = Cache.from_dataset(corpus_of(size), tower, candidate_id_key="id", verbose=0)
+    return FromCorpus(cache, seed=2, **kwargs)
+
+
+def fill(source, ids):
+    source.add({"id": tf.constant(ids, tf.int64)})
+
+
+def losses_of(task, queries, ids, **kwargs):
+    return call(task, queries, ids, TABLE, training=False, **kwargs).numpy()
+
+
+def test_a_stream_and_a_corpus_in_one_loss():
+    tower, queries, ids = Table(TABLE), make_queries(2), [0, 1]
+    sources = [InBatch(), Explicit(), stream(), corpus(tower)]
+    task = Retrieval(tower, sources, candidate_id_key="id", reduction="none", name="both")
+    fill(sources[2], [5, 6, 7])
+    explicit = TABLE[[[8], [9]]]
+    found = losses_of(task, queries, ids, negative_embeddings=tf.constant(explicit))
+    scores = queries.astype(np.float64) @ TABLE.T
+    for i in range(2):
+        # The stream's rows, which are in the corpus too; all of the corpus but the positive.
+        negatives = [1 - i, 8 + i, 5, 6, 7, *(y for y in range(SIZE) if y != i)]
+        assert found[i] == pytest.approx(
+            cross_entropy(scores[i, i], scores[i, negatives]), rel=1e-5
+        )
+
+
+def test_two_caches_with_different_towers():
+    other_table = make_table(SIZE, seed=7)
+    tower, other = Table(TABLE), Table(other_table)
+    archive = corpus(other, candidate_network=other, name="archive")
+    lagging = stream(candidate_network=other, name="lagging")
+    task = Retrieval(
+        tower, [stream(name="own"), lagging, archive], candidate_id_key="id", reduction="none"
+    )
+    own = task.negatives[0]
+    queries, ids = make_queries(2), [0, 1]
+    fill(own, [5, 6])
+    fill(lagging, [7])
+    found = losses_of(task, queries, ids)
+    scores = queries.astype(np.float64) @ TABLE.T
+    other_scores = queries.astype(np.float64) @ other_table.T
+    for i in range(2):
+        of_archive = [other_scores[i, y] for y in range(SIZE) if y != i]
+        negatives = [*scores[i, [5, 6]], other_scores[i, 7], *of_archive]
+        assert found[i] == pytest.approx(cross_entropy(scores[i, i], negatives), rel=1e-5)
+    call(task, queries, ids, TABLE, training=True)
+    rows = lagging.cache.data
+    where = np.flatnonzero(np.isin(rows["id"].numpy(), ids) & lagging.cache.filled.numpy())
+    np.testing.assert_allclose(
+        lagging.cache.embeddings.numpy()[where], other_table[rows["id"].numpy()[where]]
+    )
+    # Encoded by the other tower, draws are what they were, and nothing of the batch is a row.
+    np.testing.assert_allclose(archive.cache.embeddings, other_table, rtol=1e-6)
+    where = np.flatnonzero(np.isin(own.cache.data["id"].numpy(), ids) & own.cache.filled.numpy())
+    np.testing.assert_allclose(
+        own.cache.embeddings.numpy()[where], TABLE[own.cache.data["id"].numpy()[where]]
+    )
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
+    tower = Table(TABLE)
+    sources = [stream(num_negatives=2), corpus(tower, corrector=nc.Corrector(hidden_units=4))]
+    task = Retrieval(tower, sources, candidate_id_key="id")
+
+    def step(ids):
+        with tf.GradientTape() as tape:
+            loss = task(tf.constant(make_queries(3)), tower({"id": ids}), {"id": ids})
+        variables = [tower.table, *task.negatives[1].corrector.trainable_variables]
+        variables = [part if isinstance(part, tf.Variable) else part.value for part in variables]
+        return loss, tape.gradient(loss, variables)
+
+    run = tf.function(step) if compiled else step
+    for i in range(3):
+        loss, gradients = run(tf.range(3, dtype=tf.int64) + i)
+        assert np.isfinite(loss)
+    assert np.any(tf.convert_to_tensor(gradients[0]).numpy() != 0.0)
+    assert any(np.any(part.numpy() != 0.0) for part in gradients[1:])
+    assert int(sources[0].cache.num_filled) == 5
+    assert int(sources[1].cache.step) == 3
+    # The corpus, the batches, and the draws of both.
+    counted = {metric.name: float(metric.result()) for metric in task.training_metrics}
+    assert counted["candidates_encoded"] == SIZE + 3 * (3 + 2 * 3 + 3)
+
+
+def test_the_usual_list_is_what_cached_retrieval_builds():
+    def train(make):
+        tower = Table(TABLE)
+        task = make(tower)
+        ids, queries = tf.constant([0, 1, 2], tf.int64), tf.constant(make_queries(3))
+        losses = []
+        for _ in range(4):
+            with tf.GradientTape() as tape:
+                loss = task(queries, tower({"id": ids}), {"id": ids}, training=True)
+            gradient = tf.convert_to_tensor(tape.gradient(loss, tower.trainable_variables[0]))
+            losses += [loss.numpy(), gradient.numpy()]
+        return losses, task
+
+    options = {"temperature": 0.5, "candidate_id_key": "id", "remove_accidental_hits": True}
+    by_options, usual = train(
+        lambda tower: CachedRetrieval(
+            tower,
+            SPECS,
+            6,
+            in_batch_negatives=True,
+            num_hard_negatives=1,
+            num_negatives=2,
+            seed=1,
+            **options,
+        )
+    )
+    by_list, _ = train(
+        lambda tower: Retrieval(
+            tower, [InBatch(num_hard=1), Explicit(), stream(num_negatives=2)], **options
+        )
+    )
+    assert [type(source) for source in usual.negatives] == [InBatch, Explicit, FromCache]
+    for a, b in zip(by_options, by_list):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_cache_of_the_users_own_needs_no_further_columns():
+    tower, queries = Table(TABLE), make_queries(2)
+    specs = {**SPECS, "embedding": tf.io.FixedLenFeature([DIM], tf.float32)}
+    source = FromCache(Cache(specs, 6), seed=1)
+    task = Retrieval(
+        tower, [source], candidate_id_key="id", remove_accidental_hits=True, reduction="none"
+    )
+    fill(source, [0, 5])
+    scores = queries.astype(np.float64) @ TABLE.T
+    expected = [cross_entropy(scores[0, 0], scores[0, [5]])]
+    expected.append(cross_entropy(scores[1, 1], scores[1, [0, 5]]))
+    np.testing.assert_allclose(losses_of(task, queries, [0, 1]), expected, rtol=1e-5)
+    with pytest.raises(
+        ValueError, match="needs a cache that keeps it: give the source a `CacheSpe"
+    ):
+        losses_of(task, queries, [0, 1], candidate_sampling_probability=tf.fill([2], 0.1))
+
+
+# A source of one's own.
+
+
+@keras.utils.register_keras_serializable("test")
+class Anchors(Negatives):
+    """Learned negatives, and how many steps they have seen."""
+
+    def __init__(self, count, penalty=0.0, **kwargs):
+        super().__init__(**kwargs)
+        self.count, self.penalty = count, penalty
+        ones = keras.initializers.Ones()
+        self.anchors = self.add_weight(shape=(count, DIM), initializer=ones, name="anchors")
+        self.num_steps = self.add_weight(
+            shape=(), initializer="zeros", trainable=False, name="num_steps"
+        )
+
+    def logits(self, batch, training):
+        anchors = tf.convert_to_tensor(self.anchors)
+        return Contribution(batch.scores.of_all_pairs(batch.queries, anchors), pending="seen")
+
+    def end_step(self, batch, contribution):
+        assert contribution.pending == "seen"
+        self.num_steps.assign_add(1.0)
+        return self.penalty * tf.reduce_sum(tf.square(tf.convert_to_tensor(self.anchors)))
+
+    def get_config(self):
+        return {**super().get_config(), "count": self.count, "penalty": self.penalty}
+
+
+def test_a_source_of_ones_own_has_logits_state_and_a_loss_without_value():
+    tower, queries, ids = Table(TABLE), make_queries(2), [0, 1]
+    source = Anchors(2, penalty=0.25)
+    task = Retrieval(tower, [source], temperature=0.5, reduction="none")
+    anchors = source.anchors if isinstance(source.anchors, tf.Variable) else source.anchors.value
+    with tf.GradientTape() as tape:
+        losses = call(task, queries, ids, TABLE, training=True)
+        total = tf.reduce_sum(losses)
+    scores = queries.astype(np.float64) @ TABLE.T / 0.5
+    negatives = np.tile(queries.astype(np.float64).sum(axis=1)[:, None] / 0.5, [1, 2])
+    expected = [cross_entropy(scores[i, i], negatives[i]) for i in range(2)]
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    # d/da log(e^s⁺ + 2 e^s⁻) is half of the softmax's mass of the negatives times the query; and
+    # the penalty is there once, not once a query.
+    masses = [1.0 - np.exp(-loss) for loss in expected]
+    gradient = sum(mass / 2 * query / 0.5 for mass, query in zip(masses, queries)) + 0.5
+    np.testing.assert_allclose(tape.gradient(total, anchors), np.tile(gradient, [2, 1]), rtol=1e-4)
+    call(task, queries, ids, TABLE, training=False)
+    assert float(tf.convert_to_tensor(source.num_steps)) == 1.0
+
+
+# Files.
+
+
+def make_model(seed=0):
+    keras.utils.set_random_seed(seed)
+    query_tower, tower = Table(make_table(SIZE, seed=5 + seed)), Table(make_table(SIZE, seed=seed))
+    sources = [
+        InBatch(),
+        stream(num_negatives=2, name="stream"),
+        corpus(tower, refresh_fraction=0.1),
+        Anchors(2),
+    ]
+    model = DualEncoder(query_tower, tower, Retrieval(tower, sources, candidate_id_key="id"))
+    model.compile(keras.optimizers.SGD(0.1))
+    return model
+
+
+def pairs(order=range(SIZE)):
+    ids = {"id": np.array(order)}
+    return tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(3)
+
+
+def state_of(model):
+    task = model.task
+    _, *caches, anchors = task.negatives
+    parts = [tf.convert_to_tensor(anchors.anchors), tf.convert_to_tensor(anchors.num_steps)]
+    for source in caches:
+        parts += [*source.cache.data.values(), source.cache.age, source._state.sampling]
+    parts += [tf.convert_to_tensor(weight) for weight in model.trainable_variables]
+    return [np.asarray(part) for part in parts]
+
+
+def assert_goes_on_alike(model, loaded):
+    for _ in range(2):
+        for a, b in zip(state_of(model), state_of(loaded)):
+            np.testing.assert_array_equal(a, b)
+        for each in (model, loaded):
+            each.fit(pairs(), verbose=0)
+
+
+def restored_weights(path, model):
+    model.save_weights(path)
+    other = make_model(seed=1)
+    other(next(iter(pairs())))
+    other.load_weights(path)
+    return other
+
+
+def restored_checkpoint(path, model):
+    where = tf.train.Checkpoint(model=model).save(path)
+    other = make_model(seed=1)
+    other(next(iter(pairs())))
+    tf.train.Checkpoint(model=other).restore(where).expect_partial()
+    return other
+
+
+@pytest.mark.parametrize(
+    ["name", "through"],
+    [("all.weights.h5", restored_weights), ("checkpoint", restored_checkpoint)],
+)
+def test_files_hold_every_source(tmp_path, name, through):
+    model = make_model()
+    model.fit(pairs(), epochs=2, verbose=0)
+    assert_goes_on_alike(model, through(str(tmp_path / name), model))
+
+
+@keras.utils.register_keras_serializable("test")
+class SavedTable(keras.layers.Layer):
+    """A tower that a `.keras` file describes."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.table = keras.layers.Embedding(size, DIM)
+        self.size = size
+
+    def call(self, features):
+        return self.table(features["id"])
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+def test_a_keras_file_holds_every_source(tmp_path):
+    keras.utils.set_random_seed(0)
+    query_tower, tower, other = (SavedTable(SIZE) for _ in range(3))
+    sources = [
+        InBatch(num_hard=2),
+        Explicit(),
+        FromCache(CacheSpec(SPECS, 6), seed=1, num_negatives=2, name="stream"),
+        FromCache(CacheSpec(SPECS, 6), seed=3, candidate_network=other, name="other"),
+        corpus(tower, corrector=nc.Corrector(hidden_units=4), probe_size=3, name="corpus"),
+        Anchors(2, penalty=0.1),
+    ]
+    task = Retrieval(
+        tower,
+        sources,
+        temperature=0.5,
+        candidate_id_key="id",
+        remove_accidental_hits=True,
+        false_negative_margin=0.1,
+        loss_metrics=[keras.metrics.Mean(name="mean_loss")],
+    )
+    model = DualEncoder(query_tower, tower, task)
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit(pairs(), epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [type(source) for source in loaded.task.negatives] == [type(part) for part in sources]
+    assert loaded.task.get_config()["false_negative_margin"] == 0.1
+    for each in (model, loaded):
+        each.fit(pairs(), verbose=0)
+    for a, b in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(model.task.cached_negatives, loaded.task.cached_negatives):
+        np.testing.assert_array_equal(a.cache.embeddings, b.cache.embeddings)
+
+
+# Logs and callbacks.
+
+
+def test_logs_and_callbacks_know_every_cache(tmp_path):
+    model = make_model()
+    history = model.fit(
+        pairs(),
+        epochs=2,
+        verbose=0,
+        callbacks=[
+            CacheWarmStart(corpus_of(SIZE), verbose=0),
+            CacheRefresh(every_steps=3, verbose=0),
+            nc.CacheSummaries(str(tmp_path)),
+        ],
+    ).history
+    assert {"stream_fill", "fill", "stream_staleness", "staleness", "candidates_encoded"} <= set(
+        history
+    )
+    assert history["stream_fill"] == [1.0, 1.0]
+    batches, draws, oldest = 2 * SIZE, 2 * (2 * SIZE) + 2 * SIZE, 2 * 4
+    warm_start, refreshes = 6 + 1, 2 * (6 + SIZE)
+    encoded = SIZE + batches + draws + oldest + warm_start + refreshes
+    # The last refresh comes after the last log.
+    assert history["candidates_encoded"][-1] == pytest.approx(encoded, abs=6 + SIZE + 1)
+
+
+def test_a_callback_can_be_about_one_source():
+    model = make_model()
+    stream_source, corpus_source = model.task.cached_negatives
+    model.fit(pairs(), verbose=0)
+    CacheRefresh(verbose=0, task=corpus_source)
+    refresh = CacheRefresh(verbose=0, task=corpus_source)
+    refresh.set_model(model)
+    refresh.on_train_begin()
+    refresh.on_epoch_begin(0)
+    assert not np.any(corpus_source.cache.age)
+    assert np.any(stream_source.cache.age)
+
+
+def test_what_only_training_measures_is_no_zero_in_an_evaluation():
+    tower = Table(TABLE)
+    task = Retrieval(tower, [stream()])
+
+    class Model(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.tower, self.task = tower, task
+
+        def call(self, features, training=None):
+            embeddings = self.tower(features)
+            self.add_loss(self.task(embeddings, embeddings, features, training=bool(training)))
+            return embeddings
+
+    model = Model()
+    model.compile(keras.optimizers.SGD(0.1))
+    data = tf.data.Dataset.from_tensor_slices({"id": np.arange(SIZE)}).batch(3)
+    history = model.fit(data, validation_data=data, verbose=0, epochs=2).history
+    assert np.all(np.isfinite(history["staleness"]))
+    for name in ("val_staleness", "val_log_partition"):
+        assert np.all(np.isnan(history[name]))
+    # What is true of the cache is true in an evaluation too.
+    assert history["val_fill"] == history["fill"]
+
+
+# Bad input.
+
+
+def _task(*sources, **kwargs):
+    return Retrieval(Table(TABLE), list(sources), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ["make", "message"],
+    [
+        (lambda: _task(), r"must be a list of sources of negatives.*Received: \[\]"),
+        (lambda: Retrieval(Table(TABLE), InBatch()), "must be a list of sources of negatives"),
+        (lambda: _task("batch"), "must be a list of sources of negatives"),
+        (lambda: _task(stream(), stream()), r"one kind need names.*fill.*staleness"),
+        (lambda: _task(InBatch(num_hard=0)), "`num_hard` must be an integer >= 1. Received: 0"),
+        (lambda: CacheSpec(SPECS, 0), "`cache_size` must be an integer >= 1. Received: 0"),
+        (lambda: CacheSpec(SPECS, 4, index="tree"), "`index` must be a `TreeIndex`"),
+        (lambda: FromCache("cache"), "must be a `CacheSpec`, or a `Cache` without a `row_key`"),
+        (lambda: FromCache(corpus(Table(TABLE)).cache), "`FromCorpus` takes one with it"),
+        (lambda: FromCorpus(CacheSpec(SPECS, 4)), "must be a `Cache` that covers a corpus"),
+        (lambda: stream(num_negatives=0), "`num_negatives` must be an integer >= 1"),
+        (lambda: stream(refresh_fraction=2.0), r"must be in \[0, 1\]. Received: 2.0"),
+        (lambda: stream(candidate_network=3), "must be a layer or a function. Received: 3"),
+        (
+            lambda: _task(stream(), remove_accidental_hits=True),
+            "`remove_accidental_hits` needs a `candidate_id_key`",
+        ),
+        (
+            lambda: _task(stream(), candidate_id_key="title"),
+            "`candidate_id_key` must be one of the features",
+        ),
+        (
+            lambda: _task(corpus(Table(TABLE)), candidate_id_key="title"),
+            "must be that of its corpus. Received: 'title'. Wanted: 'id'",
+        ),
+        (
+            lambda: _task(corpus(Table(TABLE)), candidate_id_key="id", frequency_correction=True),
+            "no `frequency_correction` with a `cache` of a corpus",
+        ),
+        (
+            lambda: _task(stream(), candidate_id_key="id", frequency_correction=True),
+            "with `use_lru=False` only",
+        ),
+    ],
+)
+def test_refuses_bad_arguments(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_source_belongs_to_one_task():
+    source = stream()
+    with pytest.raises(ValueError, match="is not one of the `negatives` of a task yet"):
+        source.get_task()
+    _task(source)
+    with pytest.raises(ValueError, match="belongs to one task: make another one"):
+        _task(source)
+
+
+def test_what_no_source_takes_is_refused():
+    task, queries = _task(InBatch()), make_queries(2)
+    with pytest.raises(ValueError, match=r"need `Explicit\(\)` among the `negatives`"):
+        losses_of(task, queries, [0, 1], negative_embeddings=tf.zeros([2, 1, DIM]))
+    with pytest.raises(ValueError, match="nothing to tell a positive from"):
+        losses_of(_task(Explicit()), queries, [0, 1])
+    with pytest.raises(ValueError, match="`candidate_features` must have exactly the keys"):
+        _task(stream())(queries, TABLE[:2], {"name": tf.constant(["a", "b"])})
+
+
+def test_probabilities_and_lru_do_not_go_together_unnoticed():
+    table, queries = TABLE, make_queries(2)
+    given = {"candidate_sampling_probability": tf.fill([2], 0.1)}
+    task = _task(stream())
+    with pytest.warns(UserWarning, match="with `use_lru=False` only"):
+        call(task, queries, [0, 1], table, **given)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(task, queries, [0, 1], table, **given)
+        without_lru = _task(FromCache(CacheSpec(SPECS, 6, use_lru=False), seed=1))
+        call(without_lru, queries, [0, 1], table, **given)
+
+
+def test_xla_is_not_offered_to_strings():
+    towers = functools.partial(Retrieval, lambda features: tf.zeros([2, DIM]))
+    assert towers([stream(), InBatch()]).supports_jit
+    assert not towers([FromCache(CacheSpec({"title": STRING_ID}, 4)), InBatch()]).supports_jit
