@@ -91,6 +91,16 @@ def specs_of_rows(dataset):
     return specs if parts is element else specs[ONE_FEATURE]
 
 
+def example_of(specs, num_rows: int = 1):
+    """Features of rows of zeros, or of empty strings, with the specs of features by name."""
+    return {
+        key: tf.zeros([num_rows, *spec.shape], spec.dtype)
+        if tf.as_dtype(spec.dtype) != tf.string
+        else tf.fill([num_rows, *spec.shape], "")
+        for key, spec in specs.items()
+    }
+
+
 def specs_of_any_size(features):
     """The specs of batches like `features` of any number of rows.
 

@@ -152,13 +152,7 @@ class Corpus:
 
     def embedding_dim(self) -> int:
         """d, as the tower says, or else what it does with an example."""
-        example = {
-            key: tf.zeros([1, *spec.shape], spec.dtype)
-            if tf.as_dtype(spec.dtype) != tf.string
-            else tf.fill([1, *spec.shape], "")
-            for key, spec in self.specs.items()
-        }
-        return self._encoder.output_dim(self._inputs(example))
+        return self._encoder.output_dim(self._inputs(_features.example_of(self.specs)))
 
     def items(self) -> Iterator[dict[str, tf.Tensor]]:
         """Batches of features, with the embeddings [n, d] float32 among them."""

@@ -10,7 +10,12 @@ import tensorflow as tf
 from negative_cache import _features
 from negative_cache._compat import deserialize, kept_losses, keras
 from negative_cache.layers._negatives import checks
-from negative_cache.layers._negatives.base import Contribution, Negatives, given_name
+from negative_cache.layers._negatives.base import (
+    Contribution,
+    Negatives,
+    given_name,
+    log_prefixes,
+)
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.batch_reader import BatchReader
 from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded
@@ -135,10 +140,10 @@ class Retrieval(StateLayer):
         )
         self._num_sources = len(sources)
         prefix = given_name(self)
-        for i, source in enumerate(sources):
+        for i, (source, own_prefix) in enumerate(zip(sources, log_prefixes(sources))):
             # Of layers in a list, TensorFlow checkpoints of Keras 3 would lose the state.
             setattr(self, f"_source_{i}", source)
-            source.bind(self, prefix)
+            source.bind(self, prefix + own_prefix)
         self._encoded = None
         if any(source.encodes_candidates for source in sources):
             self._encoded = Latest(name=prefix + "candidates_encoded")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import types
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class Negatives(keras.layers.Layer):
 
     Args:
       **kwargs: of the layer. A `name` that is given is put before those of the source's metrics in
-        the logs, which two sources of one kind need.
+        the logs. Of several caches without one, the names of their classes are.
 
     Example:
       >>> class Zeros(Negatives):
@@ -114,7 +115,7 @@ class Negatives(keras.layers.Layer):
 
         Args:
           task: has its arguments as attributes.
-          prefix: what the task's own logs begin with.
+          prefix: what the source's logs begin with.
 
         Raises:
           ValueError: if the source has another task, or an option of the task does not go with it.
@@ -125,7 +126,7 @@ class Negatives(keras.layers.Layer):
                 f" {self.name!r}, which is in the task {self._bound.task.name!r}."
             )
         self._bound.task = task
-        self._bound.prefix = prefix + given_name(self)
+        self._bound.prefix = prefix
 
     def build_cache(self, embedding_dim: int) -> None:
         """Makes what needs to know d, or checks it; called before the first `logits`."""
@@ -154,6 +155,28 @@ class Negatives(keras.layers.Layer):
 
 def given_name(layer: keras.layers.Layer) -> str:
     """What tells the logs of a layer that was given a name from those of others: "name_" or ""."""
-    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(layer).__name__).lower()
-    is_automatic = re.fullmatch(rf"{re.escape(words)}(_\d+)?", layer.name)
+    is_automatic = re.fullmatch(rf"{re.escape(_words_of(layer))}(_\d+)?", layer.name)
     return "" if is_automatic else f"{layer.name}_"
+
+
+def log_prefixes(sources: Sequence[Negatives]) -> list[str]:
+    """What the logs of each source begin with.
+
+    That is its name if it was given one. It is nothing for the only cache without, and the name of
+    the class for one of several, counted from the second of a class on.
+    """
+    prefixes = [given_name(source) for source in sources]
+    unnamed = [
+        i for i, source in enumerate(sources) if source.encodes_candidates and not prefixes[i]
+    ]
+    if len(unnamed) > 1:
+        seen: Counter[str] = Counter()
+        for i in unnamed:
+            words = _words_of(sources[i])
+            seen[words] += 1
+            prefixes[i] = f"{words}_" if seen[words] == 1 else f"{words}_{seen[words]}_"
+    return prefixes
+
+
+def _words_of(layer: keras.layers.Layer) -> str:
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(layer).__name__).lower()

@@ -127,6 +127,11 @@ class CachedNegatives(Negatives, StateLayer):
 
     def bind(self, task: Retrieval, prefix: str) -> None:
         super().bind(task, prefix)
+        if self.has_own_tower:
+            # Its weights must be there before an optimizer takes the model's. Keras may call a
+            # layer built that is not.
+            example = self._inputs(_features.example_of(self.feature_specs))
+            _towers.embed(self._tower, example, training=False)
         prefix = self.log_prefix
         self._staleness = MeanIfAny(name=prefix + "staleness")
         self._log_partition = MeanIfAny(name=prefix + "log_partition")
@@ -204,13 +209,15 @@ class CachedNegatives(Negatives, StateLayer):
           features: feature name -> [n, ...].
           training: whether the tower trains.
         """
-        inputs = features[_features.ONE_FEATURE] if self.takes_one_tensor else features
         # What the tower adds to the loss counts for the batch's own encoding, which is not here.
         with kept_losses(self._tower):
-            embeddings = _towers.embed(self._tower, inputs, training)
+            embeddings = _towers.embed(self._tower, self._inputs(features), training)
         self.build_cache(embeddings.shape[1])
         self._count(tf.shape(embeddings)[0])
         return tf.cast(embeddings, tf.float32)
+
+    def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
+        return features[_features.ONE_FEATURE] if self.takes_one_tensor else features
 
     # A step.
 

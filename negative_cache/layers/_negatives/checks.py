@@ -98,8 +98,8 @@ def check_log_names(metrics: Sequence[keras.metrics.Metric]) -> None:
     repeated = sorted(name for name, count in names.items() if count > 1)
     if repeated:
         raise ValueError(
-            "Two sources of negatives of one kind need names, `FromCache(…, name='stream')`, which"
-            f" are put before their logs. Received two that log {repeated}."
+            "Sources of negatives must have different names, which are put before their logs."
+            f" Received two that log {repeated}."
         )
 
 

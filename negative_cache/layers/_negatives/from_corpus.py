@@ -197,12 +197,7 @@ class FromCorpus(CachedNegatives):
     def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
         if self.has_own_tower:
             # Nothing of the batch is a row.
-            items = {
-                key: tf.zeros([0, *spec.shape], spec.dtype)
-                if spec.dtype != tf.string
-                else tf.fill([0, *spec.shape], "")
-                for key, spec in self._cache.specs.items()
-            }
+            items = _features.example_of(self._cache.specs, num_rows=0)
             self._cache.update(new_items=items, **as_updates(encoded))
             return
         items = {**self.features_in(batch), EMBEDDING: batch.candidates}

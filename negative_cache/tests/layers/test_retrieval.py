@@ -1,4 +1,4 @@
-"""Tests of `Retrieval`: what a list of sources of negatives can say, and how it is kept in files."""
+"""Tests of `Retrieval`: what a list of sources of negatives can say, and its files."""
 
 import functools
 import warnings
@@ -120,13 +120,16 @@ def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
         variables = [part if isinstance(part, tf.Variable) else part.value for part in variables]
         return loss, tape.gradient(loss, variables)
 
+    # Something has gone stale.
+    tower.table.assign(1.2 * TABLE)
     run = tf.function(step) if compiled else step
     for i in range(3):
         loss, gradients = run(tf.range(3, dtype=tf.int64) + i)
         assert np.isfinite(loss)
     assert np.any(tf.convert_to_tensor(gradients[0]).numpy() != 0.0)
     assert any(np.any(part.numpy() != 0.0) for part in gradients[1:])
-    assert int(sources[0].cache.num_filled) == 5
+    # A candidate that came again stands in another row.
+    assert int(sources[0].cache.num_filled) == 6
     assert int(sources[1].cache.step) == 3
     # The corpus, the batches, and the draws of both.
     counted = {metric.name: float(metric.result()) for metric in task.training_metrics}
@@ -181,9 +184,7 @@ def test_a_cache_of_the_users_own_needs_no_further_columns():
     expected = [cross_entropy(scores[0, 0], scores[0, [5]])]
     expected.append(cross_entropy(scores[1, 1], scores[1, [0, 5]]))
     np.testing.assert_allclose(losses_of(task, queries, [0, 1]), expected, rtol=1e-5)
-    with pytest.raises(
-        ValueError, match="needs a cache that keeps it: give the source a `CacheSpe"
-    ):
+    with pytest.raises(ValueError, match="needs a cache that keeps it: give the source"):
         losses_of(task, queries, [0, 1], candidate_sampling_probability=tf.fill([2], 0.1))
 
 
@@ -357,6 +358,19 @@ def test_a_keras_file_holds_every_source(tmp_path):
 # Logs and callbacks.
 
 
+def test_logs_of_several_caches_are_told_apart():
+    tower = Table(TABLE)
+    sources = [stream(), stream(), corpus(tower), stream(name="third")]
+    task = Retrieval(tower, sources, candidate_id_key="id", name="task")
+    found = [metric.name for metric in task.training_metrics if metric.name.endswith("fill")]
+    assert found == [
+        "task_from_cache_fill",
+        "task_from_cache_2_fill",
+        "task_from_corpus_fill",
+        "task_third_fill",
+    ]
+
+
 def test_logs_and_callbacks_know_every_cache(tmp_path):
     model = make_model()
     history = model.fit(
@@ -380,11 +394,15 @@ def test_logs_and_callbacks_know_every_cache(tmp_path):
     assert history["candidates_encoded"][-1] == pytest.approx(encoded, abs=6 + SIZE + 1)
 
 
+def rows_of(source):
+    return {key: tf.convert_to_tensor(values) for key, values in source.cache.data.items()}
+
+
 def test_a_callback_can_be_about_one_source():
     model = make_model()
     stream_source, corpus_source = model.task.cached_negatives
-    model.fit(pairs(), verbose=0)
-    CacheRefresh(verbose=0, task=corpus_source)
+    model.fit(pairs().take(1), verbose=0)
+    stream_source.cache.update(new_items={k: v[:0] for k, v in rows_of(stream_source).items()})
     refresh = CacheRefresh(verbose=0, task=corpus_source)
     refresh.set_model(model)
     refresh.on_train_begin()
@@ -431,7 +449,10 @@ def _task(*sources, **kwargs):
         (lambda: _task(), r"must be a list of sources of negatives.*Received: \[\]"),
         (lambda: Retrieval(Table(TABLE), InBatch()), "must be a list of sources of negatives"),
         (lambda: _task("batch"), "must be a list of sources of negatives"),
-        (lambda: _task(stream(), stream()), r"one kind need names.*fill.*staleness"),
+        (
+            lambda: _task(stream(name="one"), stream(name="one")),
+            r"must have different names.*one_fill.*one_staleness",
+        ),
         (lambda: _task(InBatch(num_hard=0)), "`num_hard` must be an integer >= 1. Received: 0"),
         (lambda: CacheSpec(SPECS, 0), "`cache_size` must be an integer >= 1. Received: 0"),
         (lambda: CacheSpec(SPECS, 4, index="tree"), "`index` must be a `TreeIndex`"),
