@@ -6,6 +6,7 @@ import tensorflow as tf
 
 from negative_cache._compat import keras
 from negative_cache.layers import Cache, CachedRetrieval, Corrector, NystromCorrector, TreeIndex
+from negative_cache.layers._tree.draws import transformed
 from negative_cache.ops.tree.cut import Scoring
 from negative_cache.ops.tree.law import proposal_log_law
 from negative_cache.tests.layers.corpus_cases import (
@@ -278,9 +279,8 @@ def test_draws_of_an_index_follow_the_stated_law_of_corrected_candidates(root_wi
     sample, log_probability = index.sample_with_log_probability(
         query, 20000, correction_steps=0, seed=3, row_transform=transform
     )
-    law = proposal_log_law(index._transformed(transform), Scoring(tf.constant(query)), index.beam)[
-        0
-    ]
+    tree = transformed(index.tree, index._candidates, transform)
+    law = proposal_log_law(tree, Scoring(tf.constant(query)), index.beam)[0]
     np.testing.assert_allclose(np.exp(law).sum(), 1.0, atol=1e-4)
     draws = sample.indices.numpy()[0]
     np.testing.assert_allclose(law[draws], log_probability[0], atol=1e-4)
