@@ -243,7 +243,7 @@ class CachedRetrieval(Retrieval):
             raise ValueError(
                 "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
             )
-        of_rows = {
+        of_rows: dict[str, Any] = {
             "corrector": corrector,
             "refresh_fraction": refresh_fraction,
             "probe_size": probe_size,

@@ -191,6 +191,10 @@ class DriftCorrector(StateLayer):
         del embeddings, filled, seed
         return None
 
+    def learn_landmarks(self, encoded: Encoded) -> None:
+        """Learns from the rows that `rows_to_encode` has asked for."""
+        del encoded
+
     def _make_fields(self, dim: int) -> dict:
         """Further state variables."""
         del dim

@@ -91,6 +91,7 @@ class Negatives(keras.layers.Layer):
           value is not; None if there is none.
         """
         del batch, contribution
+        return None
 
     def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
         """The logits alone."""
@@ -141,6 +142,7 @@ class Negatives(keras.layers.Layer):
           num_candidates: scalar int32, N, the candidates of the batch.
         """
         del num_candidates
+        return None
 
     @property
     def training_metrics(self) -> Sequence[keras.metrics.Metric]:

@@ -140,17 +140,20 @@ class BatchReader:
         queries: tf.Tensor,
         known_positive_ids: tf.Tensor | tf.RaggedTensor | None,
     ) -> tf.Tensor | None:
-        is_known = known_positive_ids is not None
-        if is_known and self._id_key is None:
-            raise ValueError("`known_positive_ids` needs a `candidate_id_key`. Received: None.")
-        if not is_known and not self._leaves_out_ids:
+        if known_positive_ids is None and not self._leaves_out_ids:
             return None
+        if ids is None:
+            raise ValueError("`known_positive_ids` needs a `candidate_id_key`. Received: None.")
         own = ids[: tf.shape(queries)[0], tf.newaxis]
-        if not is_known:
+        if known_positive_ids is None:
             return own
         known, is_there = checks.check_known_positives(known_positive_ids, queries)
-        checks.check_id_kind(known, features[self._id_key], "known_positive_ids", self._id_key)
+        self._check_id_kind(known, features, "known_positive_ids")
         return tf.concat([own, tf.where(is_there, fingerprint(known), own)], axis=1)
+
+    def _check_id_kind(self, ids: tf.Tensor, features: Mapping[str, tf.Tensor], name: str) -> None:
+        like = _features.id_feature(features, self._id_key)
+        checks.check_id_kind(ids, like, name, self._id_key)
 
     def _not_negatives(
         self,
@@ -162,7 +165,7 @@ class BatchReader:
     ) -> tf.Tensor:
         """[B, N] bool, the candidates that are no negatives of a query, besides its positive."""
         found = tf.zeros_like(pair_scores, tf.bool)
-        if left_out_ids is not None:
+        if ids is not None and left_out_ids is not None:
             found |= is_among(ids[tf.newaxis], left_out_ids)
         if max_scores is not None:
             found |= pair_scores > max_scores[:, tf.newaxis]
@@ -198,6 +201,6 @@ class BatchReader:
         if ids is None or not leaves_out:
             return ExplicitNegatives(embeddings, mask)
         ids = tf.convert_to_tensor(ids)
-        checks.check_id_kind(ids, features[self._id_key], "negative_ids", self._id_key)
+        self._check_id_kind(ids, features, "negative_ids")
         checks.check_negative_ids(ids, embeddings)
         return ExplicitNegatives(embeddings, mask, fingerprint(ids))

@@ -142,7 +142,7 @@ class CachedNegatives(Negatives, StateLayer):
         self.probe_metrics = [Latest(name=prefix + name) for name in names[:num_probes]]
         known_dims = [_towers.known_output_dim(self._tower)]
         if self._cache is not None:
-            known_dims.append(self._cache.embeddings.shape[1])
+            known_dims.append(self.get_cache().embeddings.shape[1])
         for dim in known_dims:
             if dim is not None:
                 self.build_cache(dim)
@@ -152,6 +152,19 @@ class CachedNegatives(Negatives, StateLayer):
         """The `Cache`, or None while the embedding dimension is unknown: until the first call."""
         return self._cache
 
+    def get_cache(self) -> Cache:
+        """The `Cache`, when it is there.
+
+        Raises:
+          ValueError: if the embedding dimension is not known yet.
+        """
+        if self._cache is None:
+            raise ValueError(
+                "There is no cache yet: it is made when the embedding dimension is known, by the"
+                " first call."
+            )
+        return self._cache
+
     @property
     def has_own_tower(self) -> bool:
         """Whether the rows are encoded by another tower than the task's."""
@@ -159,7 +172,9 @@ class CachedNegatives(Negatives, StateLayer):
 
     @property
     def _tower(self) -> Callable[..., tf.Tensor]:
-        return self.candidate_network if self.has_own_tower else self.get_task().candidate_network
+        if self.candidate_network is not None:
+            return self.candidate_network
+        return self.get_task().candidate_network
 
     @property
     def num_encoded(self) -> tf.Tensor:
@@ -190,12 +205,13 @@ class CachedNegatives(Negatives, StateLayer):
         _validation.check_count(batch_size, "batch_size")
         if self._cache is None:
             raise ValueError("There is no cache to refresh, or none yet.")
-        if not self._cache.use_lru:
+        cache = self._cache
+        if not self.get_cache().use_lru:
             raise ValueError(
                 "A refresh makes rows young, and would change which are replaced first. Received:"
                 " use_lru=False."
             )
-        filled = np.flatnonzero(self._cache.filled.numpy())
+        filled = np.flatnonzero(self.get_cache().filled.numpy())
         bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
         for start in range(0, len(filled), batch_size):
             rows = filled[start : start + batch_size]
@@ -242,21 +258,21 @@ class CachedNegatives(Negatives, StateLayer):
         if outcome.oldest is not None:
             encoded = outcome.oldest if encoded is None else encoded.and_those(outcome.oldest)
         self.write(batch, encoded)
-        self._fill.update_state(tf.cast(self._cache.num_filled, tf.float32) / self.cache_size)
-        self._skipped_rows.update_state(self._cache.num_skipped)
+        self._fill.update_state(tf.cast(self.get_cache().num_filled, tf.float32) / self.cache_size)
+        self._skipped_rows.update_state(self.get_cache().num_skipped)
         return outcome.drift_loss
 
     def correction(self) -> RowCorrection | None:
         """The corrector as it is now, if there is one."""
-        return None if self.corrector is None else RowCorrection(self.corrector, self._cache)
+        return None if self.corrector is None else RowCorrection(self.corrector, self.get_cache())
 
     def stale(self, rows: tf.Tensor) -> tf.Tensor:
         """[n, d] float32, the cached embeddings of `rows` [n], without gradient."""
-        return tf.stop_gradient(tf.cast(tf.gather(self._cache.embeddings, rows), tf.float32))
+        return tf.stop_gradient(tf.cast(tf.gather(self.get_cache().embeddings, rows), tf.float32))
 
     def features_at(self, rows: tf.Tensor) -> dict[str, tf.Tensor]:
         """The features [n, ...] of `rows` [n], as the tower takes them."""
-        return {key: tf.gather(self._cache.data[key], rows) for key in self.feature_specs}
+        return {key: tf.gather(self.get_cache().data[key], rows) for key in self.feature_specs}
 
     def features_of(
         self, rows: tf.Tensor, are_there: tf.Tensor, batch: Batch, substitutes: tf.Tensor
@@ -265,9 +281,10 @@ class CachedNegatives(Negatives, StateLayer):
 
         An unfilled row's empty features might be outside of what the tower knows, and give NaN.
         """
-        features, known = self.features_at(rows), self.features_in(batch)
-        if known is None:
+        features = self.features_at(rows)
+        if not self.knows_features_of(batch):
             return features
+        known = self.features_in(batch)
         for key, values in features.items():
             mask = tf.reshape(are_there, [-1] + [1] * (values.shape.rank - 1))
             # A batch may be empty, and have no row to stand in.
@@ -276,18 +293,20 @@ class CachedNegatives(Negatives, StateLayer):
             features[key] = tf.where(mask, values, stand_ins)
         return features
 
-    def features_in(self, batch: Batch) -> dict[str, tf.Tensor] | None:
-        """The batch's features that the cache has; None if the cache is of other things."""
+    def knows_features_of(self, batch: Batch) -> bool:
+        """Whether rows are of what the batch's candidates are: they must be, by the same tower."""
+        return not self.has_own_tower or set(self.feature_specs) <= set(batch.features)
+
+    def features_in(self, batch: Batch) -> dict[str, tf.Tensor]:
+        """The batch's features that the cache has, checked."""
         found = {key: batch.features[key] for key in self.feature_specs if key in batch.features}
-        if self.has_own_tower and len(found) < len(self.feature_specs):
-            return None
         return _validation.check_items(
             found, self.feature_specs, what="candidate_features", exact=True
         )
 
     def _reencode(self, rows: tf.Tensor) -> None:
-        def rewrite(rows):
-            self._cache.rewrite(rows, self.encode(self.features_at(rows)))
+        def rewrite(rows: tf.Tensor) -> None:
+            self.get_cache().rewrite(rows, self.encode(self.features_at(rows)))
 
         on_every_replica(rewrite, rows)
 
@@ -301,7 +320,7 @@ class CachedNegatives(Negatives, StateLayer):
         """Writes the state into a Keras file; called by Keras."""
         super().save_own_variables(store)
         if self._cache is not None:
-            store[_DIMENSION] = np.array([self._cache.embeddings.shape[1]])
+            store[_DIMENSION] = np.array([self.get_cache().embeddings.shape[1]])
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the state from a Keras file; called by Keras before it reads that of the cache."""
@@ -328,7 +347,7 @@ def count_encoded(counter: tf.Variable, count: tf.Tensor | int) -> None:
     """Adds to a counter, of a replica or, outside of the replicas, once for all of them."""
     count = tf.cast(tf.convert_to_tensor(count), tf.int64)
 
-    def add_to_first():
+    def add_to_first() -> None:
         context = tf.distribute.get_replica_context()
         is_first = tf.equal(context.replica_id_in_sync_group, 0)
         counter.assign_add(tf.where(is_first, count, 0))

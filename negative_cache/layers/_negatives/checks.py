@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import tensorflow as tf
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 REDUCTIONS = ("sum_over_batch_size", "sum", "none")
 
-Specs = Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature
+Specs: TypeAlias = Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature
 
 # Of the task.
 
@@ -346,7 +346,9 @@ def check_negative_ids(ids: tf.Tensor, negatives: tf.Tensor) -> None:
         )
 
 
-def check_known_positives(ids, queries: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+def check_known_positives(
+    ids: tf.Tensor | tf.RaggedTensor, queries: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     """Returns `known_positive_ids` as [B, P], and [B, P] bool, which of them are no padding."""
     if isinstance(ids, tf.RaggedTensor):
         is_there = tf.sequence_mask(ids.row_lengths())

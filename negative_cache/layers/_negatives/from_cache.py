@@ -218,7 +218,7 @@ class FromCache(CachedNegatives):
         """
         if self._cache is None:
             self._cache = self._bound.cache.make(embedding_dim, has_ids=self._id_key is not None)
-        checks.check_dimension(embedding_dim, self._cache.embeddings)
+        checks.check_dimension(embedding_dim, self.get_cache().embeddings)
         self._build_corrector(embedding_dim)
 
     def add(
@@ -238,12 +238,13 @@ class FromCache(CachedNegatives):
         )
         embeddings = tf.stop_gradient(self.encode(features))
         about = self.get_task().about_candidates(features, embeddings, probabilities)
-        self._cache.update(new_items=self._new_rows(features, embeddings, *about))
+        self.get_cache().update(new_items=self._new_rows(features, embeddings, *about))
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
         if batch.log_q is not None:
             checks.check_weighting(True, self.index)
-            self._check_probabilities(batch)
+            if batch.log_q.frequency is None:
+                self._check_keeps_probabilities()
         if training:
             size = {"embedding": batch.candidates}
             _validation.check_fits(size, self.cache_size, what="candidate_features")
@@ -251,13 +252,13 @@ class FromCache(CachedNegatives):
 
     def num_stream_draws(self, num_candidates: tf.Tensor) -> tf.Tensor:
         del num_candidates
-        return tf.cast(self._cache.num_filled, tf.float32)
+        return tf.cast(self.get_cache().num_filled, tf.float32)
 
     def get_config(self) -> dict[str, Any]:
         cache = self._bound.cache
         if isinstance(cache, CacheSpec):
             if self._cache is not None:
-                dim = int(self._cache.embeddings.shape[1])
+                dim = int(self.get_cache().embeddings.shape[1])
                 cache = dataclasses.replace(cache, embedding_dim=dim)
             described = cache.get_config()
         else:
@@ -284,26 +285,28 @@ class FromCache(CachedNegatives):
 
     def _row_ids(self) -> tf.Tensor:
         """[C] int64, fingerprints of the rows' ids."""
-        if CANDIDATE_ID in self._cache.specs:
-            return tf.convert_to_tensor(self._cache.data[CANDIDATE_ID])
-        return fingerprint(tf.convert_to_tensor(self._cache.data[self._id_key]))
+        if CANDIDATE_ID in self.get_cache().specs:
+            return tf.convert_to_tensor(self.get_cache().data[CANDIDATE_ID])
+        ids = _features.id_feature(self.get_cache().data, self._id_key)
+        return fingerprint(tf.convert_to_tensor(ids))
 
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
         if batch.log_q is None:
             return None
         if batch.log_q.frequency is None:
-            log_probability, ids = tf.convert_to_tensor(self._cache.data[LOG_PROBABILITY]), None
+            log_probability, ids = (
+                tf.convert_to_tensor(self.get_cache().data[LOG_PROBABILITY]),
+                None,
+            )
         else:
             log_probability, ids = None, self._row_ids()
         return -batch.log_q.log_expected(log_probability, ids, are_cached=True)
 
-    def _check_probabilities(self, batch: Batch) -> None:
-        if batch.log_q.frequency is not None:
-            return
-        if LOG_PROBABILITY not in self._cache.specs:
+    def _check_keeps_probabilities(self) -> None:
+        if LOG_PROBABILITY not in self.get_cache().specs:
             raise ValueError(
                 "`candidate_sampling_probability` needs a cache that keeps it: give the source a"
-                f" `CacheSpec`. Received a cache of {sorted(self._cache.specs)}."
+                f" `CacheSpec`. Received a cache of {sorted(self.get_cache().specs)}."
             )
         if self.use_lru and not self._has_warned:
             self._has_warned = True
@@ -316,18 +319,14 @@ class FromCache(CachedNegatives):
 
     def own_rows(self, batch: Batch) -> EncodedRows | None:
         del batch
+        return None
 
     def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
         features, embeddings = self.features_in(batch), batch.candidates
-        if features is None:
-            raise ValueError(
-                "The batch's candidates enter a cache that streams, and must have its features"
-                f" {sorted(self.feature_specs)}. Received: {sorted(batch.features)}."
-            )
         if self.has_own_tower:
             embeddings = tf.stop_gradient(self.encode(features))
         rows = self._new_rows(features, embeddings, batch.ids, batch.log_probability)
-        self._cache.update(new_items=rows, **as_updates(encoded))
+        self.get_cache().update(new_items=rows, **as_updates(encoded))
 
     def _new_rows(
         self,
@@ -342,7 +341,7 @@ class FromCache(CachedNegatives):
             LOG_PROBABILITY: log_probability,
             CANDIDATE_ID: ids,
         }
-        return {key: known[key] for key in self._cache.specs}
+        return {key: known[key] for key in self.get_cache().specs}
 
 
 def as_updates(encoded: EncodedRows | None) -> dict[str, Any]:

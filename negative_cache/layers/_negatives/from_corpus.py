@@ -93,12 +93,13 @@ class FromCorpus(CachedNegatives):
         self.feature_specs = dict(_features.named(feature_specs))
         self.cache_size = cache.cache_size
         self._cache = cache
+        self._row_key = str(cache.row_key)
         self._make_state(cache.use_lru)
         self._count(cache.num_filled)
 
     @property
     def index(self) -> TreeIndex | None:
-        return self._cache.index
+        return self.get_cache().index
 
     def bind(self, task: Retrieval, prefix: str) -> None:
         if task.frequency is not None:
@@ -106,10 +107,10 @@ class FromCorpus(CachedNegatives):
                 "There is no `frequency_correction` with a `cache` of a corpus: it holds every"
                 " candidate once."
             )
-        if not self.has_own_tower and task.candidate_id_key != self._cache.row_key:
+        if not self.has_own_tower and task.candidate_id_key != self._row_key:
             raise ValueError(
                 "The `candidate_id_key` of a task must be that of its corpus. Received:"
-                f" {task.candidate_id_key!r}. Wanted: {self._cache.row_key!r}."
+                f" {task.candidate_id_key!r}. Wanted: {self._row_key!r}."
             )
         super().bind(task, prefix)
 
@@ -119,7 +120,7 @@ class FromCorpus(CachedNegatives):
         Raises:
           ValueError: if the cache holds embeddings of another dimension.
         """
-        checks.check_dimension(embedding_dim, self._cache.embeddings)
+        checks.check_dimension(embedding_dim, self.get_cache().embeddings)
         self._build_corrector(embedding_dim)
 
     def fill(self, candidates: Iterable, *, verbose: int = 1) -> None:
@@ -133,9 +134,9 @@ class FromCorpus(CachedNegatives):
           ValueError: as `Cache.from_dataset`.
         """
         specs = self._plain_specs()
-        corpus = Corpus(candidates, self._tower, specs, self._cache.row_key)
-        self._cache.fill(corpus.items(), verbose=verbose)
-        self._count(self._cache.num_filled)
+        corpus = Corpus(candidates, self._tower, specs, self._row_key)
+        self.get_cache().fill(corpus.items(), verbose=verbose)
+        self._count(self.get_cache().num_filled)
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
         if batch.log_q is not None:
@@ -173,7 +174,7 @@ class FromCorpus(CachedNegatives):
         return specs[_features.ONE_FEATURE] if self.takes_one_tensor else specs
 
     def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
-        row_key = self._cache.row_key
+        row_key = self._row_key
         ids = batch.left_out_ids if row_key == self.get_task().candidate_id_key else None
         if ids is None:
             if row_key not in batch.features:
@@ -181,25 +182,26 @@ class FromCorpus(CachedNegatives):
             own = batch.features[row_key][: batch.num_queries]
             ids = _features.fingerprint(own)[:, tf.newaxis]
         # A fingerprint is its own.
-        rows = self._cache.rows_of(tf.reshape(ids, [-1]))
+        rows = self.get_cache().rows_of(tf.reshape(ids, [-1]))
         return {"positive_ids": tf.reshape(rows, tf.shape(ids))}
 
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
         del batch
+        return None
 
     def own_rows(self, batch: Batch) -> EncodedRows | None:
         if self.has_own_tower:
             return None
-        rows = self._cache.rows_of(batch.features[self._cache.row_key])
-        is_known = (rows >= 0) & self._cache.is_filled(tf.maximum(rows, 0))
+        rows = self.get_cache().rows_of(batch.features[self._row_key])
+        is_known = (rows >= 0) & self.get_cache().is_filled(tf.maximum(rows, 0))
         return EncodedRows(tf.maximum(rows, 0), batch.candidates, is_known)
 
     def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
         if self.has_own_tower:
             # Nothing of the batch is a row.
-            items = _features.example_of(self._cache.specs, num_rows=0)
-            self._cache.update(new_items=items, **as_updates(encoded))
+            items = _features.example_of(self.get_cache().specs, num_rows=0)
+            self.get_cache().update(new_items=items, **as_updates(encoded))
             return
         items = {**self.features_in(batch), EMBEDDING: batch.candidates}
         mask = None if self.write_back else tf.zeros([batch.num_candidates], tf.bool)
-        self._cache.update(new_items=items, new_items_mask=mask, **as_updates(encoded))
+        self.get_cache().update(new_items=items, new_items_mask=mask, **as_updates(encoded))

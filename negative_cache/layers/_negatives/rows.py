@@ -49,6 +49,7 @@ class RowCorrection:
     """
 
     def __init__(self, corrector: DriftCorrector, cache: Cache):
+        self.corrector = corrector
         self._cache, self._content_key = cache, corrector.content_key
         self.displacement = corrector.displacement_fn()
         self._correct = corrector.corrector_fn(self.displacement)

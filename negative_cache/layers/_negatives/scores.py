@@ -60,7 +60,7 @@ class Scores:
         count = tf.math.count_nonzero(is_drawn, axis=1, dtype=tf.float32)
         return tf.reduce_sum(scores, axis=1) / tf.maximum(count, 1.0)
 
-    def _apply_as_given(self, products):
+    def _apply_as_given(self, products: tf.Tensor) -> tf.Tensor:
         """`_apply`, whose gradient reaches the products and nothing that the transform learns."""
         if self.transform is None:
             return products
@@ -71,5 +71,5 @@ class Scores:
         slopes = tf.stop_gradient(tape.gradient(scores, fixed, unconnected_gradients="zero"))
         return contrastive.value_with_gradient(scores, slopes * products)
 
-    def _apply(self, products):
+    def _apply(self, products: tf.Tensor) -> tf.Tensor:
         return products if self.transform is None else self.transform(products)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from negative_cache.layers._negatives.batch import Batch
-from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.samplers import sampler_of
 from negative_cache.ops import SoftmaxSample, _execution, contrastive
 from negative_cache.ops.landmarks import uniform_rows
@@ -109,7 +109,7 @@ class CachedStep:
         }
         if log_weights is not None:
             options["log_weights"] = log_weights
-        return sampler_of(self._source.cache).sample_with_gradient(
+        return sampler_of(self._source.get_cache()).sample_with_gradient(
             self._batch.queries, self._source.num_negatives, **options
         )
 
@@ -141,7 +141,7 @@ class CachedStep:
 
     def _encode_oldest(self) -> EncodedRows | None:
         """ρC rows at each step, rounded; if that is less than a half, one every 1 / ρC steps."""
-        source, cache = self._source, self._source.cache
+        source, cache = self._source, self._source.get_cache()
         per_step = source.refresh_fraction * cache.cache_size
         if not per_step:
             return None
@@ -164,7 +164,8 @@ class CachedStep:
         self, drawn: EncodedRows, oldest: EncodedRows | None, seed: tf.Tensor
     ) -> tf.Tensor | None:
         """Lets the corrector learn from all rows that were encoded; its loss."""
-        if self._correction is None:
+        correction = self._correction
+        if correction is None:
             return None
         source, batch = self._source, self._batch
         examples = drawn
@@ -172,21 +173,22 @@ class CachedStep:
             if more is not None:
                 examples = examples.and_those(more)
         examples = examples.finite()
-        self._learn_landmarks(seed)
+        self._learn_landmarks(correction, seed)
         return _execution.compiled(
-            lambda encoded: source.corrector.learn(
+            lambda encoded: correction.corrector.learn(
                 encoded,
-                self._correction.displacement,
+                correction.displacement,
                 lambda embeddings: batch.scores.of_all_pairs_as_given(batch.queries, embeddings),
             ),
-            self._correction.examples(examples, source.stale(examples.rows)),
-            like=source.corrector.state_variable,
+            correction.examples(examples, source.stale(examples.rows)),
+            like=correction.corrector.state_variable,
         )
 
-    def _learn_landmarks(self, seed: tf.Tensor) -> None:
+    def _learn_landmarks(self, correction: RowCorrection, seed: tf.Tensor) -> None:
         """Encodes the rows that the corrector asks for, if it asks for some."""
-        source, cache = self._source, self._source.cache
-        asked = source.corrector.rows_to_encode(cache.embeddings, cache.filled, seed)
+        source, cache = self._source, self._source.get_cache()
+        corrector = correction.corrector
+        asked = corrector.rows_to_encode(cache.embeddings, cache.filled, seed)
         if asked is None:
             return
         rows, are_there = asked
@@ -196,9 +198,9 @@ class CachedStep:
         are_there &= tf.reduce_all(tf.math.is_finite(fresh), axis=1)
         landmarks = EncodedRows(rows, fresh, are_there)
         _execution.compiled(
-            source.corrector.learn_landmarks,
-            self._correction.examples(landmarks, source.stale(rows)),
-            like=source.corrector.state_variable,
+            corrector.learn_landmarks,
+            correction.examples(landmarks, source.stale(rows)),
+            like=corrector.state_variable,
         )
 
 
@@ -209,7 +211,7 @@ def probe(source: CachedNegatives, seed: tf.Tensor) -> None:
       source: has the cache, and the metrics to update.
       seed: [2] int64.
     """
-    cache, metrics = source.cache, source.probe_metrics
+    cache, metrics = source.get_cache(), source.probe_metrics
     is_filled = cache.num_filled >= source.probe_size
     before = tuple(metric.result() for metric in metrics)
     before += (0.0,) * (2 - len(before))
