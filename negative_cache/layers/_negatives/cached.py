@@ -206,12 +206,12 @@ class CachedNegatives(Negatives, StateLayer):
         if self._cache is None:
             raise ValueError("There is no cache to refresh, or none yet.")
         cache = self._cache
-        if not self.get_cache().use_lru:
+        if not cache.use_lru:
             raise ValueError(
                 "A refresh makes rows young, and would change which are replaced first. Received:"
                 " use_lru=False."
             )
-        filled = np.flatnonzero(self.get_cache().filled.numpy())
+        filled = np.flatnonzero(cache.filled.numpy())
         bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
         for start in range(0, len(filled), batch_size):
             rows = filled[start : start + batch_size]
