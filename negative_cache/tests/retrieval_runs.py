@@ -942,7 +942,51 @@ RUNS = (
         },
         in_graph=True,
     ),
+    # What single changes of the code were seen to leave alone above.
+    Run(
+        "a batch metric that sees every score",
+        lambda: {
+            **_IN_BATCH,
+            **_BY_ID,
+            "false_negative_margin": 0.5,
+            "batch_metrics": [
+                keras.metrics.CategoricalCrossentropy(from_logits=True, name="batch_loss")
+            ],
+        },
+        arguments=(score_mask, sample_weight),
+        num_further=2,
+    ),
+    Run(
+        "probes of more rows than are filled at first",
+        lambda: {"probe_size": 6, "probe_every": 1, "num_negatives": 2},
+    ),
+    Run(
+        "restored from a checkpoint, frequencies",
+        lambda: {
+            "frequency_correction": nc.FrequencyEstimator(997),
+            "use_lru": False,
+            "candidate_id_key": "id",
+            "embedding_dim": DIM,
+        },
+        before_step=restore,
+    ),
+    Run(
+        "restored from a checkpoint, corpus, index, corrector, learned temperature",
+        lambda: {
+            "corrector": nc.Corrector(hidden_units=6),
+            "temperature": None,
+            "score_transform": nc.LearnedTemperature(0.7),
+            "refresh_fraction": 0.1,
+        },
+        corpus=lambda: {"index": _index()},
+        before_step=lambda training, step: (restore(training, step), drift(training, step)),
+    ),
     # Inside of a model, and on two replicas.
+    FittedRun(
+        "fit, a tower with a loss of its own",
+        lambda: {**_IN_BATCH, "num_negatives": 2},
+        tower={"penalty": 0.01},
+    ),
     FittedRun(
         "fit, streaming, warm start",
         lambda: {**_IN_BATCH, **_BY_ID, **_metrics()},
