@@ -26,13 +26,13 @@ class LogQ:
     frequency: FrequencyEstimator | None
 
     def log_expected(
-        self, log_probability: tf.Tensor, ids: tf.Tensor | None, *, are_cached: bool
+        self, log_probability: tf.Tensor | None, ids: tf.Tensor | None, *, are_cached: bool
     ) -> tf.Tensor:
         """[n] log of how often each of n candidates is expected among the draws.
 
         Args:
-          log_probability: [n] float32, what they came with.
-          ids: [n] int64 fingerprints, for the estimate.
+          log_probability: [n] float32, what they came with; not needed with a `frequency`.
+          ids: [n] int64 fingerprints; not needed without.
           are_cached: whether they are rows of a cache, which may hold candidates that the stream
             has not brought.
         """

@@ -293,13 +293,11 @@ class FromCache(CachedNegatives):
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
         if batch.log_q is None:
             return None
-        if batch.log_q.frequency is None:
-            log_probability, ids = (
-                tf.convert_to_tensor(self.get_cache().data[LOG_PROBABILITY]),
-                None,
-            )
+        log_probability = ids = None
+        if batch.log_q.frequency is not None:
+            ids = self._row_ids()
         else:
-            log_probability, ids = None, self._row_ids()
+            log_probability = tf.convert_to_tensor(self.get_cache().data[LOG_PROBABILITY])
         return -batch.log_q.log_expected(log_probability, ids, are_cached=True)
 
     def _check_keeps_probabilities(self) -> None:
