@@ -48,6 +48,10 @@ _PLAIN = (
 class CachedRetrieval(Retrieval):
     """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
+    It is `Retrieval` with the usual list of sources of negatives, which its arguments describe:
+    `InBatch` with `in_batch_negatives`, `Explicit`, and `FromCorpus` with a `cache` or else
+    `FromCache`. What they cannot say, such as two caches in one loss, say by a list.
+
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
     positive, optionally the other candidates of the batch, optionally explicit negatives, and one
     logit for the whole cache: its log partition under the cached embeddings. A few candidates are
@@ -230,36 +234,23 @@ class CachedRetrieval(Retrieval):
             _validation.check_id(id_key, named_specs, "candidate_id_key", "feature_specs")
         seed = random.randrange(2**31) if seed is None else operator.index(seed)
         num_negatives = _validation.check_count(num_negatives, "num_negatives")
-        sources: list[Negatives] = []
-        if in_batch_negatives:
-            sources.append(_in_batch(num_hard_negatives))
-        elif num_hard_negatives is not None:
-            raise ValueError(
-                "`num_hard_negatives` needs `in_batch_negatives=True`. Received:"
-                f" num_hard_negatives={num_hard_negatives}, in_batch_negatives=False."
-            )
-        sources.append(Explicit())
         if cache is None and not write_back:
             raise ValueError(
                 "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
             )
         of_rows: dict[str, Any] = {
+            "num_negatives": num_negatives,
+            "exact_query_gradient": exact_query_gradient,
             "corrector": corrector,
             "refresh_fraction": refresh_fraction,
             "probe_size": probe_size,
-        }
-        if not cache_size:
-            checks.check_needs_cache(index=index, **of_rows)
-        of_rows |= {
-            "num_negatives": num_negatives,
-            "exact_query_gradient": exact_query_gradient,
             "probe_every": probe_every,
             "seed": seed,
         }
+        sources = _of_the_batch(in_batch_negatives, num_hard_negatives)
         if cache is not None:
-            sources.append(
-                FromCorpus(cache, write_back=write_back, feature_specs=feature_specs, **of_rows)
-            )
+            of_rows |= {"write_back": write_back, "feature_specs": feature_specs}
+            sources.append(FromCorpus(cache, **of_rows))
         elif cache_size:
             spec = CacheSpec(
                 feature_specs,
@@ -271,6 +262,13 @@ class CachedRetrieval(Retrieval):
                 saved=save_cache,
             )
             sources.append(FromCache(spec, **of_rows))
+        else:
+            checks.check_needs_cache(
+                index=index,
+                corrector=corrector,
+                refresh_fraction=refresh_fraction,
+                probe_size=probe_size,
+            )
         super().__init__(
             candidate_network,
             sources,
@@ -441,7 +439,15 @@ class CachedRetrieval(Retrieval):
         )
 
 
-def _in_batch(num_hard_negatives: int | None) -> InBatch:
-    if num_hard_negatives is not None:
-        _validation.check_count(num_hard_negatives, "num_hard_negatives")
-    return InBatch(num_hard_negatives)
+def _of_the_batch(in_batch: bool, num_hard: int | None) -> list[Negatives]:
+    """The sources that need no cache."""
+    if not in_batch:
+        if num_hard is not None:
+            raise ValueError(
+                "`num_hard_negatives` needs `in_batch_negatives=True`. Received:"
+                f" num_hard_negatives={num_hard}, in_batch_negatives=False."
+            )
+        return [Explicit()]
+    if num_hard is not None:
+        _validation.check_count(num_hard, "num_hard_negatives")
+    return [InBatch(num_hard), Explicit()]
