@@ -69,6 +69,7 @@ class Batch:
       scores: how a query and a candidate are scored.
       pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if that is wanted.
       positive_logits: [B] float32, s⁺, corrected by log Q where TF-Recommenders corrects it.
+      is_positive: [B, N] bool, the pairs of a query and its positive.
       not_negatives: [B, N] bool, the candidates of the batch that are no negatives of a query,
         besides its positive: masked, of a right id, or above `max_scores`.
       left_out_ids: [B, P] int64, fingerprints of candidates that are no negatives of each query,
@@ -87,6 +88,7 @@ class Batch:
     scores: Scores
     pair_logits: tf.Tensor
     positive_logits: tf.Tensor
+    is_positive: tf.Tensor
     not_negatives: tf.Tensor
     left_out_ids: tf.Tensor | None = None
     max_scores: tf.Tensor | None = None
@@ -102,8 +104,3 @@ class Batch:
     def num_candidates(self) -> tf.Tensor:
         """Scalar int32, N."""
         return tf.shape(self.candidates)[0]
-
-    @property
-    def is_positive(self) -> tf.Tensor:
-        """[B, N] bool, the pairs of a query and its positive."""
-        return tf.eye(self.num_queries, self.num_candidates, dtype=tf.bool)

@@ -85,6 +85,7 @@ class BatchReader:
         if self._margin is not None:
             max_scores = tf.stop_gradient(positive_scores) - self._margin
         left_out_ids = self._left_out_ids(ids, features, queries, known_positive_ids)
+        is_positive = tf.eye(tf.shape(queries)[0], tf.shape(candidates)[0], dtype=tf.bool)
         not_negatives = self._not_negatives(pair_scores, ids, left_out_ids, max_scores, score_mask)
         log_q = self._log_q(tf.shape(candidates)[0], are_given=probabilities is not None)
         pair_logits, positive_logits = pair_scores, positive_scores
@@ -103,7 +104,8 @@ class BatchReader:
             scores=self._scores,
             pair_logits=pair_logits,
             positive_logits=positive_logits,
-            not_negatives=not_negatives,
+            is_positive=is_positive,
+            not_negatives=not_negatives & ~is_positive,
             left_out_ids=left_out_ids,
             max_scores=max_scores,
             explicit=self._explicit(queries, features, *explicit, left_out_ids is not None),
@@ -163,7 +165,7 @@ class BatchReader:
         max_scores: tf.Tensor | None,
         score_mask: tf.Tensor | None,
     ) -> tf.Tensor:
-        """[B, N] bool, the candidates that are no negatives of a query, besides its positive."""
+        """[B, N] bool, the candidates that are no negatives of a query; or are its positive."""
         found = tf.zeros_like(pair_scores, tf.bool)
         if ids is not None and left_out_ids is not None:
             found |= is_among(ids[tf.newaxis], left_out_ids)
@@ -171,8 +173,7 @@ class BatchReader:
             found |= pair_scores > max_scores[:, tf.newaxis]
         if score_mask is not None:
             found |= ~checks.check_score_mask(score_mask, pair_scores)
-        shape = tf.shape(pair_scores)
-        return found & ~tf.eye(shape[0], shape[1], dtype=tf.bool)
+        return found
 
     def _log_q(self, num_candidates: tf.Tensor, *, are_given: bool) -> LogQ | None:
         if not are_given and self._frequency is None:
