@@ -48,117 +48,114 @@ _PLAIN = (
 class CachedRetrieval(Retrieval):
     """Softmax cross-entropy of a two-tower model, with a large cache of negatives behind it.
 
-    It is `Retrieval` with the usual list of sources of negatives, which its arguments describe:
-    `InBatch` with `in_batch_negatives`, `Explicit`, and `FromCorpus` with a `cache` or else
-    `FromCache`. What they cannot say, such as two caches in one loss, say by a list.
+    This is `Retrieval` with the usual list of sources of negatives, built from arguments: `InBatch`
+    with `in_batch_negatives`, `Explicit`, and `FromCorpus` with a `cache` or else `FromCache`.
 
     It is to a cache what `tfrs.tasks.Retrieval` is to a batch. The logits of a query are its
-    positive, optionally the other candidates of the batch, optionally explicit negatives, and one
-    logit for the whole cache: its log partition under the cached embeddings. A few candidates are
-    drawn from the cache in proportion to exp(score), encoded afresh, and carry the gradient of that
-    logit. So the *value* of the loss is the cross-entropy over everything, fit for progress bars
-    and `EarlyStopping`, while its *gradient* costs `num_negatives` encoded candidates a query
-    (Lindgren et al., NeurIPS 2021).
+    positive, the other candidates of the batch if you ask for them, explicit negatives if you give
+    some, and one logit for the whole cache: its log partition under the cached embeddings. A few
+    candidates are drawn from the cache in proportion to exp(score). They are encoded again and
+    carry the gradient of that logit. So the *value* of the loss is the cross-entropy over
+    everything, and progress bars and `EarlyStopping` can use it, while its *gradient* costs
+    `num_negatives` encoded candidates for each query (Lindgren et al., NeurIPS 2021).
 
-    The drawn candidates' fresh embeddings are written back, and the batch's candidates then replace
-    the rows that were used longest ago. A training call changes the cache; a call with
-    `training=False` only reads it.
+    The drawn candidates' fresh embeddings are written back. The batch's candidates then replace the
+    rows that were used longest ago. A call with `training=False` only reads the cache.
 
     A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
-    counts them. What the layer does not do: a candidate that came several times may stand in
-    several rows, and under a `tf.distribute` strategy every replica has a cache of its own.
+    counts such candidates. The layer does not deduplicate: a candidate that came several times may
+    stand in several rows. Under a `tf.distribute` strategy every replica has its own cache.
 
     With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from
-    the first step on, the positive's own row is always left out, and positives, which are encoded
-    anyway, are written to their rows. What is stale then are the rows that neither draws nor
-    positives come to: `refresh_fraction` encodes them in turn, the callback `CacheRefresh` all at
-    once, and a `corrector` estimates where they are without encoding them.
+    the first step on. The positive's own row is always left out. Positives are encoded anyway, and
+    are written to their rows. Rows that neither draws nor positives reach become stale. There are
+    three remedies: `refresh_fraction` encodes them in turn, the callback `CacheRefresh` encodes all
+    rows at once, and a `corrector` estimates where they are without encoding them.
 
     TensorFlow checkpoints, `.weights.h5` and `.keras` files hold the cache and the state of the
-    sampling, so that a training that goes on from one draws what it would have drawn.
+    sampling. A training that continues from one draws what it would have drawn.
 
     Args:
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
         batch dimension -> [n, d] embeddings.
       feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
-        what the tower needs, or one such spec where the tower takes a single tensor. Not needed
-        with a `cache`.
+        what the tower needs, or one such spec if the tower takes a single tensor. Not needed with a
+        `cache`.
       cache_size: C, the number of cached candidates. 0 trains without a cache, the baseline to
         compare with. Not needed with a `cache`.
-      temperature: scores are inner products divided by it; a number.
-      score_transform: elementwise function of the (divided) inner products. What it learns must be
-        weights of a Keras layer, as those of `LearnedTemperature` are: variables that a function
-        closes over are not known to Keras. Their gradient is that of the draws. On a GPU, XLA must
-        be able to compile it.
-      num_negatives: S, draws from the cache per query, encoded at every training step.
+      temperature: a number by which inner products are divided to give scores.
+      score_transform: elementwise function of the (divided) inner products. If it learns something,
+        it must be a Keras layer such as `LearnedTemperature`: Keras does not find variables that a
+        function closes over. Their gradient is estimated by the draws. On a GPU, XLA must be able
+        to compile the function.
+      num_negatives: S, draws from the cache for each query, encoded at every training step.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact
         gradient.
-      num_hard_negatives: keep only so many of the highest-scoring in-batch negatives of each query.
-      candidate_id_key: name of the feature that identifies a candidate; scalar int or string.
-        Where `feature_specs` is a single spec, its name is "candidate".
+      num_hard_negatives: keep only this many of the highest-scoring in-batch negatives of a query.
+      candidate_id_key: name of the feature that identifies a candidate; scalar int or string. If
+        `feature_specs` is a single spec, the name is "candidate".
       remove_accidental_hits: leave out negatives that have the positive's id. Needs
         `candidate_id_key`.
       index: a `TreeIndex` with the cache's size as its capacity. Negatives are then drawn from it,
-        in time that hardly grows with the cache; the rows that a step writes move in it in the same
-        step. `score_transform` must be nondecreasing with it, and there are no corrections for
-        frequency: neither `frequency_correction` nor `candidate_sampling_probability`. With
-        `exact_query_gradient` the queries' gradient is that of the index's estimate of log Z, which
-        unlike the draws no Metropolis-Hastings step corrects. A `cache` that is given has its index
-        already.
+        in time that hardly grows with the cache. Rows that a step writes move in it in the same
+        step. `score_transform` must be nondecreasing, and neither `frequency_correction` nor
+        `candidate_sampling_probability` can be used. With `exact_query_gradient` the queries'
+        gradient is that of the index's estimate of log Z, which no Metropolis-Hastings step
+        corrects; the draws are corrected. A given `cache` has its index already.
       corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
-        now. Draws, the log partition and its gradient are those of corrected embeddings.
+        now. Draws, the log partition and its gradient use corrected embeddings.
       cache: a cache that covers a corpus, as `Cache.from_dataset` makes it. It decides on
-        `feature_specs`, `cache_size`, `candidate_id_key`, `index` and `embedding_dtype`. Every
-        candidate is in it once, so that there are no corrections for frequency;
-        `in_batch_negatives` count twice with it, as themselves and as their rows.
-      refresh_fraction: ρ in [0, 1], the share of the rows that are encoded anew at each step, those
-        touched longest ago, in inference mode and without gradient. ρ C is rounded to whole rows;
-        below a half, one row is encoded every 1 / (ρ C) steps. Like `corrector` and `probe_size`
-        it needs `use_lru=True`, with which the age of a row is that of its embedding.
-      write_back: whether draws, and with a `cache` the positives, are written back. False leaves
-        rows as they are but for `refresh_fraction` and `CacheRefresh`: a cache that is stale on
-        purpose, as baselines have it. Only with a `cache`.
-      probe_size: rows, other ones each time, that are encoded every `probe_every` steps only to see
-        how stale the cache is: `probe_staleness` in the logs, and with a corrector
-        `probe_corrected_staleness`, each the last mean of ‖ĝ - g‖² / ‖g‖², with h(ĝ) for ĝ. Unlike
-        those of `staleness` they are not drawn for their scores. 0 for none.
-      probe_every: as said.
-      use_lru: as in `Cache`.
+        `feature_specs`, `cache_size`, `candidate_id_key`, `index` and `embedding_dtype`. It holds
+        every candidate once, so no correction for frequency applies; `in_batch_negatives` count
+        twice with it, as themselves and as their rows.
+      refresh_fraction: ρ in [0, 1], the share of the rows that are encoded again at each step,
+        those touched longest ago first, in inference mode and without gradient. ρ C is rounded to
+        whole rows; below a half, one row is encoded every 1 / (ρ C) steps. Needs `use_lru=True`,
+        as `corrector` and `probe_size` do: only then the age of a row is that of its embedding.
+      write_back: whether draws, and with a `cache` the positives, are written back. False changes
+        rows by `refresh_fraction` and `CacheRefresh` only, for baselines with a stale cache. Only
+        with a `cache`.
+      probe_size: how many random rows are encoded every `probe_every` steps, only to measure how
+        stale the cache is. The logs have the mean of ‖ĝ - g‖² / ‖g‖² of the last probe as
+        `probe_staleness`, and with a corrector h that of h(ĝ) as `probe_corrected_staleness`.
+        Unlike the rows of `staleness`, these rows are not drawn for their scores. 0 for none.
+      probe_every: steps from one probe to the next.
+      use_lru: see `Cache`.
       false_negative_margin: leave out in-batch and cached negatives that score above the positive
         minus this margin; they are likely unlabelled positives.
       exact_query_gradient: whether the cache's part of the queries' gradient is computed and not
-        sampled. It is the mean of the cached embeddings under the softmax, which the pass that
-        samples yields at the price of a second matrix product. The draws then only correct it for
-        staleness, as a control variate: ∇_x log Z ≈ Σ_y P̂(y|x) s' ĝ(y) + mean over the draws of
-        s' (g(ŷ) - ĝ(ŷ)), with s' the derivative of the score by the inner product. The expectation
-        is that of the sampled estimator, Σ_y P̂(y|x) s' g(y), stale cache or fresh; what is left of
-        the variance is that of g - ĝ. The candidate tower's gradient is sampled in any case.
+        sampled. It is the mean of the cached embeddings under the softmax, and costs the sampler a
+        second matrix product. The draws then only correct it for staleness, as a control variate:
+        ∇_x log Z ≈ Σ_y P̂(y|x) s' ĝ(y) + mean over the draws of s' (g(ŷ) - ĝ(ŷ)), with s' the
+        derivative of the score by the inner product. The expectation is that of the sampled
+        estimator, Σ_y P̂(y|x) s' g(y), for stale and fresh caches; the remaining variance is that
+        of g - ĝ. The candidate tower's gradient is always sampled.
       frequency_correction: subtract from each score the log of the expected number of times its
-        candidate stands among the negatives, so that the partition is an estimate over the corpus
-        and not over the stream, in which popular candidates repeat. Estimated online, by a
-        `FrequencyEstimator` of 4 million buckets, or the one that is given: 30 buckets for each
-        candidate of the corpus are enough. Needs `candidate_id_key`, and with a cache
-        `use_lru=False`: it takes the cache for a sample of the stream, in which LRU keeps rows that
-        are drawn often for longer. `candidate_sampling_probability` in a call assumes the same, of
-        which nothing is checked. 12 bytes a bucket, in memory and in files, also in those without
-        the cache.
+        candidate stands among the negatives. The partition is then an estimate over the corpus and
+        not over the stream, in which popular candidates repeat. True estimates frequencies online
+        by a `FrequencyEstimator` of 4 million buckets, enough for 140,000 candidates (30 buckets
+        each); give your own for more. A bucket takes 12 bytes, in memory and in files, also in
+        files without the cache. Needs `candidate_id_key`, and with a cache `use_lru=False`: the
+        correction takes the cache for a sample of the stream, but LRU keeps rows that are drawn
+        often for longer. `candidate_sampling_probability` in a call assumes the same, and warns
+        with LRU.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
-      metrics: Keras metrics updated with (query embeddings, positive embeddings), and with the
-        sample weights where there are any; for instance `tfrs.metrics.FactorizedTopK`, which then
-        compares scores and not ids.
-      batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch, and
-        with the sample weights where there are any.
+      metrics: Keras metrics updated with (query embeddings, positive embeddings) and the sample
+        weights, if there are any. With `tfrs.metrics.FactorizedTopK`, scores are compared and not
+        ids.
+      batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch and the
+        sample weights, if there are any.
       loss_metrics: Keras metrics updated with the loss.
-      embedding_dim: d. Taken from the first call where None.
+      embedding_dim: d; taken from the first call if it is None.
       embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
-      save_cache: whether files hold the cache. Without it they are smaller, and a training that
-        goes on from one starts with an empty cache.
-      seed: seed of the draws; random (but under `keras.utils.set_random_seed`) where None.
-      **kwargs: of the layer. A `name` that is given is put before those of its metrics in the logs,
-        which several tasks in one model need.
+      save_cache: whether files hold the cache. Files without it are smaller, and a training that
+        continues from one starts with an empty cache.
+      seed: seed of the draws; random if it is None, except under `keras.utils.set_random_seed`.
+      **kwargs: of the layer. A given `name` is put before the names of its metrics in the logs,
+        which tells several tasks in one model apart.
 
     Raises:
-      ValueError: where an argument is out of range or contradicts another.
+      ValueError: if an argument is out of range or contradicts another.
 
     Example:
       >>> task = CachedRetrieval(
