@@ -27,21 +27,19 @@ from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.retrieval import Retrieval
 from negative_cache.layers.tree_index import TreeIndex
 
-# The arguments that a configuration holds as they are.
-_PLAIN = (
+# The arguments that are attributes too, and that a configuration holds as they are.
+_OF_CACHES = (
     "cache_size",
     "num_negatives",
-    "in_batch_negatives",
-    "num_hard_negatives",
     "use_lru",
     "exact_query_gradient",
     "save_cache",
     "seed",
-    "write_back",
     "refresh_fraction",
     "probe_size",
     "probe_every",
 )
+_PLAIN = (*_OF_CACHES, "in_batch_negatives", "num_hard_negatives", "write_back")
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -231,10 +229,6 @@ class CachedRetrieval(Retrieval):
             _validation.check_id(id_key, named_specs, "candidate_id_key", "feature_specs")
         seed = random.randrange(2**31) if seed is None else operator.index(seed)
         num_negatives = _validation.check_count(num_negatives, "num_negatives")
-        if cache is None and not write_back:
-            raise ValueError(
-                "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
-            )
         of_rows: dict[str, Any] = {
             "num_negatives": num_negatives,
             "exact_query_gradient": exact_query_gradient,
@@ -244,28 +238,15 @@ class CachedRetrieval(Retrieval):
             "probe_every": probe_every,
             "seed": seed,
         }
+        spec = None
+        if cache is None and cache_size:
+            dim, dtype = embedding_dim, embedding_dtype
+            spec = CacheSpec(feature_specs, cache_size, use_lru, index, dim, dtype, save_cache)
+        elif cache is None:
+            asked = ("corrector", "refresh_fraction", "probe_size")
+            checks.check_needs_cache(index=index, **{name: of_rows[name] for name in asked})
         sources = _of_the_batch(in_batch_negatives, num_hard_negatives)
-        if cache is not None:
-            of_rows |= {"write_back": write_back, "feature_specs": feature_specs}
-            sources.append(FromCorpus(cache, **of_rows))
-        elif cache_size:
-            spec = CacheSpec(
-                feature_specs,
-                cache_size,
-                use_lru,
-                index,
-                embedding_dim,
-                embedding_dtype,
-                saved=save_cache,
-            )
-            sources.append(FromCache(spec, **of_rows))
-        else:
-            checks.check_needs_cache(
-                index=index,
-                corrector=corrector,
-                refresh_fraction=refresh_fraction,
-                probe_size=probe_size,
-            )
+        sources += _of_rows(cache, spec, feature_specs, write_back, of_rows)
         super().__init__(
             candidate_network,
             sources,
@@ -282,19 +263,12 @@ class CachedRetrieval(Retrieval):
             **kwargs,
         )
         self.feature_specs = named_specs
-        self.cache_size = cache_size
-        self.num_negatives = num_negatives
+        self.embedding_dtype = decided["embedding_dtype"]
         self.in_batch_negatives = in_batch_negatives
         self.num_hard_negatives = num_hard_negatives
-        self.refresh_fraction = refresh_fraction
         self.write_back = write_back
-        self.probe_size = probe_size
-        self.probe_every = probe_every
-        self.use_lru = decided["use_lru"]
-        self.exact_query_gradient = exact_query_gradient
-        self.embedding_dtype = decided["embedding_dtype"]
-        self.save_cache = decided["save_cache"]
-        self.seed = seed
+        for name in _OF_CACHES:
+            setattr(self, name, {**decided, **of_rows}[name])
         self._takes_one_tensor = not isinstance(feature_specs, Mapping)
         if any(is_on_host(spec.dtype) for spec in named_specs.values()):
             self.supports_jit = False
@@ -448,3 +422,20 @@ def _of_the_batch(in_batch: bool, num_hard: int | None) -> list[Negatives]:
     if num_hard is not None:
         _validation.check_count(num_hard, "num_hard_negatives")
     return [InBatch(num_hard), Explicit()]
+
+
+def _of_rows(
+    cache: Cache | None,
+    spec: CacheSpec | None,
+    feature_specs: Any,
+    write_back: bool,
+    options: Mapping[str, Any],
+) -> list[Negatives]:
+    """The source that is a cache, if there is one: of a corpus, or streaming."""
+    if cache is not None:
+        return [FromCorpus(cache, write_back=write_back, feature_specs=feature_specs, **options)]
+    if not write_back:
+        raise ValueError(
+            "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
+        )
+    return [] if spec is None else [FromCache(spec, **options)]
