@@ -7,7 +7,8 @@ of the package imports `keras` from here and never branches on the version itsel
 import contextlib
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import tensorflow as tf
 from tensorflow import keras
@@ -36,16 +37,16 @@ class RunningMean(keras.metrics.Mean):
     Keras 2 could not read it back under a strategy with several replicas.
     """
 
-    def save_own_variables(self, store):
+    def save_own_variables(self, store: Mapping[str, Any]) -> None:
         """Writes nothing."""
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Mapping[str, Any]) -> None:
         """Reads nothing."""
 
 
 if IS_KERAS_2:
 
-    def _refuse_jit(model):
+    def _refuse_jit(model: keras.Model) -> None:
         # Keras 3 does without XLA, and says so.
         for layer in model._flatten_layers():
             if not getattr(layer, "supports_jit", True):
@@ -61,16 +62,16 @@ if IS_KERAS_2:
         Keras 3 does both by itself.
         """
 
-        def __init__(self, *args, **kwargs):
+        def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self._loss_tracker = RunningMean(name="loss")
 
-        def make_train_function(self, force=False):
+        def make_train_function(self, force: bool = False) -> Callable:
             if self._jit_compile:
                 _refuse_jit(self)
             return super().make_train_function(force)
 
-        def train_step(self, data):
+        def train_step(self, data: Any) -> dict[str, tf.Tensor]:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             with tf.GradientTape() as tape:
                 y_pred = self(x, training=True)
@@ -79,14 +80,14 @@ if IS_KERAS_2:
             self.optimizer.minimize(loss, self.trainable_variables, tape=tape)
             return self.get_metrics_result()
 
-        def test_step(self, data):
+        def test_step(self, data: Any) -> dict[str, tf.Tensor]:
             x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
             y_pred = self(x, training=False)
             loss = self.compute_loss(x, y, y_pred, sample_weight, training=False)
             self._loss_tracker.update_state(loss * _num_replicas(), sample_weight=_batch_size(x))
             return self.get_metrics_result()
 
-    def _batch_size(x):
+    def _batch_size(x: Any) -> tf.Tensor:
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
     def prepare_to_restore(model: keras.Model) -> None:
@@ -113,10 +114,12 @@ if IS_KERAS_2:
 
 else:
 
-    class Model(keras.Model):
+    class Model(keras.Model):  # type: ignore[no-redef]  # One class for each Keras.
         """`keras.Model` whose `fit` takes strings under a distribution strategy."""
 
-        def _maybe_symbolic_build(self, iterator=None, data_batch=None):
+        def _maybe_symbolic_build(
+            self, iterator: Iterator | None = None, data_batch: Any = None
+        ) -> None:
             # To know the shape of a batch, Keras averages those of the replicas.
             if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
                 _, _, batches = next(iter(iterator))
@@ -154,7 +157,7 @@ else:
         return model.steps_per_execution
 
 
-def deserialize(config):
+def deserialize(config: Any) -> Any:
     """`keras.utils.deserialize_keras_object` of what a file says, which may be anything.
 
     Keras 2 would import whatever module a function's description names, and so call any function
@@ -176,7 +179,7 @@ def deserialize(config):
 
 
 @contextlib.contextmanager
-def kept_losses(network: Callable):
+def kept_losses(network: Callable) -> Iterator[None]:
     """In it, a layer may be called, and the losses that it has added remain those from before.
 
     Keras forgets the losses of all layers inside of one that it calls from the outside, and adds

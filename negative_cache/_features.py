@@ -8,16 +8,26 @@ Batches are structures of arrays, or of tensors that may be ragged or sparse. No
 tower.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 import tensorflow as tf
+
+# Values of n rows: [n, ...].
+Values: TypeAlias = tf.Tensor | tf.RaggedTensor | tf.SparseTensor | np.ndarray
+Features: TypeAlias = Values | Mapping[str, Values]
+Spec: TypeAlias = tf.io.FixedLenFeature | tf.TypeSpec
+Specs: TypeAlias = Spec | Mapping[str, Spec]
+
+_Part = TypeVar("_Part")
+_FeaturesT = TypeVar("_FeaturesT", bound=Features)
 
 # The name of a candidate's only feature, where its features are a single tensor.
 ONE_FEATURE = "candidate"
 
 
-def named(features, side: str = ONE_FEATURE) -> Mapping:
+def named(features: _Part | Mapping[str, _Part], side: str = ONE_FEATURE) -> Mapping[str, _Part]:
     """The features, or specs of features, as a dictionary: a single one has the name of its side.
 
     Args:
@@ -27,12 +37,14 @@ def named(features, side: str = ONE_FEATURE) -> Mapping:
     return features if isinstance(features, Mapping) else {side: features}
 
 
-def id_key_of(features, key: str | None, side: str = ONE_FEATURE) -> str | None:
+def id_key_of(features: Features | Specs, key: str | None, side: str = ONE_FEATURE) -> str | None:
     """The argument `{side}_id_key`; if it is None, the name of the only feature of one tensor."""
     return side if key is None and not isinstance(features, Mapping) else key
 
 
-def id_feature(features, key: str | None, side: str = ONE_FEATURE):
+def id_feature(
+    features: _Part | Mapping[str, _Part], key: str | None, side: str = ONE_FEATURE
+) -> _Part:
     """The feature, or the spec of the feature, that the argument `{side}_id_key` names.
 
     Args:
@@ -44,7 +56,7 @@ def id_feature(features, key: str | None, side: str = ONE_FEATURE):
       ValueError: where `key` is not one of the features.
     """
     by_name, key = named(features, side), id_key_of(features, key, side)
-    if key not in by_name:
+    if key is None or key not in by_name:
         note = "" if by_name is features else ", as a single tensor is called"
         raise ValueError(
             f"`{side}_id_key` must be one of the features of a {side}, {sorted(by_name)}{note}."
@@ -62,7 +74,9 @@ def fingerprint(ids: tf.Tensor) -> tf.Tensor:
     )
 
 
-def specs_of_rows(dataset):
+def specs_of_rows(
+    dataset: tf.data.Dataset,
+) -> tf.io.FixedLenFeature | dict[str, tf.io.FixedLenFeature]:
     """The spec of one row of a dataset of batches, as `feature_specs` are given.
 
     Returns:
@@ -77,7 +91,7 @@ def specs_of_rows(dataset):
             "`feature_specs` can only be taken from a `tf.data.Dataset`. Received: None, and"
             f" {type(dataset).__name__}."
         )
-    parts = named(element)
+    parts: Mapping[str, tf.TypeSpec] = named(element)
     for key, part in parts.items():
         is_tensor = isinstance(part, tf.TensorSpec) and part.shape.rank is not None
         if not is_tensor or part.shape.rank < 1 or not part.shape[1:].is_fully_defined():
@@ -91,7 +105,7 @@ def specs_of_rows(dataset):
     return specs if parts is element else specs[ONE_FEATURE]
 
 
-def example_of(specs, num_rows: int = 1):
+def example_of(specs: Mapping[str, Spec], num_rows: int = 1) -> dict[str, tf.Tensor]:
     """Features of rows of zeros, or of empty strings, with the specs of features by name."""
     return {
         key: tf.zeros([num_rows, *spec.shape], spec.dtype)
@@ -101,7 +115,7 @@ def example_of(specs, num_rows: int = 1):
     }
 
 
-def specs_of_any_size(features):
+def specs_of_any_size(features: Features) -> Specs:
     """The specs of batches like `features` of any number of rows.
 
     What is not a tensor with rows, such as an array, stays as it is.
@@ -109,7 +123,7 @@ def specs_of_any_size(features):
     return tf.nest.map_structure(_spec_of_any_size, features)
 
 
-def take(features, rows: np.ndarray):
+def take(features: Features, rows: np.ndarray) -> Features:
     """Rows of features, a nest of arrays and tensors, as tensors."""
     return tf.nest.map_structure(
         lambda values: (
@@ -121,22 +135,22 @@ def take(features, rows: np.ndarray):
     )
 
 
-def first_rows(features, count: int):
+def first_rows(features: _FeaturesT, count: int) -> _FeaturesT:
     """The first `count` rows of features."""
     return tf.nest.map_structure(lambda values: values[:count], features)
 
 
-def num_rows(features) -> int:
+def num_rows(features: Features) -> int:
     """N, of features of N rows, arrays or tensors that are not symbolic."""
     return int(tf.nest.flatten(features)[0].shape[0])
 
 
-def concatenate(parts: list):
+def concatenate(parts: Sequence[_Part]) -> _Part:
     """Rows of all `parts`, nests of arrays, one after the other."""
     return tf.nest.map_structure(lambda *values: np.concatenate(values), *parts)
 
 
-def _spec_of_any_size(values):
+def _spec_of_any_size(values: Any) -> Any:
     if not tf.is_tensor(values) or not values.shape.rank:
         return values
     shape = [None, *values.shape[1:]]

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 
-def to_numpy(values) -> np.ndarray:
+def to_numpy(values: object) -> np.ndarray:
     """As TensorFlow has it, strings as bytes."""
     return tf.convert_to_tensor(values).numpy()
 
@@ -34,10 +34,10 @@ def check_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict[str, tf.io.F
     return dict(specs)
 
 
-def check_count(value: int, name: str, *, at_least: int = 1) -> int:
+def check_count(value: object, name: str, *, at_least: int = 1) -> int:
     """Checks that an argument is an integer, Python's or NumPy's, that is not too small."""
     try:
-        count = operator.index(value)
+        count = operator.index(value)  # type: ignore[arg-type]  # This is what is checked.
     except TypeError:
         count = None
     if count is None or count < at_least:

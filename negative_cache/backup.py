@@ -5,6 +5,7 @@ that batches which were already trained on are passed over.
 """
 
 import os
+from collections.abc import Iterator, Mapping
 
 import tensorflow as tf
 
@@ -82,7 +83,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         self.steps_per_epoch = steps_per_epoch
         self.delete_checkpoint = delete_checkpoint
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         model = self.model
         self._check_fit()
         _compat.prepare_to_restore(model)
@@ -115,7 +116,7 @@ class BackupAndRestore(keras.callbacks.Callback):
             self._metrics = [(v, v.numpy()) for v in _compat.metric_variables(model)]
             _compat.set_first_epoch(model, epoch)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         self._epoch = epoch
         if self._metrics is None:
             self._num_saved -= self._num_seen
@@ -131,24 +132,24 @@ class BackupAndRestore(keras.callbacks.Callback):
         is_stream = self.steps_per_epoch is not None
         self._pass_over(self._num_earlier if is_stream else 0, self._num_saved)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         self._num_seen = batch + 1
-        if self.save_freq != "epoch" and self._num_seen - self._num_saved >= self.save_freq:
+        if isinstance(self.save_freq, int) and self._num_seen - self._num_saved >= self.save_freq:
             self._save(self._epoch, self._num_seen, self._num_earlier)
             self._num_saved = self._num_seen
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         if self._num_to_pass:
             raise ValueError(_ENDED)
         if self.save_freq == "epoch":
             self._save(epoch + 1, 0, self._num_earlier + self._num_seen)
 
-    def on_train_end(self, logs=None):
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
         _compat.set_first_epoch(self.model, None)
         if self.delete_checkpoint:
             self._delete()
 
-    def _check_fit(self):
+    def _check_fit(self) -> None:
         if isinstance(self.model.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
             raise ValueError(
                 "Several workers cannot write one backup. Received a model of a"
@@ -161,11 +162,11 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f" {self.steps_per_epoch}, for a training of {steps} steps an epoch."
             )
 
-    def _save(self, epoch, num_batches, num_earlier):
+    def _save(self, epoch: int, num_batches: int, num_earlier: int) -> None:
         self._progress.assign([epoch, num_batches, num_earlier])
         self._manager.save()
 
-    def _restore(self, path):
+    def _restore(self, path: str) -> None:
         try:
             # A model of Keras 2 makes some of its variables later.
             status = self._checkpoint.restore(path).expect_partial()
@@ -176,7 +177,7 @@ class BackupAndRestore(keras.callbacks.Callback):
                 f" start anew. {error}"
             ) from error
 
-    def _delete(self):
+    def _delete(self) -> None:
         """Removes the checkpoints, and the folder if there is nothing else in it."""
         files = tf.io.gfile
         for path in self._manager.checkpoints:
@@ -188,19 +189,19 @@ class BackupAndRestore(keras.callbacks.Callback):
         if files.isdir(self.backup_dir) and not files.listdir(self.backup_dir):
             files.rmtree(self.backup_dir)
 
-    def _pass_over(self, num_earlier, num_in_epoch):
+    def _pass_over(self, num_earlier: int, num_in_epoch: int) -> None:
         """Lets the model read batches without training: all of earlier epochs, and of this one."""
         model, train = self.model, self.model.train_function
         stream, self._num_to_pass = None, num_in_epoch
 
-        def read(iterator, count):
+        def read(iterator: Iterator, count: int) -> None:
             try:
                 for _ in range(count):
                     next(iterator)
             except (StopIteration, tf.errors.OutOfRangeError):
                 raise ValueError(_ENDED) from None
 
-        def read_then_train(iterator):
+        def read_then_train(iterator: Iterator) -> dict[str, tf.Tensor]:
             nonlocal num_earlier, stream
             stream = iterator if stream is None else stream
             # Another iterator is that of another `fit`, begun after this one was interrupted.

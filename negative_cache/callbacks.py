@@ -6,14 +6,20 @@ encodes it again, and `CacheSummaries` shows in TensorBoard what it does.
 
 import copy
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
 from negative_cache import _features, _towers, _validation, evaluation
 from negative_cache._compat import keras
-from negative_cache.layers import FromCorpus
+from negative_cache._features import Values
+from negative_cache._towers import Tower
+from negative_cache.layers import Cache, FromCache, FromCorpus, Retrieval
 from negative_cache.layers._negatives.cached import CachedNegatives
+
+# What has the caches of a callback: a task, or one source of negatives.
+CacheOwner: TypeAlias = Retrieval | CachedNegatives
 
 
 class CorpusMetrics(keras.callbacks.Callback):
@@ -53,7 +59,7 @@ class CorpusMetrics(keras.callbacks.Callback):
         candidate_id_key: str | None = None,
         every: int = 1,
         verbose: int = 0,
-        networks: tuple | None = None,
+        networks: tuple[Tower, Tower] | None = None,
     ):
         super().__init__()
         evaluation.check_cutoffs(k)
@@ -67,16 +73,16 @@ class CorpusMetrics(keras.callbacks.Callback):
         self.verbose = verbose
         self.networks = networks
         self._encoders = None if networks is None else _towers.encoders_of(networks)
-        self._last = {}
+        self._last: dict[str, float] = {}
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, object]) -> "CorpusMetrics":
         # Tuners copy callbacks for each trial, and datasets cannot be copied.
         return copy.copy(self)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         self._last = {}
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if logs is None:
             return
         if (epoch + 1) % self.every == 0:
@@ -98,7 +104,7 @@ class CorpusMetrics(keras.callbacks.Callback):
             verbose=self.verbose,
         )
 
-    def set_model(self, model):
+    def set_model(self, model: keras.Model) -> None:
         is_other = getattr(self, "model", None) is not model
         super().set_model(model)
         # Encoders are compiled, and kept for all epochs.
@@ -124,23 +130,23 @@ class CacheWarmStart(keras.callbacks.Callback):
       ValueError: when training begins, where the dataset is empty or the model has no cache.
     """
 
-    def __init__(self, candidates: Iterable, *, verbose: int = 1, task=None):
+    def __init__(self, candidates: Iterable, *, verbose: int = 1, task: CacheOwner | None = None):
         super().__init__()
         self.candidates = candidates
         self.verbose = verbose
         self.task = task
 
-    def __deepcopy__(self, memo):
+    def __deepcopy__(self, memo: dict[int, object]) -> "CacheWarmStart":
         return copy.copy(self)
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         for source in cached_sources(self.model, self.task):
             # In the scope, but outside of the replicas: what is added reaches every one of them.
             with self.model.distribute_strategy.scope():
                 if not _holds_rows(source):
                     self._fill(source)
 
-    def _fill(self, source):
+    def _fill(self, source: FromCache | FromCorpus) -> None:
         if isinstance(source, FromCorpus):
             source.fill(self.candidates, verbose=self.verbose)
             return
@@ -161,7 +167,9 @@ class CacheWarmStart(keras.callbacks.Callback):
             bar.update(num_added, finalize=True)
 
 
-def _add(source, batches, bar) -> int:
+def _add(
+    source: FromCache, batches: Iterable[Mapping[str, Values]], bar: keras.utils.Progbar
+) -> int:
     """Adds candidates to a cache that streams until it is full, and returns their number."""
     add = tf.function(source.add, reduce_retracing=True)
     num_added = 0
@@ -202,7 +210,7 @@ class CacheRefresh(keras.callbacks.Callback):
         *,
         batch_size: int = 1024,
         verbose: int = 1,
-        task=None,
+        task: CacheOwner | None = None,
     ):
         super().__init__()
         if every_steps is not None:
@@ -211,37 +219,33 @@ class CacheRefresh(keras.callbacks.Callback):
         self.batch_size = _validation.check_count(batch_size, "batch_size")
         self.verbose = verbose
         self.task = task
-        self._num_due = []
+        # Of each cache, by its number, the refreshes that have been due since its first step.
+        self._num_due: dict[int, int] = {}
 
-    def on_train_begin(self, logs=None):
-        sources = cached_sources(self.model, self.task)
-        self._num_due = [None] * len(sources)
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
+        cached_sources(self.model, self.task)
+        self._num_due = {}
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         for i, source in enumerate(cached_sources(self.model, self.task)):
             if self.every_steps is not None:
                 # By now other callbacks have restored what they restore.
-                if self._num_due[i] is None:
-                    self._num_due[i] = self._due_until_now(source)
+                if i not in self._num_due:
+                    self._num_due[i] = _num_refreshes_due(source, self.every_steps)
             elif source.cache is not None and _has_aged(source.cache):
                 self._refresh(source)
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         if self.every_steps is None:
             return
         for i, source in enumerate(cached_sources(self.model, self.task)):
             # The cache's own count: Keras does not say how many steps an execution had.
-            num_due = self._due_until_now(source)
+            num_due = _num_refreshes_due(source, self.every_steps)
             if num_due > self._num_due[i]:
                 self._refresh(source)
                 self._num_due[i] = num_due
 
-    def _due_until_now(self, source) -> int:
-        if source.cache is None:
-            return 0
-        return int(tf.convert_to_tensor(source.cache.step)) // self.every_steps
-
-    def _refresh(self, source):
+    def _refresh(self, source: CachedNegatives) -> None:
         with self.model.distribute_strategy.scope():
             source.refresh(self.batch_size, verbose=self.verbose)
 
@@ -269,16 +273,18 @@ class CacheSummaries(keras.callbacks.Callback):
         with a cache.
     """
 
-    def __init__(self, log_dir: str, update_freq: str | int = "epoch", *, task=None):
+    def __init__(
+        self, log_dir: str, update_freq: str | int = "epoch", *, task: CacheOwner | None = None
+    ):
         super().__init__()
         if update_freq != "epoch":
             update_freq = _validation.check_count(update_freq, "update_freq")
         self.log_dir = str(log_dir)
         self.update_freq = update_freq
         self.task = task
-        self._writer = None
+        self._writer: tf.summary.SummaryWriter | None = None
 
-    def on_train_begin(self, logs=None):
+    def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         self._sources = cached_sources(self.model, self.task)
         task = self.task if self.task is not None else self.model.task
         self._metrics = task.training_metrics
@@ -286,42 +292,55 @@ class CacheSummaries(keras.callbacks.Callback):
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(self.log_dir)
 
-    def on_epoch_begin(self, epoch, logs=None):
+    def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         self._last_batch = -1
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         self._num_unwritten += batch - self._last_batch
         self._last_batch = batch
-        if self.update_freq != "epoch" and self._num_unwritten >= self.update_freq:
+        if isinstance(self.update_freq, int) and self._num_unwritten >= self.update_freq:
             self._num_unwritten = 0
             self._write(int(self.model.optimizer.iterations))
 
-    def on_epoch_end(self, epoch, logs=None):
+    def on_epoch_end(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         if self.update_freq == "epoch":
             self._write(epoch)
 
-    def on_train_end(self, logs=None):
-        self._writer.flush()
+    def on_train_end(self, logs: Mapping[str, float] | None = None) -> None:
+        if self._writer is not None:
+            self._writer.flush()
 
-    def _write(self, step):
-        sources = [source for source in self._sources if source.cache is not None]
-        if not sources:
+    def _write(self, step: int) -> None:
+        caches = [
+            (source.log_prefix, source.cache)
+            for source in self._sources
+            if source.cache is not None
+        ]
+        if not caches or self._writer is None:
             # The batch was not trained on: a resumed training passes over it.
             return
         with self._writer.as_default(step=step):
             for metric in self._metrics:
                 tf.summary.scalar(f"cache/{metric.name}", metric.result())
-            for source in sources:
-                age = tf.boolean_mask(source.cache.age, source.cache.filled)
-                tf.summary.histogram(f"cache/{source.log_prefix}age", age)
+            for prefix, cache in caches:
+                age = tf.boolean_mask(cache.age, cache.filled)
+                tf.summary.histogram(f"cache/{prefix}age", age)
 
 
-def _has_aged(cache) -> bool:
+def _num_refreshes_due(source: CachedNegatives, every_steps: int) -> int:
+    if source.cache is None:
+        return 0
+    return int(tf.convert_to_tensor(source.cache.step)) // every_steps
+
+
+def _has_aged(cache: Cache) -> bool:
     waits = cache.filled & (cache.age > 0)
     return bool(tf.reduce_any(waits))
 
 
-def cached_sources(model, task=None) -> tuple[CachedNegatives, ...]:
+def cached_sources(
+    model: keras.Model, task: CacheOwner | None = None
+) -> tuple[CachedNegatives, ...]:
     """The caches that a callback is about: those of `task`, or if it is None of the model's task.
 
     `task` may be one source of negatives too.
@@ -338,5 +357,5 @@ def cached_sources(model, task=None) -> tuple[CachedNegatives, ...]:
     return sources
 
 
-def _holds_rows(source) -> bool:
+def _holds_rows(source: CachedNegatives) -> bool:
     return source.cache is not None and int(tf.convert_to_tensor(source.cache.num_filled)) > 0

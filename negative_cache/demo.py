@@ -11,7 +11,8 @@ import importlib.util
 import json
 import pathlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -64,13 +65,13 @@ class Result:
 class TextTower(keras.layers.Layer):
     """Mean of word vectors, of unit length: ids [n, words], or features with `"ids"`, -> [n, d]."""
 
-    def __init__(self, words: keras.layers.Layer, **kwargs):
+    def __init__(self, words: keras.layers.Layer, **kwargs: Any):
         super().__init__(**kwargs)
         self.words = words
         self.pool = keras.layers.GlobalAveragePooling1D()
         self.normalize = keras.layers.UnitNormalization()
 
-    def call(self, inputs):
+    def call(self, inputs: tf.Tensor | dict[str, tf.Tensor]) -> tf.Tensor:
         ids = inputs["ids"] if isinstance(inputs, dict) else inputs
         mask = self.words.compute_mask(ids)
         return self.normalize(self.pool(self.words(ids), mask=mask))
@@ -171,7 +172,9 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
 def table(results: Sequence[Result]) -> str:
     """One row a model."""
     metrics = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
-    rows = [("", "MRR", "recall@1", "recall@10", "recall@100", "ms/step", "candidates encoded")]
+    rows: list[tuple[str, ...]] = [
+        ("", "MRR", "recall@1", "recall@10", "recall@100", "ms/step", "candidates encoded")
+    ]
     for result in results:
         rows.append(
             (
@@ -228,26 +231,26 @@ def answer(model: nc.DualEncoder, data: Data, queries: Sequence[str], count: int
 
 
 class _StepTimer(keras.callbacks.Callback):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
-        self._seconds = []
+        self._seconds: list[float] = []
 
-    def on_train_batch_begin(self, batch, logs=None):
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         self._start = time.perf_counter()
 
-    def on_train_batch_end(self, batch, logs=None):
+    def on_train_batch_end(self, batch: int, logs: Mapping[str, float] | None = None) -> None:
         self._seconds.append(time.perf_counter() - self._start)
 
-    def median_milliseconds(self):
+    def median_milliseconds(self) -> float:
         return 1000 * float(np.median(self._seconds))
 
 
-def _vectorize(layer, texts):
+def _vectorize(layer: keras.layers.Layer, texts: np.ndarray) -> np.ndarray:
     starts = range(0, len(texts), _ENCODING_BATCH)
     return np.concatenate([layer(texts[i : i + _ENCODING_BATCH]).numpy() for i in starts])
 
 
-def _parse_arguments(arguments):
+def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m negative_cache.demo", description=__doc__)
     add = parser.add_argument

@@ -7,7 +7,7 @@ updated in place.
 
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
@@ -18,7 +18,7 @@ from negative_cache.losses import CacheLossReturn, DocNetwork
 from negative_cache.negative_cache import CacheManager, NegativeCache
 from negative_cache.ops import contrastive
 
-CacheLossFn = Callable[..., CacheLossReturn]
+CacheLossFn: TypeAlias = Callable[..., CacheLossReturn]
 
 _SOURCE = "cache"
 
@@ -319,7 +319,7 @@ def _concat_replicas(value: tf.Tensor) -> tf.Tensor:
     return util.cross_replica_concat(tf.convert_to_tensor(value), axis=0)
 
 
-def _concat_updates(update: Mapping) -> dict:
+def _concat_updates(update: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of `Cache.update` with the rows that all replicas have refreshed."""
     data, mask = update["updated_item_data"], update["updated_item_mask"]
     return {

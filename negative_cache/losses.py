@@ -10,7 +10,7 @@ together.
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import tensorflow as tf
 
@@ -25,8 +25,11 @@ from negative_cache.ops import (
 )
 from negative_cache.ops.cache_sources import CacheSources
 
-TensorFn = Callable[[tf.Tensor], tf.Tensor]
-DocNetwork = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
+TensorFn: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
+DocNetwork: TypeAlias = Callable[[Mapping[str, tf.Tensor]], tf.Tensor]
+_Updates: TypeAlias = tuple[
+    Mapping[str, Mapping[str, tf.Tensor]], Mapping[str, tf.Tensor], Mapping[str, tf.Tensor]
+]
 
 
 class CacheLossReturn(NamedTuple):
@@ -131,8 +134,12 @@ class AbstractCacheClassificationLoss(CacheLoss):
         )
         stale = tf.cast(retrieved.retrieved_cache_embeddings, tf.float32)
         staleness = contrastive.relative_staleness(stale, tf.cast(fresh, tf.float32))
-        parts = (contrastive.reduce_or_zero(part, reducer) for part in (*losses, staleness))
-        return _LossCalculationReturn(*parts, retrieved, fresh)
+        training_loss, interpretable_loss, staleness = (
+            contrastive.reduce_or_zero(part, reducer) for part in (*losses, staleness)
+        )
+        return _LossCalculationReturn(
+            training_loss, interpretable_loss, staleness, retrieved, fresh
+        )
 
 
 class CacheClassificationLoss(AbstractCacheClassificationLoss):
@@ -194,8 +201,12 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
             )
             indices = tf.cast(found.retrieval_return.retrieved_indices[:, 0], tf.int64)
             fresh = tf.stop_gradient(found.retrieved_negative_embeddings)
-            updates = self._updates(indices, fresh, candidates)
-            return CacheLossReturn(*found[:2], *updates, found.staleness)
+            return CacheLossReturn(
+                found.training_loss,
+                found.interpretable_loss,
+                *self._updates(indices, fresh, candidates),
+                found.staleness,
+            )
 
         indices, log_partition = self._retrieve(tf.stop_gradient(queries), candidates)
         features = self._fetch(indices, candidates)
@@ -217,7 +228,9 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
             contrastive.reduce_or_zero(staleness, self.reducer),
         )
 
-    def _retrieve_from_cache(self, query_embeddings, cache):
+    def _retrieve_from_cache(
+        self, query_embeddings: tf.Tensor, cache: Mapping[str, NegativeCache]
+    ) -> _RetrievalReturn:
         """Retrieves from all scores; the loss itself does without them where it can."""
         queries = tf.convert_to_tensor(query_embeddings)
         candidates = self._candidates_of(cache, queries)
@@ -227,7 +240,9 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         data = {key: features[key] for key in self.data_keys}
         return _RetrievalReturn(data, scores, indices[:, tf.newaxis], features[self.embedding_key])
 
-    def _candidates_of(self, cache, queries) -> CacheSources:
+    def _candidates_of(
+        self, cache: Mapping[str, NegativeCache], queries: tf.Tensor
+    ) -> CacheSources:
         """The rows of all sources of a cache as one list."""
         if not isinstance(cache, Mapping) or not cache:
             raise ValueError(
@@ -236,7 +251,9 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         sources = {source: cache[source].data for source in cache}
         return CacheSources(sources, self.embedding_key, self.data_keys, queries.shape[1])
 
-    def _retrieve(self, queries, candidates):
+    def _retrieve(
+        self, queries: tf.Tensor, candidates: CacheSources
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the drawn candidates [B] int64, -1 where there is none, and log Ẑ [B]."""
         if self._samples_by_blocks():
             sample = self._sample(queries, candidates)
@@ -253,11 +270,11 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
             return self._draw(*best)
         return self._retrieve_from_scores(self._score_all(queries, candidates))
 
-    def _fetch(self, indices, candidates):
+    def _fetch(self, indices: tf.Tensor, candidates: CacheSources) -> dict[str, tf.Tensor]:
         """Returns the features [B, ...] of drawn candidates."""
         return candidates.gather(indices)
 
-    def _updates(self, indices, fresh, candidates):
+    def _updates(self, indices: tf.Tensor, fresh: tf.Tensor, candidates: CacheSources) -> _Updates:
         """Returns the three `updated_item_…` fields of `CacheLossReturn`."""
         data = {source: {self.embedding_key: fresh} for source in candidates.sources}
         return data, *candidates.locate(indices)
@@ -265,7 +282,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     def _samples_by_blocks(self) -> bool:
         return self.top_k is None and retrieval_fns.draws_from_softmax(self._retrieval_fn)
 
-    def _sample(self, queries, candidates) -> SoftmaxSample:
+    def _sample(self, queries: tf.Tensor, candidates: CacheSources) -> SoftmaxSample:
         samples = []
         for source, offset in candidates.offsets.items():
             embeddings = candidates.sources[source][self.embedding_key]
@@ -279,7 +296,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
             samples.append(_shift(sample, offset))
         return merge_samples(samples, log_zero=contrastive.NOT_A_CANDIDATE)
 
-    def _score_all(self, queries, candidates) -> tf.Tensor:
+    def _score_all(self, queries: tf.Tensor, candidates: CacheSources) -> tf.Tensor:
         embeddings = [
             tf.cast(source[self.embedding_key], tf.float32)
             for source in candidates.sources.values()
@@ -289,12 +306,14 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         )
         return tf.stop_gradient(self._transform(products))
 
-    def _retrieve_from_scores(self, scores):
+    def _retrieve_from_scores(self, scores: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         if self.top_k is None:
             return self._draw(scores)
         return self._draw(*util.approximate_top_k_with_indices(scores, self.top_k))
 
-    def _draw(self, scores, columns=None):
+    def _draw(
+        self, scores: tf.Tensor, columns: tf.Tensor | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         """Lets the retrieval function choose among `scores` [B, n] of candidates `columns`."""
         picks = tf.convert_to_tensor(self._retrieval_fn(scores))
         if not picks.dtype.is_integer or not picks.shape.is_compatible_with([scores.shape[0], 1]):
@@ -307,12 +326,12 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
             indices = tf.gather(columns, indices, batch_dims=1)
         return indices[:, 0], tf.reduce_logsumexp(scores, axis=1)
 
-    def _score_documents(self, query_embeddings, doc_embeddings) -> tf.Tensor:
+    def _score_documents(self, query_embeddings: tf.Tensor, doc_embeddings: tf.Tensor) -> tf.Tensor:
         """[B] scores of queries [B, d] with the candidate of each [B, d]."""
         products = tf.cast(query_embeddings, tf.float32) * tf.cast(doc_embeddings, tf.float32)
         return self._transform(tf.reduce_sum(products, axis=1))
 
-    def _transform(self, products) -> tf.Tensor:
+    def _transform(self, products: tf.Tensor) -> tf.Tensor:
         return products if self.score_transform is None else self.score_transform(products)
 
 
@@ -336,7 +355,9 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
     size.
     """
 
-    def _retrieve(self, queries, candidates):
+    def _retrieve(
+        self, queries: tf.Tensor, candidates: CacheSources
+    ) -> tuple[tf.Tensor, tf.Tensor]:
         batch = _GlobalBatch(queries)
         if not self._samples_by_blocks():
             scores = self._score_all(batch.values, candidates)
@@ -354,7 +375,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         )
         return merged.indices[:, 0], merged.log_partition
 
-    def _fetch(self, indices, candidates):
+    def _fetch(self, indices: tf.Tensor, candidates: CacheSources) -> dict[str, tf.Tensor]:
         batch = _GlobalBatch(indices)
         rows = _rows_of_own_shard(batch.values, candidates)
         owners = tf.maximum(indices, 0) // candidates.size
@@ -363,7 +384,7 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         features = candidates.gather(rows)
         return {key: tf.gather_nd(batch.stack_own(part), where) for key, part in features.items()}
 
-    def _updates(self, indices, fresh, candidates):
+    def _updates(self, indices: tf.Tensor, fresh: tf.Tensor, candidates: CacheSources) -> _Updates:
         rows = _rows_of_own_shard(util.cross_replica_concat(indices, axis=0), candidates)
         fresh = util.cross_replica_concat(fresh, axis=0)
         return super()._updates(rows, fresh, candidates)
@@ -392,19 +413,21 @@ class _GlobalBatch:
         return stacked[:, self._start : self._start + self._size]
 
 
-def _rows_of_own_shard(indices, candidates: CacheSources):
+def _rows_of_own_shard(indices: tf.Tensor, candidates: CacheSources) -> tf.Tensor:
     """Turns candidates of the union [n] into candidates of this replica's shard, -1 for others."""
     rows = indices - tf.cast(util.replica_id(), tf.int64) * candidates.size
     return tf.where((indices >= 0) & (rows >= 0) & (rows < candidates.size), rows, -1)
 
 
-def _shift(sample: SoftmaxSample, offset) -> SoftmaxSample:
+def _shift(sample: SoftmaxSample, offset: int | tf.Tensor) -> SoftmaxSample:
     """Moves the indices of a sample by `offset`, except the -1 that stand for no draw."""
     is_draw = sample.indices >= 0
     return sample._replace(indices=tf.where(is_draw, sample.indices + offset, sample.indices))
 
 
-def _check_pairs(query_embeddings, pos_doc_embeddings):
+def _check_pairs(
+    query_embeddings: tf.Tensor, pos_doc_embeddings: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
     queries = tf.convert_to_tensor(query_embeddings)
     positives = tf.convert_to_tensor(pos_doc_embeddings)
     is_matrix = queries.shape.rank == 2 and queries.shape[1] is not None
@@ -416,7 +439,7 @@ def _check_pairs(query_embeddings, pos_doc_embeddings):
     return queries, positives
 
 
-def _check_encoded(embeddings, wanted: tf.TensorShape) -> tf.Tensor:
+def _check_encoded(embeddings: tf.Tensor, wanted: tf.TensorShape) -> tf.Tensor:
     embeddings = tf.convert_to_tensor(embeddings)
     if embeddings.shape.rank != 2 or not embeddings.shape.is_compatible_with(wanted):
         raise ValueError(

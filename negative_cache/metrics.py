@@ -12,7 +12,7 @@ class MeanIfAny(RunningMean):
     What only training measures must not look like a measurement of zero in an evaluation.
     """
 
-    def result(self):
+    def result(self) -> tf.Tensor:
         mean = super().result()
         return tf.where(tf.convert_to_tensor(self.count) > 0, mean, float("nan"))
 

@@ -1,12 +1,17 @@
 """`DualEncoder`: two towers and a retrieval task as one `keras.Model`."""
 
 import json
+import os
 from collections.abc import Mapping
+from typing import Any
 
 import tensorflow as tf
 
 from negative_cache import _compat, _features, _towers
 from negative_cache._compat import keras
+from negative_cache._features import Features, Specs
+from negative_cache._towers import Tower
+from negative_cache.layers.retrieval import Retrieval
 
 _INPUTS = "inputs"
 
@@ -51,7 +56,9 @@ class DualEncoder(_compat.Model):
       >>> model.fit(pairs.batch(128))
     """
 
-    def __init__(self, query_network, candidate_network, task, **kwargs):
+    def __init__(
+        self, query_network: Tower, candidate_network: Tower, task: Retrieval, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         if task.reduction == "none":
             raise ValueError(
@@ -61,9 +68,11 @@ class DualEncoder(_compat.Model):
         self.query_network = query_network
         self.candidate_network = candidate_network
         self.task = task
-        self._input_specs = None
+        self._input_specs: dict[str, Specs] | None = None
 
-    def call(self, inputs, training=None):
+    def call(
+        self, inputs: Mapping[str, Features], training: bool | None = None
+    ) -> dict[str, tf.Tensor]:
         """Embeds a batch: `{"query": [B, d], "candidate": [N, d]}`, and `"negative": [B, M, d]`."""
         _check_inputs(inputs)
         if self._input_specs is None:
@@ -81,9 +90,18 @@ class DualEncoder(_compat.Model):
             embeddings["negative"] = self._embed_negatives(negatives, training)
         return embeddings
 
-    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+    def compute_loss(
+        self,
+        x: Mapping[str, Features] | None = None,
+        y: tf.Tensor | None = None,
+        y_pred: Mapping[str, tf.Tensor] | None = None,
+        sample_weight: tf.Tensor | None = None,
+        training: bool = True,
+    ) -> tf.Tensor:
         """The task's loss on the embeddings `y_pred` of a batch `x`."""
         del y
+        # Keras always passes both, and has these defaults.
+        assert x is not None and y_pred is not None
         loss = self.task(
             y_pred["query"],
             y_pred["candidate"],
@@ -102,12 +120,12 @@ class DualEncoder(_compat.Model):
             loss += _compat.scale_loss_for_distribution(tf.cast(extra, loss.dtype))
         return loss
 
-    def test_step(self, data):
+    def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         logs = super().test_step(data)
         only_in_training = {metric.name for metric in self.task.training_metrics}
         return {name: value for name, value in logs.items() if name not in only_in_training}
 
-    def get_config(self):
+    def get_config(self) -> dict[str, Any]:
         serialize = keras.utils.serialize_keras_object
         same = self.task.candidate_network is self.candidate_network
         return {
@@ -119,7 +137,7 @@ class DualEncoder(_compat.Model):
         }
 
     @classmethod
-    def from_config(cls, config):
+    def from_config(cls, config: Mapping[str, Any]) -> "DualEncoder":
         config = dict(config)
         for name in ("query_network", "candidate_network", "task"):
             config[name] = _compat.deserialize(config[name])
@@ -127,16 +145,18 @@ class DualEncoder(_compat.Model):
             config["candidate_network"] = config["task"].candidate_network
         return cls(**config)
 
-    def get_build_config(self):
+    def get_build_config(self) -> dict[str, str] | None:
         if self._input_specs is None:
             return None
         return {_INPUTS: json.dumps(_describe(self._input_specs))}
 
-    def build_from_config(self, config):
+    def build_from_config(self, config: Mapping[str, str] | None) -> None:
         if config and _INPUTS in config:
             self(_example(json.loads(config[_INPUTS])), training=False)
 
-    def export(self, filepath, format="tf_saved_model", **kwargs):
+    def export(
+        self, filepath: str | os.PathLike, format: str = "tf_saved_model", **kwargs: Any
+    ) -> None:
         """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
         The inputs of the endpoints' signatures have the names of the features, "features" where a
@@ -166,7 +186,7 @@ class DualEncoder(_compat.Model):
             archive.add_endpoint(f"embed_{name}", function)
         archive.write_out(str(filepath), **kwargs)
 
-    def _about_negatives(self, inputs):
+    def _about_negatives(self, inputs: Mapping[str, Features]) -> dict[str, tf.Tensor | None]:
         """What a batch says of explicit negatives and of further positives."""
         known = {"known_positive_ids": inputs.get("known_positive_ids")}
         if "negative" not in inputs:
@@ -174,10 +194,11 @@ class DualEncoder(_compat.Model):
         negatives, mask = _padded(inputs["negative"])
         if mask is not None and "negative_mask" in inputs:
             raise ValueError('Ragged lists need no "negative_mask". Received both.')
-        ids = _features.named(negatives).get(self.task.candidate_id_key)
+        key = self.task.candidate_id_key
+        ids = None if key is None else _features.named(negatives).get(key)
         return {**known, "negative_ids": ids, "negative_mask": inputs.get("negative_mask", mask)}
 
-    def _embed_negatives(self, features, training):
+    def _embed_negatives(self, features: Features, training: bool | None) -> tf.Tensor:
         """[B, M, d] embeddings of features [B, M, ...]."""
         flat = tf.nest.map_structure(_merge_first_dimensions, features)
         embeddings = _towers.embed(self.candidate_network, flat, training)
@@ -185,7 +206,7 @@ class DualEncoder(_compat.Model):
         return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
 
 
-def _padded(features):
+def _padded(features: Features) -> tuple[Features, tf.Tensor | None]:
     """Features [B, M, ...] of which some are ragged, padded; and [B, M] bool, which are there."""
     ragged = [part for part in tf.nest.flatten(features) if isinstance(part, tf.RaggedTensor)]
     if not ragged:
@@ -203,12 +224,12 @@ def _padded(features):
     ), mask
 
 
-def _merge_first_dimensions(values):
+def _merge_first_dimensions(values: tf.Tensor) -> tf.Tensor:
     """[B, M, ...] -> [B * M, ...]."""
     return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
 
 
-def _with_names(specs):
+def _with_names(specs: Specs) -> Specs:
     """Specs of features with their names, which are those of the signature's inputs then."""
     if not isinstance(specs, Mapping):
         return specs
@@ -226,7 +247,7 @@ _OPTIONAL = frozenset(
 )
 
 
-def _check_inputs(inputs):
+def _check_inputs(inputs: Mapping[str, Features]) -> None:
     if not isinstance(inputs, Mapping) or not set(inputs) >= _REQUIRED:
         received = sorted(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
         raise ValueError(
@@ -240,7 +261,7 @@ def _check_inputs(inputs):
         )
 
 
-def _describe(specs):
+def _describe(specs: Specs | list[Specs] | tuple[Specs, ...]) -> dict[str, Any] | list:
     """The shapes and dtypes of features, a nest of them, as JSON values."""
     if isinstance(specs, Mapping):
         return {name: _describe(part) for name, part in specs.items()}
@@ -252,7 +273,7 @@ def _describe(specs):
     return ["sparse", *description] if isinstance(specs, tf.SparseTensorSpec) else description
 
 
-def _example(description):
+def _example(description: dict[str, Any] | list) -> Features | list[Features]:
     """A batch of one row of the features that `_describe` has described."""
     if isinstance(description, Mapping):
         return {name: _example(part) for name, part in description.items()}

@@ -2,19 +2,30 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features, _validation
 from negative_cache._compat import IS_KERAS_2, keras
-from negative_cache._towers import differ
+from negative_cache._features import Features
+from negative_cache._towers import TowerPair, differ
 from negative_cache.batching import keep_apart
 from negative_cache.batching.ids import Ids
 from negative_cache.batching.pairs import check_dataset, check_pairs
 from negative_cache.batching.plan import BatchMaker, BatchPlan, Order
 from negative_cache.batching.shards import Shards
+from negative_cache.layers.tree_index import TreeIndex
+
+
+@dataclasses.dataclass(frozen=True)
+class _DatedOrder:
+    """An order of pairs, the epoch in which it was made, and the weights of the towers then."""
+
+    order: Order
+    epoch: int
+    weights: list[int]
 
 
 class GlobalContrastiveBatches(keras.utils.Sequence):
@@ -91,8 +102,8 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
 
     def __init__(
         self,
-        model,
-        pairs: Mapping,
+        model: TowerPair,
+        pairs: Mapping[str, Features],
         batch_size: int,
         *,
         num_neighbors: int = 16,
@@ -109,7 +120,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         query_ids: np.ndarray | tf.Tensor | None = None,
         drop_remainder: bool = False,
         batches_per_epoch: int | None = None,
-        index=None,
+        index: TreeIndex | None = None,
         embedding_batch_size: int = 1024,
         seed: int = 0,
         verbose: int = 1,
@@ -122,7 +133,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
-            group_size=group_size,
+            group_size=batch_size if group_size is None else group_size,
             grow=grow,
             drop_remainder=drop_remainder,
             index=index,
@@ -159,15 +170,16 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         self._batches: list[np.ndarray] = []
         self._left: list[np.ndarray] = []
         self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0)
-        self._order, self._ordered_at = None, None
-        # The weights when the epoch of Keras began, and when the pairs were ordered.
-        self._weights, self._ordered_by = None, None
-        self._is_due, self._is_trained, self._unread = True, False, set()
+        self._last_order: _DatedOrder | None = None
+        # The weights when the epoch of Keras began.
+        self._weights: list[int] | None = None
+        self._is_due, self._is_trained = True, False
+        self._unread: set[int] = set()
         self._before = self._state()
 
     @staticmethod
     def from_dataset(
-        model,
+        model: TowerPair,
         dataset: tf.data.Dataset,
         batch_size: int,
         *,
@@ -234,7 +246,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             quantile=quantile,
             start_epoch=start_epoch,
             random_fraction=random_fraction,
-            group_size=group_size,
+            group_size=batch_size if group_size is None else group_size,
             grow=grow,
             drop_remainder=drop_remainder,
             index=None,
@@ -274,7 +286,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     def __len__(self) -> int:
         return self._num_batches
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Features:
         """Batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
         with self._lock:
             if self._is_due:
@@ -283,13 +295,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             self._unread.discard(index % self._num_batches)
         return _features.take(self._pairs, rows)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Features]:
         """The batches of an epoch, for a loop of your own; the next one begins another epoch."""
         for index in range(self._num_batches):
             yield self[index]
         self.on_epoch_end()
 
-    def on_epoch_begin(self):
+    def on_epoch_begin(self) -> None:
         # Keras 3 only. It has looked at batches, and then callbacks may have loaded weights.
         with self._lock:
             if self._is_due or self._is_trained:
@@ -298,7 +310,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             if self._maker.towers.have_changed(self._weights):
                 self._restart()
 
-    def on_epoch_end(self):
+    def on_epoch_end(self) -> None:
         with self._lock:
             if self._is_due or not self._maker.towers.have_changed(self._weights):
                 # Nothing has been trained: the batches are still to be used.
@@ -307,7 +319,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
             # With `steps_per_epoch` Keras 3 goes on with what is left, Keras 2 with a new iterator.
             self._is_due = IS_KERAS_2 or not self._unread
 
-    def restart(self):
+    def restart(self) -> None:
         """Makes the next batch begin the epoch anew, ordered by the weights of then.
 
         For the cases that are not noticed: `fit` was interrupted in the middle of an epoch and is
@@ -319,13 +331,13 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         with self._lock:
             self._restart()
 
-    def _restart(self):
+    def _restart(self) -> None:
         if not self._is_due:
-            self._epoch, self._left, self._order, self._ordered_at, self._ordered_by = self._before
+            self._epoch, self._left, self._last_order = self._before
             self._is_due = True
 
-    def _state(self) -> tuple:
-        return self._epoch, self._left, self._order, self._ordered_at, self._ordered_by
+    def _state(self) -> tuple[int, list[np.ndarray], _DatedOrder | None]:
+        return self._epoch, self._left, self._last_order
 
     def embed(self) -> tuple[np.ndarray, np.ndarray]:
         """[N, d] float32 embeddings of the queries and of the candidates, by the towers of now."""
@@ -334,37 +346,37 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     @property
     def order(self) -> np.ndarray | None:
         """[N] int64, the last order of the pairs; None where there is none, as before the first."""
-        return None if self._order is None else self._order.rows
+        return None if self._last_order is None else self._last_order.order.rows
 
-    def _begin_epoch(self):
+    def _begin_epoch(self) -> None:
         self._before = self._state()
         self._maker.towers.build(self._pairs)
-        self._weights = self._maker.towers.fingerprint()
+        self._weights = weights = self._maker.towers.fingerprint()
         batches = self._left
         while len(batches) < self._num_batches:
-            batches = [*batches, *self._pass()]
+            batches = [*batches, *self._pass(weights)]
         self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
         self._is_due, self._is_trained = False, False
         self._unread = set(range(self._num_batches))
 
-    def _pass(self) -> list[np.ndarray]:
+    def _pass(self, weights: list[int]) -> list[np.ndarray]:
         """Rows of the batches of the next pass over all pairs."""
         epoch, maker = self._epoch, self._maker
         order = Order(np.arange(_features.num_rows(self._pairs)))
         if maker.plan.random_fraction_of(epoch) < 1.0:
-            if self._order is None or self._must_order(epoch):
-                self._order = maker.order(self._pairs, self._ids, [epoch])
-                self._ordered_at, self._ordered_by = epoch, self._weights
-            order = self._order
+            last = self._last_order
+            if last is None or self._is_outdated(last, epoch, weights):
+                last = _DatedOrder(maker.order(self._pairs, self._ids, [epoch]), epoch, weights)
+                self._last_order = last
+            order = last.order
         batches = maker.batches(order, self._ids, epoch, [epoch])
         self._epoch += 1
         return batches[: maker.plan.num_batches(len(order.rows))]
 
-    def _must_order(self, epoch: int) -> bool:
-        is_old = epoch - self._ordered_at >= self._every
-        return is_old and differ(self._weights, self._ordered_by)
+    def _is_outdated(self, last: _DatedOrder, epoch: int, weights: list[int]) -> bool:
+        return epoch - last.epoch >= self._every and differ(weights, last.weights)
 
 
-def _task_key(model) -> str | None:
+def _task_key(model: TowerPair) -> str | None:
     """The `candidate_id_key` of a model's task, if it has one."""
     return getattr(getattr(model, "task", None), "candidate_id_key", None)

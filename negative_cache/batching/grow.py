@@ -42,7 +42,8 @@ def grow_batches(
     graph = graph[order][:, order]
     starts, neighbors = graph.indptr.tolist(), graph.indices.tolist()
     batch = OpenBatch(ids, order)
-    is_taken, places, first = [False] * num_pairs, [], 0
+    is_taken, first = [False] * num_pairs, 0
+    places: list[int] = []
     while len(places) < num_pairs:
         size = min(batch_size, num_pairs - len(places))
         counts: dict[int, int] = {}
@@ -64,7 +65,9 @@ def grow_batches(
     return order[np.array(places, np.int64)]
 
 
-def _pop_best(heap, counts, is_taken, batch: OpenBatch) -> int | None:
+def _pop_best(
+    heap: list[tuple[int, int]], counts: dict[int, int], is_taken: list[bool], batch: OpenBatch
+) -> int | None:
     """The pair with the most neighbors inside, if there is one that can come."""
     while heap:
         count, place = heapq.heappop(heap)

@@ -1,11 +1,18 @@
 """Which pairs share a query or a candidate, and which may therefore not share a batch."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import TypeAlias
 
 import numpy as np
+import tensorflow as tf
 
 from negative_cache import _features
+from negative_cache._features import Features
 from negative_cache._validation import to_numpy
+
+# [N] integers or strings.
+IdValues: TypeAlias = np.ndarray | tf.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +26,9 @@ class Ids:
     candidates: np.ndarray | None = None
 
     @classmethod
-    def given(cls, num_pairs: int, query_ids, candidate_ids) -> "Ids":
+    def given(
+        cls, num_pairs: int, query_ids: IdValues | None, candidate_ids: IdValues | None
+    ) -> "Ids":
         """Of ids [N], integers or strings."""
         return cls(
             _codes(query_ids, num_pairs, "query_ids"),
@@ -27,7 +36,12 @@ class Ids:
         )
 
     @classmethod
-    def of(cls, pairs, query_id_key: str | None, candidate_id_key: str | None) -> "Ids":
+    def of(
+        cls,
+        pairs: Mapping[str, Features],
+        query_id_key: str | None,
+        candidate_id_key: str | None,
+    ) -> "Ids":
         """Of the features of pairs."""
         return cls(
             _codes_of(pairs["query"], query_id_key, "query"),
@@ -69,7 +83,7 @@ class OpenBatch:
         return not is_positive and self._positives[place].isdisjoint(self._inside)
 
 
-def _codes_of(features, key: str | None, name: str) -> np.ndarray | None:
+def _codes_of(features: Features, key: str | None, name: str) -> np.ndarray | None:
     """[N] int64 codes of the feature that `{name}_id_key` names; None where it is None."""
     if key is None:
         return None
@@ -77,7 +91,7 @@ def _codes_of(features, key: str | None, name: str) -> np.ndarray | None:
     return _codes(values, len(values), f"{name}_id_key={key!r}")
 
 
-def _codes(ids, num_pairs: int, name: str) -> np.ndarray | None:
+def _codes(ids: IdValues | None, num_pairs: int, name: str) -> np.ndarray | None:
     """[N] int64 codes from 0 on."""
     if ids is None:
         return None

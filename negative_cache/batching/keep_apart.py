@@ -7,6 +7,7 @@ shorter where `batch_size` does not divide N.
 
 import heapq
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -136,7 +137,7 @@ class _Waiting:
         """Takes the places of the next batch, when so many full ones are left with it."""
         taken = set(self._take_critical(size, num_full))
         self._welcome(taken)
-        asked = []
+        asked: list[tuple[int, int]] = []
         while len(taken) < size and self._queue and len(asked) < _NUM_ASKED * size:
             place, i = heapq.heappop(self._queue)
             # Each id is in the queue with its first place; others were taken as critical.
@@ -163,7 +164,7 @@ class _Waiting:
             self._batch.clear()
         return places
 
-    def _welcome(self, ids) -> None:
+    def _welcome(self, ids: Iterable[int]) -> None:
         if self._batch is not None:
             for i in ids:
                 self._batch.add(self._first(i))

@@ -7,6 +7,7 @@ import functools
 import math
 import numbers
 from collections.abc import Callable
+from typing import TypeAlias
 
 import numpy as np
 import scipy.sparse
@@ -21,6 +22,9 @@ from negative_cache.batching.ids import Ids
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import neighbor_graph as graphs
 
+# Queries [B, d] and k -> scores and indices [B, k] of their nearest candidates.
+_Search: TypeAlias = Callable[[tf.Tensor, int], tuple[tf.Tensor, tf.Tensor]]
+
 
 def contrastive_order(
     query_embeddings: np.ndarray | tf.Tensor,
@@ -32,7 +36,7 @@ def contrastive_order(
     query_ids: np.ndarray | tf.Tensor | None = None,
     batch_size: int | None = None,
     grow: bool = False,
-    index=None,
+    index: TreeIndex | None = None,
     block_size: int | None = None,
     seed: int = 0,
     verbose: int = 0,
@@ -110,7 +114,7 @@ def neighbor_graph(
     quantile: float | None = None,
     candidate_ids: np.ndarray | tf.Tensor | None = None,
     query_ids: np.ndarray | tf.Tensor | None = None,
-    index=None,
+    index: TreeIndex | None = None,
     block_size: int | None = None,
     seed: int = 0,
     verbose: int = 0,
@@ -179,21 +183,25 @@ def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
     return order[reordered] if is_narrower else order
 
 
-def check_quantile(quantile: float | None) -> float | None:
+def check_quantile(quantile: object) -> float | None:
     """Checks a quantile that may be None."""
-    if quantile is not None and not (isinstance(quantile, numbers.Real) and 0.0 <= quantile < 1.0):
+    if quantile is None:
+        return None
+    if not (isinstance(quantile, numbers.Real) and 0.0 <= float(quantile) < 1.0):
         raise ValueError(f"`quantile` must lie in [0, 1). Received: {quantile!r}.")
-    return quantile
+    return float(quantile)
 
 
-def check_index(index) -> TreeIndex | None:
+def check_index(index: object) -> TreeIndex | None:
     """Checks an index that may be None."""
     if index is not None and not isinstance(index, TreeIndex):
         raise ValueError(f"`index` must be a `TreeIndex`. Received: {index!r}.")
     return index
 
 
-def check_embeddings(values, name: str, row_numbers: np.ndarray | None = None) -> tf.Tensor:
+def check_embeddings(
+    values: np.ndarray | tf.Tensor, name: str, row_numbers: np.ndarray | None = None
+) -> tf.Tensor:
     """Checks embeddings and returns them: [N, d] float32.
 
     Args:
@@ -249,14 +257,16 @@ class _Positives:
         return self._keys[places] == keys
 
 
-def _exact_search(candidates: tf.Tensor, block_size: int | None):
+def _exact_search(candidates: tf.Tensor, block_size: int | None) -> _Search:
     """Finds the nearest of all candidates: queries [B, d], k -> scores and indices [B, k]."""
     compiled = _compiled_search(candidates.shape[1], block_size)
     return lambda queries, k: compiled(queries, candidates, tf.constant(k))
 
 
 @functools.lru_cache(maxsize=16)
-def _compiled_search(dim: int, block_size: int | None) -> Callable:
+def _compiled_search(
+    dim: int, block_size: int | None
+) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
     """`nearest_candidates`, compiled once for any number of queries and candidates."""
     embeddings = tf.TensorSpec([None, dim], tf.float32)
     return tf.function(
@@ -267,13 +277,20 @@ def _compiled_search(dim: int, block_size: int | None) -> Callable:
     )
 
 
-def _index_search(index, candidates: tf.Tensor, verbose: int):
+def _index_search(index: TreeIndex, candidates: tf.Tensor, verbose: int) -> _Search:
     """The same by an index."""
     index.index(candidates, verbose=verbose)
     return index.top_k
 
 
-def _neighbors(search, queries, positives, num_neighbors, threshold, verbose) -> np.ndarray:
+def _neighbors(
+    search: _Search,
+    queries: tf.Tensor,
+    positives: _Positives,
+    num_neighbors: int,
+    threshold: float,
+    verbose: int,
+) -> np.ndarray:
     """[N, k] int32: the candidates nearest to each query but its positives; -1 for none.
 
     Args:

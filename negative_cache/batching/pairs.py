@@ -1,16 +1,18 @@
 """Checks of the pairs to batch, in memory or in a dataset, before anything is embedded."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features
+from negative_cache._features import Features, Specs
 
 _WANTED = '{"query": queries, "candidate": candidates}'
 
 
-def check_pairs(pairs) -> tuple[dict, int]:
+def check_pairs(pairs: Mapping[str, Features]) -> tuple[dict[str, Features], int]:
     """Checks features of pairs, and returns them as arrays or tensors, and N."""
     if isinstance(pairs, tf.data.Dataset):
         raise ValueError(
@@ -23,17 +25,19 @@ def check_pairs(pairs) -> tuple[dict, int]:
             f"`pairs` must be a dictionary such as {_WANTED}, each an array or a dictionary of"
             f" arrays. Received: {received}."
         )
-    pairs = tf.nest.map_structure(_as_array, dict(pairs))
-    sizes = sorted({len(values) for values in tf.nest.flatten(pairs)})
+    arrays = tf.nest.map_structure(_as_array, dict(pairs))
+    sizes = sorted({len(values) for values in tf.nest.flatten(arrays)})
     if len(sizes) != 1 or not sizes[0]:
         raise ValueError(
             "All features of `pairs` must have the same number of rows, at least one. Received:"
             f" {sizes}."
         )
-    return pairs, sizes[0]
+    return arrays, sizes[0]
 
 
-def check_dataset(dataset, query_id_key: str | None, candidate_id_key: str | None) -> dict:
+def check_dataset(
+    dataset: tf.data.Dataset, query_id_key: str | None, candidate_id_key: str | None
+) -> dict[str, Specs]:
     """Checks a dataset of single pairs, and returns the specification of its elements."""
     spec = getattr(dataset, "element_spec", None)
     if not isinstance(spec, Mapping) or not {"query", "candidate"} <= set(spec):
@@ -63,7 +67,7 @@ def check_dataset(dataset, query_id_key: str | None, candidate_id_key: str | Non
     return dict(spec)
 
 
-def _as_array(values):
+def _as_array(values: Any) -> np.ndarray | tf.Tensor:
     if isinstance(values, (tf.RaggedTensor, tf.SparseTensor)):
         raise ValueError(f"Features of `pairs` must be dense. Received: {type(values).__name__}.")
     array = values if tf.is_tensor(values) else np.asarray(values)

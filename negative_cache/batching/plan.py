@@ -6,13 +6,15 @@ an order to batches. It knows no epochs of Keras and no datasets: `batches` and 
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import scipy.sparse
 
 from negative_cache import _features, _validation
-from negative_cache._towers import Towers
+from negative_cache._features import Features
+from negative_cache._towers import TowerPair, Towers
 from negative_cache.batching import keep_apart
 from negative_cache.batching.grow import grow_batches
 from negative_cache.batching.ids import NOT_KNOWN, Ids
@@ -30,7 +32,7 @@ from negative_cache.layers.tree_index import TreeIndex
 class BatchPlan:
     """How to make the batches of an epoch: arguments of `GlobalContrastiveBatches`, checked.
 
-    `group_size` is never None here: it is B where all pairs of a batch are similar.
+    `group_size` is B if all pairs of a batch are similar.
 
     Raises:
       ValueError: where an argument is out of range.
@@ -41,7 +43,7 @@ class BatchPlan:
     quantile: float | None
     start_epoch: int
     random_fraction: float | Callable[[int], float]
-    group_size: int | None
+    group_size: int
     grow: bool
     drop_remainder: bool
     index: TreeIndex | None
@@ -49,7 +51,7 @@ class BatchPlan:
     seed: int
     verbose: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, smallest in (
             ("batch_size", 1),
             ("embedding_batch_size", 1),
@@ -62,8 +64,6 @@ class BatchPlan:
         check_index(self.index)
         if not callable(self.random_fraction):
             self._set("random_fraction", _check_fraction(self.random_fraction, "random_fraction"))
-        if self.group_size is None:
-            self._set("group_size", self.batch_size)
         self._set("group_size", _validation.check_count(self.group_size, "group_size"))
         if self.batch_size % self.group_size:
             raise ValueError(
@@ -98,7 +98,7 @@ class BatchPlan:
         """Draws from the seed and a stream of integers, such as the epoch."""
         return np.random.default_rng([self.seed, *stream])
 
-    def _set(self, name: str, value) -> None:
+    def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
 
@@ -122,16 +122,20 @@ class BatchMaker:
         the epoch and the number of the shard.
     """
 
-    def __init__(self, model, plan: BatchPlan):
+    def __init__(self, model: TowerPair, plan: BatchPlan):
         self.plan = plan
         self.towers = Towers(model, plan.embedding_batch_size)
 
-    def embed(self, pairs) -> tuple[np.ndarray, np.ndarray]:
+    def embed(self, pairs: Mapping[str, Features]) -> tuple[np.ndarray, np.ndarray]:
         """[N, d] embeddings of the queries and of the candidates."""
         return self.towers.embed(pairs, _features.num_rows(pairs), self.plan.verbose)
 
     def order(
-        self, pairs, ids: Ids, stream: Sequence[int], numbers: np.ndarray | None = None
+        self,
+        pairs: Mapping[str, Features],
+        ids: Ids,
+        stream: Sequence[int],
+        numbers: np.ndarray | None = None,
     ) -> Order:
         """The order of pairs by the embeddings of now; errors name pairs by their numbers [N]."""
         embeddings = [
@@ -215,7 +219,7 @@ def cut_batches(
     return [*full[rng.permutation(num_full)], *([rest] if len(rest) else [])]
 
 
-def _check_fraction(fraction, name: str) -> float:
+def _check_fraction(fraction: Any, name: str) -> float:
     """Checks that an argument is a share, from 0 to 1."""
     try:
         value = float(fraction)

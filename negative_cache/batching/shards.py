@@ -1,15 +1,20 @@
 """Passes over a dataset that memory does not hold, a shard of consecutive pairs at a time."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import TypeAlias
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features, _validation
+from negative_cache._features import Features
 from negative_cache.batching import keep_apart
 from negative_cache.batching.ids import Ids
 from negative_cache.batching.plan import BatchMaker, Order
+
+# Features of some pairs, and the numbers [n] of these pairs in the dataset.
+_Part: TypeAlias = tuple[Mapping[str, Features], np.ndarray]
 
 
 class Shards:
@@ -34,11 +39,13 @@ class Shards:
         part_size = math.ceil(shard_size / self._parts_of_shard)
         self._parts = dataset.batch(part_size).prefetch(tf.data.AUTOTUNE)
         self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0) - 1
-        self._weights, self._has_warned = None, False
+        self._weights: list[int] | None = None
+        self._has_warned = False
 
-    def __call__(self) -> Iterator:
+    def __call__(self) -> Iterator[Mapping[str, Features]]:
         self._begin_pass()
-        epoch, rest = self._epoch, []
+        epoch = self._epoch
+        rest: list[_Part] = []
         for shard, parts in enumerate(self._shards()):
             pairs, numbers = _features.concatenate([*rest, *parts])
             # Only the shard itself stays in memory.
@@ -55,14 +62,16 @@ class Shards:
         if rest and not self._maker.plan.drop_remainder:
             yield rest[0][0]
 
-    def _begin_pass(self):
+    def _begin_pass(self) -> None:
         """Counts the pass, unless nothing has been trained in the one before."""
         towers = self._maker.towers
-        if self._weights is None or towers.have_changed(self._weights):
+        if towers.have_changed(self._weights):
             self._epoch += 1
         self._weights = None
 
-    def _batches(self, pairs, numbers: np.ndarray, stream: list[int]) -> list[np.ndarray]:
+    def _batches(
+        self, pairs: Mapping[str, Features], numbers: np.ndarray, stream: list[int]
+    ) -> list[np.ndarray]:
         maker, epoch = self._maker, stream[0]
         maker.towers.build(pairs)
         if self._weights is None:
@@ -75,9 +84,10 @@ class Shards:
             order = maker.order(pairs, ids, stream, numbers)
         return maker.batches(order, ids, epoch, stream)
 
-    def _shards(self) -> Iterator[list]:
+    def _shards(self) -> Iterator[list[_Part]]:
         """The parts of one shard after the other: features, and the pairs' numbers."""
-        parts, num_pairs = [], 0
+        parts: list[_Part] = []
+        num_pairs = 0
         for part in self._parts.as_numpy_iterator():
             size = _features.num_rows(part)
             parts.append((part, np.arange(num_pairs, num_pairs + size)))

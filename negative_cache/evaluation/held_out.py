@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features
+from negative_cache._features import Features, Values
 from negative_cache._validation import to_numpy
 
 
@@ -32,10 +33,14 @@ def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Query i of `queries` [n] with row i of `rows` [n], or with a row that is not known."""
+    """Query i of `queries` [n] with row i of `rows` [n], -1 if it is unknown or there is none."""
 
     queries: np.ndarray
-    rows: np.ndarray | None
+    rows: np.ndarray
+
+    @classmethod
+    def of_unknown_rows(cls, queries: np.ndarray) -> "Pairs":
+        return cls(queries, np.full(len(queries), -1))
 
     @property
     def keys(self) -> np.ndarray:
@@ -47,8 +52,6 @@ class Pairs:
         return Pairs(keys >> 32, keys & 0xFFFFFFFF)
 
     def without(self, others: "Pairs") -> "Pairs":
-        if others.rows is None:
-            return self
         kept = ~np.isin(self.keys, others.keys)
         return Pairs(self.queries[kept], self.rows[kept])
 
@@ -82,11 +85,11 @@ class ValidationSet:
           ValueError: where ids are not unique in the corpus, of another kind than its ids, or those
             of "positives" are not in it; where there are no positives.
         """
-        positives, excluded = Pairs(np.arange(len(self.positives)), None), None
-        if corpus_ids is None:
-            return positives, excluded
-        found = self._rows_by_name(corpus_ids)
-        positives = Pairs(positives.queries, found["candidate"])
+        queries = np.arange(len(self.positives))
+        if corpus_ids is None or self.candidate_ids is None:
+            return Pairs.of_unknown_rows(queries), None
+        found = self._rows_by_name(self.candidate_ids, corpus_ids)
+        positives, excluded = Pairs(queries, found["candidate"]), None
         if "positives" in found:
             queries, ids = self.listed["positives"]
             _check_found(ids, found["positives"], "positives")
@@ -102,10 +105,12 @@ class ValidationSet:
             raise ValueError("No query of the validation dataset has a positive.")
         return positives, excluded
 
-    def _rows_by_name(self, corpus_ids: np.ndarray) -> dict[str, np.ndarray]:
+    def _rows_by_name(
+        self, candidate_ids: np.ndarray, corpus_ids: np.ndarray
+    ) -> dict[str, np.ndarray]:
         """Rows, -1 where there is none, of the ids of "candidate" and of what is listed."""
         ids = {name: values for name, (_, values) in self.listed.items()}
-        ids["candidate"] = self.candidate_ids
+        ids["candidate"] = candidate_ids
         for name, values in ids.items():
             if len(values) and (values.dtype == object) != (corpus_ids.dtype == object):
                 raise ValueError(
@@ -145,7 +150,7 @@ def read(
       ValueError: where there are no batches, or the parts of one do not fit.
     """
     queries, positives, candidate_ids = [], [], []
-    listed: dict[str, list] = {}
+    listed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
     names, padded, num_queries = None, set(), 0
     for batch in batches:
         names = _check_names(batch, names)
@@ -176,14 +181,14 @@ def read(
         positives=concatenate(positives),
         candidate_ids=concatenate(candidate_ids) if uses_ids else None,
         listed={
-            name: tuple(concatenate(values) for values in zip(*pairs))
+            name: (concatenate(rows for rows, _ in pairs), concatenate(ids for _, ids in pairs))
             for name, pairs in listed.items()
         },
         padded=frozenset(padded),
     )
 
 
-def _check_names(batch, names: set[str] | None) -> set[str]:
+def _check_names(batch: object, names: set[str] | None) -> set[str]:
     """The parts of a validation batch, which must be those of the first."""
     if (
         not isinstance(batch, Mapping)
@@ -195,16 +200,16 @@ def _check_names(batch, names: set[str] | None) -> set[str]:
             'A validation batch must be a dictionary with "query" and "candidate" or "positives".'
             f" Received: {received}."
         )
-    received = set(batch) & {"query", "candidate", "positives", "excluded"}
-    if names is not None and received != names:
+    parts = set(batch) & {"query", "candidate", "positives", "excluded"}
+    if names is not None and parts != names:
         raise ValueError(
-            f"All validation batches must have the same parts. Received {sorted(received)} after"
+            f"All validation batches must have the same parts. Received {sorted(parts)} after"
             f" {sorted(names)}."
         )
-    return received
+    return parts
 
 
-def flatten(values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+def flatten(values: Values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     """The row of each entry and the entries of a list a row: ragged, sparse or padded."""
     if isinstance(values, tf.SparseTensor):
         shape, rows = values.shape, values.indices[:, 0].numpy()
@@ -225,7 +230,7 @@ def flatten(values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return rows.astype(np.int64), entries
 
 
-def ids_of(features, key: str | None) -> np.ndarray:
+def ids_of(features: Features, key: str | None) -> np.ndarray:
     """[n] ids of a batch of candidate features."""
     ids = to_numpy(_features.id_feature(features, key))
     if ids.ndim != 1:

@@ -4,14 +4,15 @@ Positives are ranked in chunks, against one block of the corpus at a time.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
-from negative_cache._towers import encoders_of
+from negative_cache._features import Features
+from negative_cache._towers import Encoder, TowerPair, encoders_of
 from negative_cache.evaluation import held_out
 from negative_cache.evaluation.held_out import Pairs, rows_of
 from negative_cache.ops._precision import matmul_in_full
@@ -28,9 +29,9 @@ _LARGEST_BLOCK = 2**24
 
 
 def evaluate(
-    model,
-    candidates: Iterable,
-    validation: Iterable,
+    model: TowerPair,
+    candidates: Iterable[Features],
+    validation: Iterable[Mapping[str, Features]],
     k: Sequence[int] = (1, 10, 100),
     *,
     candidate_id_key: str | None = None,
@@ -171,13 +172,14 @@ def positive_ranks(
     if positive_rows is not None:
         rows = _check_indices(positive_rows, "positive_rows", num_positives, num_candidates, -1)
     excluded = None
+    known = Pairs.of_unknown_rows(owners) if rows is None else Pairs(owners, rows)
     if excluded_rows is not None:
         excluded_queries, excluded_rows = held_out.flatten(
             excluded_rows, "excluded_rows", num_queries
         )
         size = len(excluded_rows)
         listed = _check_indices(excluded_rows, "excluded_rows", size, num_candidates, -1)
-        excluded = Pairs(excluded_queries, listed).unique().without(Pairs(owners, rows))
+        excluded = Pairs(excluded_queries, listed).unique().without(known)
     queries, positives = queries.numpy(), positives.numpy()
     own_queries = queries if one_each else queries[owners]
     thresholds = _thresholds(own_queries, positives)
@@ -217,7 +219,9 @@ def check_cutoffs(k: Sequence[int]) -> None:
         raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
 
 
-def _check_indices(indices, name: str, size: int, limit: int, smallest: int) -> np.ndarray:
+def _check_indices(
+    indices: np.ndarray | tf.Tensor, name: str, size: int, limit: int, smallest: int
+) -> np.ndarray:
     """[size] int64, from `smallest` to below `limit`."""
     indices = _validation.to_numpy(indices)
     if indices.shape != (size,) or indices.dtype.kind not in "iu":
@@ -233,19 +237,28 @@ def _check_indices(indices, name: str, size: int, limit: int, smallest: int) -> 
     return indices.astype(np.int64)
 
 
-def _encode_corpus(candidates, encoder, ids_of, expected_ids, verbose) -> np.ndarray:
+def _encode_corpus(
+    candidates: Iterable[Features],
+    encoder: Encoder,
+    ids_of: Callable[[Features], np.ndarray],
+    expected_ids: np.ndarray | None,
+    verbose: int,
+) -> np.ndarray:
     """[C, d] embeddings, in the order of `expected_ids` where the ids are known."""
-    ids = []
+    ids_by_batch = []
 
-    def batches() -> Iterator:
+    def batches() -> Iterator[Features]:
         for features in candidates:
             if expected_ids is not None:
-                ids.append(ids_of(features))
+                ids_by_batch.append(ids_of(features))
             yield features
 
     bar = _progress_bar(candidates, verbose)
     corpus = encoder(batches(), bar.update if bar else None)
-    if expected_ids is None or np.array_equal(ids := held_out.concatenate(ids), expected_ids):
+    if expected_ids is None:
+        return corpus
+    ids = held_out.concatenate(ids_by_batch)
+    if np.array_equal(ids, expected_ids):
         return corpus
     # A dataset that shuffles has another order at each pass.
     rows = rows_of(expected_ids, ids)
@@ -257,7 +270,7 @@ def _encode_corpus(candidates, encoder, ids_of, expected_ids, verbose) -> np.nda
     return corpus[rows]
 
 
-def _progress_bar(batches, verbose):
+def _progress_bar(batches: Iterable[Features], verbose: int) -> keras.utils.Progbar | None:
     if not verbose:
         return None
     size = getattr(batches, "cardinality", None)
@@ -275,7 +288,9 @@ def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
     return scores + _RELATIVE_TIE * lengths
 
 
-def _thresholds_of_pairs(queries, positives: Pairs, embeddings, corpus) -> np.ndarray:
+def _thresholds_of_pairs(
+    queries: np.ndarray, positives: Pairs, embeddings: np.ndarray, corpus: np.ndarray
+) -> np.ndarray:
     """[M] thresholds of positives: the first of `embeddings`, the others of their rows."""
     parts = [_thresholds(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
     for start in range(len(embeddings), len(positives.queries), 2**16):
@@ -300,10 +315,9 @@ def _ranks(
     for start in range(0, len(order), _CHUNK):
         chunk = order[start : start + _CHUNK]
         used, owners = np.unique(positive_queries[chunk], return_inverse=True)
-        num_excluded, excluded_here = 0, None
+        excluded_here = None
         if excluded is not None:
             excluded_here = _of_queries(excluded, used)
-            num_excluded = np.bincount(excluded_here[:, 0], minlength=len(used))[owners]
         size = block_size or min(_BLOCK_SCORES // len(chunk), _BLOCK_EMBEDDINGS // queries.shape[1])
         higher = _count_higher(
             queries[used],
@@ -314,7 +328,10 @@ def _ranks(
             excluded_here,
             tf.constant(min(max(size, 1), _LARGEST_BLOCK)),
         )
-        ranks[chunk] = higher.numpy() - num_excluded
+        ranks[chunk] = higher.numpy()
+        if excluded_here is not None:
+            # Excluded candidates are counted as higher.
+            ranks[chunk] -= np.bincount(excluded_here[:, 0], minlength=len(used))[owners]
     return ranks
 
 
@@ -330,8 +347,14 @@ def _of_queries(pairs: Pairs, queries: np.ndarray) -> np.ndarray:
 
 @tf.function(reduce_retracing=True)
 def _count_higher(
-    queries, thresholds, candidates, positive_queries, positive_rows, excluded, block_size
-):
+    queries: tf.Tensor,
+    thresholds: tf.Tensor,
+    candidates: tf.Tensor,
+    positive_queries: tf.Tensor | None,
+    positive_rows: tf.Tensor | None,
+    excluded: tf.Tensor | None,
+    block_size: tf.Tensor,
+) -> tf.Tensor:
     """[M] int64: how many candidates are not known to score at most a positive's threshold.
 
     `excluded` [n, 2], of queries and rows in the order of rows, are counted always.

@@ -64,7 +64,7 @@ def make_plan(**changes):
         "quantile": None,
         "start_epoch": 0,
         "random_fraction": 0.0,
-        "group_size": None,
+        "group_size": changes.get("batch_size", 8),
         "grow": False,
         "drop_remainder": False,
         "index": None,
