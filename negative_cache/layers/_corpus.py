@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -159,11 +160,11 @@ class Corpus:
         for features in self._batches():
             yield {**features, EMBEDDING: self._encoder.embed_tensor(self._inputs(features))}
 
-    def _inputs(self, features):
+    def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
         """What the tower takes of features by name."""
         return features[ONE_FEATURE] if self._takes_one_tensor else features
 
-    def _batches(self):
+    def _batches(self) -> Iterator[dict[str, tf.Tensor]]:
         for features in self._dataset:
             if self._takes_one_tensor:
                 features = _features.named(features)

@@ -48,7 +48,7 @@ class CacheSources:
         """Whether there is a single source, whose number of rows is known while tracing."""
         return len(self.sources) == 1 and isinstance(self.size, int)
 
-    def locate(self, indices):
+    def locate(self, indices: tf.Tensor) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
         """Finds candidates in their sources.
 
         Args:
@@ -65,7 +65,7 @@ class CacheSources:
             rows[source] = tf.where(masks[source], local, tf.zeros_like(local))
         return rows, masks
 
-    def gather(self, indices):
+    def gather(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
         """Returns feature name -> [n, ...] of candidates [n]; a candidate in no source gets any."""
         rows, masks = self.locate(indices)
         features = {}
@@ -81,7 +81,13 @@ class CacheSources:
         return features
 
 
-def _check_source(source, data, keys, embedding_key: str, dim: int) -> None:
+def _check_source(
+    source: str,
+    data: Mapping[str, tf.Tensor],
+    keys: Sequence[str],
+    embedding_key: str,
+    dim: int,
+) -> None:
     if not set(keys) <= set(data):
         raise ValueError(
             f"The cache {source!r} must have `embedding_key` and `data_keys`, {keys}."

@@ -287,8 +287,8 @@ class FromCache(CachedNegatives):
         """[C] int64, fingerprints of the rows' ids."""
         if CANDIDATE_ID in self.get_cache().specs:
             return tf.convert_to_tensor(self.get_cache().data[CANDIDATE_ID])
-        ids = _features.id_feature(self.get_cache().data, self._id_key)
-        return fingerprint(tf.convert_to_tensor(ids))
+        data: dict[str, Any] = self.get_cache().data
+        return fingerprint(tf.convert_to_tensor(_features.id_feature(data, self._id_key)))
 
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
         if batch.log_q is None:
