@@ -70,11 +70,11 @@ class CacheSources:
         rows, masks = self.locate(indices)
         features = {}
         for key in self._keys:
-            parts = {source: tf.gather(self.sources[source][key], rows[source]) for source in rows}
-            value = None
-            for source, part in parts.items():
+            first, *others = (tf.gather(self.sources[source][key], rows[source]) for source in rows)
+            value = first
+            for source, part in zip(list(rows)[1:], others):
                 mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
-                value = part if value is None else tf.where(mask, part, value)
+                value = tf.where(mask, part, value)
             # Of integers there is none to stop, and TensorFlow would do it on the host.
             is_float = value.dtype.is_floating or value.dtype.is_complex
             features[key] = tf.stop_gradient(value) if is_float else value
