@@ -6,19 +6,24 @@ from negative_cache._compat import RunningMean, keras
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class MeanIfAny(RunningMean):
-    """A mean over an epoch; NaN if there was nothing to take it of.
+class TrainingMean(RunningMean):
+    """A mean over an epoch of what only training steps measure.
 
-    What only training measures must not look like a measurement of zero in an evaluation.
+    Its owner says in every call whether it `is_measured`. If it is not, as in an evaluation, the
+    result that is traced with the call is an empty dictionary, and Keras logs nothing. A zero, or a
+    value left from training, would look like a measurement. Eagerly the result is the mean.
     """
 
-    def result(self) -> tf.Tensor:
-        mean = super().result()
-        return tf.where(tf.convert_to_tensor(self.count) > 0, mean, float("nan"))
+    is_measured = True
+
+    def result(self) -> tf.Tensor | dict:
+        if not self.is_measured and not tf.executing_eagerly():
+            return {}
+        return super().result()
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class Latest(RunningMean):
+class Latest(TrainingMean):
     """The last value it was given, for quantities whose average over an epoch says nothing.
 
     It outlasts the end of an epoch, until there is a new one.

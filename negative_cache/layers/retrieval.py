@@ -20,7 +20,7 @@ from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.batch_reader import BatchReader
 from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded
 from negative_cache.layers._negatives.scores import Scores
-from negative_cache.layers._state import StateLayer
+from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.metrics import Latest
@@ -127,7 +127,7 @@ class Retrieval(StateLayer):
             self._frequency = FrequencyEstimator(max(4 * max(sizes), _NUM_BUCKETS))
         self._hold_state(
             # A cache holds fingerprints of this feature.
-            description={"candidate_id_key": candidate_id_key},
+            description={**LAYOUT, "candidate_id_key": candidate_id_key},
             num_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "num_encoded"),
         )
         self._reader = BatchReader(
@@ -273,6 +273,8 @@ class Retrieval(StateLayer):
             known_positive_ids=known_positive_ids,
             training=training,
         )
+        for metric in self.training_metrics:
+            metric.is_measured = training
         contributions = [source.logits(batch, training) for source in self.negatives]
         negative_logits = tf.concat([part.logits for part in contributions], axis=1)
         checks.check_some_negatives(negative_logits, self.negatives)

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import TreeIndex, evaluation
+from negative_cache.evaluation import ranks
 from negative_cache.ops import _execution
 from negative_cache.ops._precision import matmul_in_full
 
@@ -31,9 +32,7 @@ def tf32(monkeypatch):
     )
     monkeypatch.setattr(_execution, "device_type", lambda like=None: "GPU")
     # Traced anew, with these products.
-    monkeypatch.setattr(
-        evaluation, "_count_higher", tf.function(evaluation._count_higher.python_function)
-    )
+    monkeypatch.setattr(ranks, "_count_higher", tf.function(ranks._count_higher.python_function))
     tf.config.experimental.enable_tensor_float_32_execution(True)
     yield
     tf.config.experimental.enable_tensor_float_32_execution(False)

@@ -22,7 +22,7 @@ from negative_cache.layers._variables import is_on_host, make_state_variable
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.metrics import Latest, MeanIfAny
+from negative_cache.metrics import Latest, TrainingMean
 from negative_cache.ops.cache_rows import take_rows
 
 if TYPE_CHECKING:
@@ -133,8 +133,8 @@ class CachedNegatives(Negatives, StateLayer):
             example = self._inputs(_features.example_of(self.feature_specs))
             _towers.embed(self._tower, example, training=False)
         prefix = self.log_prefix
-        self._staleness = MeanIfAny(name=prefix + "staleness")
-        self._log_partition = MeanIfAny(name=prefix + "log_partition")
+        self._staleness = TrainingMean(name=prefix + "staleness")
+        self._log_partition = TrainingMean(name=prefix + "log_partition")
         self._fill = Latest(name=prefix + "fill")
         self._skipped_rows = Latest(name=prefix + "skipped_rows")
         names = ["probe_staleness", "probe_corrected_staleness"]
