@@ -3,7 +3,7 @@
     python benchmarks/same_numbers.py --record /tmp/before.npz     # on the commit before
     python benchmarks/same_numbers.py --compare /tmp/before.npz    # on the commit after
 
-Each configuration of `negative_cache/tests/retrieval_runs.py` trains for a few steps; losses,
+Each configuration of `negative_cache/tests/retrieval_runs/` trains for a few steps; losses,
 gradients, weights, metrics, and the states of the cache, the index, the corrector and the estimator
 of frequencies are compared. The keys of files are not. Run it under each Keras
 (`TF_USE_LEGACY_KERAS=0` and `1`), on the same machine, with `--only index` for the configurations

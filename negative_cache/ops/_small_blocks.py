@@ -80,6 +80,20 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
     return tf.where(is_some, strict, widened)
 
 
+class _Block(NamedTuple):
+    """What one pass over a block finds.
+
+    Attributes:
+      log_partition: [B].
+      group_probability: [B, groups per block], the softmax over the block, summed by groups.
+      mean: [B, d], Σ_y P(y|x) s' y over the block; None where it is not wanted.
+    """
+
+    log_partition: tf.Tensor
+    group_probability: tf.Tensor
+    mean: tf.Tensor | None
+
+
 class _Blocks(NamedTuple):
     """What one pass over the candidates keeps.
 
@@ -95,53 +109,27 @@ class _Blocks(NamedTuple):
 
 
 def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mean: bool) -> _Blocks:
-    groups_per_block = block_size // group_size
     num_full_blocks = scorer.num_candidates // block_size
     remainder = scorer.num_candidates - num_full_blocks * block_size
     has_remainder = tf.is_tensor(remainder) or remainder > 0
     num_blocks = num_full_blocks + int(has_remainder)
 
-    def scan_block(
-        block: int | tf.Tensor,
+    def scan_next(
+        number: int | tf.Tensor,
         size: int | tf.Tensor,
         log_partitions: tf.TensorArray,
         group_probabilities: tf.TensorArray,
         seen_partition: tf.Tensor,
-        mean: tf.Tensor,
+        seen_mean: tf.Tensor,
     ) -> tuple[tf.TensorArray, tf.TensorArray, tf.Tensor, tf.Tensor]:
-        embeddings = scorer.read_block(block * block_size, size)
-        scores, slopes = scorer.score_block(
-            embeddings, block * block_size, size, with_slopes=with_mean
-        )
-        if size is not block_size:
-            padding = [[0, 0], [0, block_size - size]]
-            scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
-        # The softmax is one fused operation, faster than exp alone, and faster still where it may
-        # overwrite the scores: what else needs them must come first, and be small.
-        some_scores = tf.identity(scores[:, :groups_per_block])
-        with tf.control_dependencies([some_scores]):
-            probability = tf.nn.softmax(scores)
-        # Groups are columns here: this sum is of whole rows, faster than one within short rows.
-        grouped = [scorer.num_queries, group_size, groups_per_block]
-        group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
-
-        log_partition = _log_partition(
-            some_scores,
-            probability[:, :groups_per_block],
-            lambda: scorer.score_block(embeddings, block * block_size, size)[0],
-        )
+        block = _scan_block(scorer, number * block_size, size, block_size, group_size, with_mean)
         if with_mean:
-            weights = probability[:, :size]
-            block_mean = scorer.combine(weights, slopes, embeddings, block * block_size, size)
-            new_partition = tf.reduce_logsumexp([seen_partition, log_partition], axis=0)
-            share = tf.exp(log_partition - new_partition)[:, tf.newaxis]
-            mean += share * (block_mean - mean)
-            seen_partition = new_partition
+            seen_partition, seen_mean = _add_to_mean(seen_partition, seen_mean, block)
         return (
-            log_partitions.write(block, log_partition),
-            group_probabilities.write(block, group_probability),
+            log_partitions.write(number, block.log_partition),
+            group_probabilities.write(number, block.group_probability),
             seen_partition,
-            mean,
+            seen_mean,
         )
 
     state = (
@@ -152,19 +140,62 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
     )
     if tf.is_tensor(num_full_blocks) or num_full_blocks > 0:
         _, *state = tf.while_loop(
-            lambda block, *_: block < num_full_blocks,
-            lambda block, *state: (block + 1, *scan_block(block, block_size, *state)),
+            lambda number, *_: number < num_full_blocks,
+            lambda number, *state: (number + 1, *scan_next(number, block_size, *state)),
             (tf.constant(0), *state),
             parallel_iterations=1,
         )
     if has_remainder:
-        state = scan_block(num_full_blocks, remainder, *state)
+        state = scan_next(num_full_blocks, remainder, *state)
     log_partitions, group_probabilities, _, mean = state
     return _Blocks(
         tf.transpose(log_partitions.stack()),
         tf.transpose(group_probabilities.stack(), [1, 0, 2]),
         mean,
     )
+
+
+def _scan_block(
+    scorer: BlockScorer,
+    start: int | tf.Tensor,
+    size: int | tf.Tensor,
+    block_size: int,
+    group_size: int,
+    with_mean: bool,
+) -> _Block:
+    """The softmax over the `size` candidates from `start` on, padded to `block_size`."""
+    groups_per_block = block_size // group_size
+    embeddings = scorer.read_block(start, size)
+    scores, slopes = scorer.score_block(embeddings, start, size, with_slopes=with_mean)
+    if size is not block_size:
+        padding = [[0, 0], [0, block_size - size]]
+        scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
+    # The softmax is one fused operation, faster than exp alone, and faster still where it may
+    # overwrite the scores: what else needs them must come first, and be small.
+    some_scores = tf.identity(scores[:, :groups_per_block])
+    with tf.control_dependencies([some_scores]):
+        probability = tf.nn.softmax(scores)
+    # Groups are columns here: this sum is of whole rows, faster than one within short rows.
+    grouped = [scorer.num_queries, group_size, groups_per_block]
+    group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
+    log_partition = _log_partition(
+        some_scores,
+        probability[:, :groups_per_block],
+        lambda: scorer.score_block(embeddings, start, size)[0],
+    )
+    mean = None
+    if with_mean:
+        mean = scorer.combine(probability[:, :size], slopes, embeddings, start, size)
+    return _Block(log_partition, group_probability, mean)
+
+
+def _add_to_mean(
+    seen_partition: tf.Tensor, seen_mean: tf.Tensor, block: _Block
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Log partition [B] and mean [B, d] of the blocks that have been seen and one more."""
+    log_partition = tf.reduce_logsumexp([seen_partition, block.log_partition], axis=0)
+    share = tf.exp(block.log_partition - log_partition)[:, tf.newaxis]
+    return log_partition, seen_mean + share * (block.mean - seen_mean)
 
 
 def _log_partition(

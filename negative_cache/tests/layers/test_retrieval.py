@@ -1,4 +1,4 @@
-"""Tests of `Retrieval`: what a list of sources of negatives can say, and its files."""
+"""Tests of `Retrieval`: what a list of sources of negatives can say."""
 
 import functools
 import warnings
@@ -13,13 +13,10 @@ from negative_cache import (
     CacheRefresh,
     CacheSpec,
     CacheWarmStart,
-    Contribution,
-    DualEncoder,
     Explicit,
     FromCache,
     FromCorpus,
     InBatch,
-    Negatives,
     Retrieval,
 )
 from negative_cache._compat import keras
@@ -27,7 +24,6 @@ from negative_cache.layers import Cache
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
-    INT_ID,
     STRING_ID,
     Table,
     call,
@@ -35,19 +31,16 @@ from negative_cache.tests.layers.retrieval_cases import (
     make_queries,
     make_table,
 )
-
-SIZE = 12
-SPECS = {"id": INT_ID}
-TABLE = make_table(SIZE)
-
-
-def stream(size=6, **kwargs):
-    return FromCache(CacheSpec(SPECS, size), seed=1, **kwargs)
-
-
-def corpus(tower, size=SIZE, **kwargs):
-    cache = Cache.from_dataset(corpus_of(size), tower, candidate_id_key="id", verbose=0)
-    return FromCorpus(cache, seed=2, **kwargs)
+from negative_cache.tests.layers.source_cases import (
+    SIZE,
+    SPECS,
+    TABLE,
+    Anchors,
+    corpus,
+    make_model,
+    pairs,
+    stream,
+)
 
 
 def fill(source, ids):
@@ -191,32 +184,6 @@ def test_a_cache_of_the_users_own_needs_no_further_columns():
 # A source of one's own.
 
 
-@keras.utils.register_keras_serializable("test")
-class Anchors(Negatives):
-    """Learned negatives, and how many steps they have seen."""
-
-    def __init__(self, count, penalty=0.0, **kwargs):
-        super().__init__(**kwargs)
-        self.count, self.penalty = count, penalty
-        ones = keras.initializers.Ones()
-        self.anchors = self.add_weight(shape=(count, DIM), initializer=ones, name="anchors")
-        self.num_steps = self.add_weight(
-            shape=(), initializer="zeros", trainable=False, name="num_steps"
-        )
-
-    def logits(self, batch, training):
-        anchors = tf.convert_to_tensor(self.anchors)
-        return Contribution(batch.scores.of_all_pairs(batch.queries, anchors), pending="seen")
-
-    def end_step(self, batch, contribution):
-        assert contribution.pending == "seen"
-        self.num_steps.assign_add(1.0)
-        return self.penalty * tf.reduce_sum(tf.square(tf.convert_to_tensor(self.anchors)))
-
-    def get_config(self):
-        return {**super().get_config(), "count": self.count, "penalty": self.penalty}
-
-
 def test_a_source_of_ones_own_has_logits_state_and_a_loss_without_value():
     tower, queries, ids = Table(TABLE), make_queries(2), [0, 1]
     source = Anchors(2, penalty=0.25)
@@ -236,123 +203,6 @@ def test_a_source_of_ones_own_has_logits_state_and_a_loss_without_value():
     np.testing.assert_allclose(tape.gradient(total, anchors), np.tile(gradient, [2, 1]), rtol=1e-4)
     call(task, queries, ids, TABLE, training=False)
     assert float(tf.convert_to_tensor(source.num_steps)) == 1.0
-
-
-# Files.
-
-
-def make_model(seed=0):
-    keras.utils.set_random_seed(seed)
-    query_tower, tower = Table(make_table(SIZE, seed=5 + seed)), Table(make_table(SIZE, seed=seed))
-    sources = [
-        InBatch(),
-        stream(num_negatives=2, name="stream"),
-        corpus(tower, refresh_fraction=0.1),
-        Anchors(2),
-    ]
-    model = DualEncoder(query_tower, tower, Retrieval(tower, sources, candidate_id_key="id"))
-    model.compile(keras.optimizers.SGD(0.1))
-    return model
-
-
-def pairs(order=range(SIZE)):
-    ids = {"id": np.array(order)}
-    return tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(3)
-
-
-def state_of(model):
-    task = model.task
-    _, *caches, anchors = task.negatives
-    parts = [tf.convert_to_tensor(anchors.anchors), tf.convert_to_tensor(anchors.num_steps)]
-    for source in caches:
-        parts += [*source.cache.data.values(), source.cache.age, source._state.sampling]
-    parts += [tf.convert_to_tensor(weight) for weight in model.trainable_variables]
-    return [np.asarray(part) for part in parts]
-
-
-def assert_goes_on_alike(model, loaded):
-    for _ in range(2):
-        for a, b in zip(state_of(model), state_of(loaded)):
-            np.testing.assert_array_equal(a, b)
-        for each in (model, loaded):
-            each.fit(pairs(), verbose=0)
-
-
-def restored_weights(path, model):
-    model.save_weights(path)
-    other = make_model(seed=1)
-    other(next(iter(pairs())))
-    other.load_weights(path)
-    return other
-
-
-def restored_checkpoint(path, model):
-    where = tf.train.Checkpoint(model=model).save(path)
-    other = make_model(seed=1)
-    other(next(iter(pairs())))
-    tf.train.Checkpoint(model=other).restore(where).expect_partial()
-    return other
-
-
-@pytest.mark.parametrize(
-    ["name", "through"],
-    [("all.weights.h5", restored_weights), ("checkpoint", restored_checkpoint)],
-)
-def test_files_hold_every_source(tmp_path, name, through):
-    model = make_model()
-    model.fit(pairs(), epochs=2, verbose=0)
-    assert_goes_on_alike(model, through(str(tmp_path / name), model))
-
-
-@keras.utils.register_keras_serializable("test")
-class SavedTable(keras.layers.Layer):
-    """A tower that a `.keras` file describes."""
-
-    def __init__(self, size, **kwargs):
-        super().__init__(**kwargs)
-        self.table = keras.layers.Embedding(size, DIM)
-        self.size = size
-
-    def call(self, features):
-        return self.table(features["id"])
-
-    def get_config(self):
-        return {**super().get_config(), "size": self.size}
-
-
-def test_a_keras_file_holds_every_source(tmp_path):
-    keras.utils.set_random_seed(0)
-    query_tower, tower, other = (SavedTable(SIZE) for _ in range(3))
-    sources = [
-        InBatch(num_hard=2),
-        Explicit(),
-        FromCache(CacheSpec(SPECS, 6), seed=1, num_negatives=2, name="stream"),
-        FromCache(CacheSpec(SPECS, 6), seed=3, candidate_network=other, name="other"),
-        corpus(tower, corrector=nc.Corrector(hidden_units=4), probe_size=3, name="corpus"),
-        Anchors(2, penalty=0.1),
-    ]
-    task = Retrieval(
-        tower,
-        sources,
-        temperature=0.5,
-        candidate_id_key="id",
-        remove_accidental_hits=True,
-        false_negative_margin=0.1,
-        loss_metrics=[keras.metrics.Mean(name="mean_loss")],
-    )
-    model = DualEncoder(query_tower, tower, task)
-    model.compile(keras.optimizers.SGD(0.1))
-    model.fit(pairs(), epochs=2, verbose=0)
-    model.save(tmp_path / "model.keras")
-    loaded = keras.models.load_model(tmp_path / "model.keras")
-    assert [type(source) for source in loaded.task.negatives] == [type(part) for part in sources]
-    assert loaded.task.get_config()["false_negative_margin"] == 0.1
-    for each in (model, loaded):
-        each.fit(pairs(), verbose=0)
-    for a, b in zip(model.get_weights(), loaded.get_weights()):
-        np.testing.assert_array_equal(a, b)
-    for a, b in zip(model.task.cached_negatives, loaded.task.cached_negatives):
-        np.testing.assert_array_equal(a.cache.embeddings, b.cache.embeddings)
 
 
 # Logs and callbacks.

@@ -1,0 +1,113 @@
+"""Tests of the files of `Retrieval`: they hold every source of negatives."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import negative_cache as nc
+from negative_cache import CacheSpec, DualEncoder, Explicit, FromCache, InBatch, Retrieval
+from negative_cache._compat import keras
+from negative_cache.tests.layers.retrieval_cases import DIM
+from negative_cache.tests.layers.source_cases import (
+    SIZE,
+    SPECS,
+    Anchors,
+    corpus,
+    make_model,
+    pairs,
+)
+
+
+def state_of(model):
+    task = model.task
+    _, *caches, anchors = task.negatives
+    parts = [tf.convert_to_tensor(anchors.anchors), tf.convert_to_tensor(anchors.num_steps)]
+    for source in caches:
+        parts += [*source.cache.data.values(), source.cache.age, source._state.sampling]
+    parts += [tf.convert_to_tensor(weight) for weight in model.trainable_variables]
+    return [np.asarray(part) for part in parts]
+
+
+def assert_goes_on_alike(model, loaded):
+    for _ in range(2):
+        for a, b in zip(state_of(model), state_of(loaded)):
+            np.testing.assert_array_equal(a, b)
+        for each in (model, loaded):
+            each.fit(pairs(), verbose=0)
+
+
+def restored_weights(path, model):
+    model.save_weights(path)
+    other = make_model(seed=1)
+    other(next(iter(pairs())))
+    other.load_weights(path)
+    return other
+
+
+def restored_checkpoint(path, model):
+    where = tf.train.Checkpoint(model=model).save(path)
+    other = make_model(seed=1)
+    other(next(iter(pairs())))
+    tf.train.Checkpoint(model=other).restore(where).expect_partial()
+    return other
+
+
+@pytest.mark.parametrize(
+    ["name", "through"],
+    [("all.weights.h5", restored_weights), ("checkpoint", restored_checkpoint)],
+)
+def test_files_hold_every_source(tmp_path, name, through):
+    model = make_model()
+    model.fit(pairs(), epochs=2, verbose=0)
+    assert_goes_on_alike(model, through(str(tmp_path / name), model))
+
+
+@keras.utils.register_keras_serializable("test")
+class SavedTable(keras.layers.Layer):
+    """A tower that a `.keras` file describes."""
+
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.table = keras.layers.Embedding(size, DIM)
+        self.size = size
+
+    def call(self, features):
+        return self.table(features["id"])
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+def test_a_keras_file_holds_every_source(tmp_path):
+    keras.utils.set_random_seed(0)
+    query_tower, tower, other = (SavedTable(SIZE) for _ in range(3))
+    sources = [
+        InBatch(num_hard=2),
+        Explicit(),
+        FromCache(CacheSpec(SPECS, 6), seed=1, num_negatives=2, name="stream"),
+        FromCache(CacheSpec(SPECS, 6), seed=3, candidate_network=other, name="other"),
+        corpus(tower, corrector=nc.Corrector(hidden_units=4), probe_size=3, name="corpus"),
+        Anchors(2, penalty=0.1),
+    ]
+    task = Retrieval(
+        tower,
+        sources,
+        temperature=0.5,
+        candidate_id_key="id",
+        remove_accidental_hits=True,
+        false_negative_margin=0.1,
+        loss_metrics=[keras.metrics.Mean(name="mean_loss")],
+    )
+    model = DualEncoder(query_tower, tower, task)
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit(pairs(), epochs=2, verbose=0)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert [type(source) for source in loaded.task.negatives] == [type(part) for part in sources]
+    assert loaded.task.get_config()["false_negative_margin"] == 0.1
+    for each in (model, loaded):
+        each.fit(pairs(), verbose=0)
+    for a, b in zip(model.get_weights(), loaded.get_weights()):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(model.task.cached_negatives, loaded.task.cached_negatives):
+        np.testing.assert_array_equal(a.cache.embeddings, b.cache.embeddings)
