@@ -275,7 +275,10 @@ class Retrieval(StateLayer):
         )
         for metric in self.training_metrics:
             metric.is_measured = training
-        contributions = [source.logits(batch, training) for source in self.negatives]
+        contributions = [
+            checks.check_contribution(source.logits(batch, training), source)
+            for source in self.negatives
+        ]
         negative_logits = tf.concat([part.logits for part in contributions], axis=1)
         checks.check_some_negatives(negative_logits, self.negatives)
         loss = contrastive.softmax_loss(batch.positive_logits, negative_logits)

@@ -18,6 +18,7 @@ SERVING = ROOT / "examples" / "serving.py"
 CONTRASTIVE_BATCHES = ROOT / "examples" / "contrastive_batches.py"
 TREE_INDEX = ROOT / "examples" / "tree_index.py"
 STALE_EMBEDDINGS = ROOT / "examples" / "stale_embeddings.py"
+OWN_NEGATIVES = ROOT / "examples" / "own_negatives.py"
 
 if not MOVIELENS_TFRS.exists():
     pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
@@ -135,3 +136,21 @@ def test_contrastive_batches_find_more_than_shuffled_ones():
     assert list(found) == ["shuffled", "contrastive", "contrastive, of shards"]
     assert float(found["contrastive"]) > float(found["shuffled"]) + 0.02
     assert float(found["contrastive, of shards"]) > float(found["shuffled"]) + 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files():
+    legacy = "1" if IS_KERAS_2 else "0"
+    done = run("--epochs", 2, script=OWN_NEGATIVES, TF_USE_LEGACY_KERAS=legacy)
+    assert done.returncode == 0, done.stderr
+    lines = dict(re.findall(r"^(.*): (MRR .*)$", done.stdout, re.MULTILINE))
+    assert list(lines) == ["without", "with", "from the .keras file", "from the backup"]
+    assert lines["from the .keras file"] == lines["from the backup"]
+    mrr, visits, beaten = (
+        [float(re.search(pattern, line).group(1)) for line in list(lines.values())[1:3]]
+        for pattern in (r"MRR (\S+),", r"(\d+) visits", r"beaten (\S+)%")
+    )
+    assert mrr[0] > 0.2
+    assert visits[1] == pytest.approx(1.5 * visits[0])
+    assert 50.0 < beaten[0] < beaten[1]

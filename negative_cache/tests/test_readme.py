@@ -1,4 +1,7 @@
-"""Runs the README's Python, in order, with towers and data as a reader would have them."""
+"""Runs the Python of the README, in order, with towers and data as a reader would have them.
+
+And that of the pages whose every block runs by itself.
+"""
 
 import pathlib
 import re
@@ -9,14 +12,15 @@ import tensorflow as tf
 
 from negative_cache._compat import IS_KERAS_2, keras
 
-README = pathlib.Path(__file__).parents[2] / "README.md"
+ROOT = pathlib.Path(__file__).parents[2]
+README = ROOT / "README.md"
 TITLES = np.array([f"title {i}" for i in range(300)])
 
 
-def blocks():
-    if not README.exists():
-        pytest.skip("The README is not part of an installed package.")
-    return re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page=README):
+    if not page.exists():
+        pytest.skip("The README and its pages are not part of an installed package.")
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
 def block(marker):
@@ -143,3 +147,22 @@ def test_published_api():
     }
     exec(block("CacheLossHandler("), names)
     assert np.isfinite(names["loss"])
+
+
+@pytest.mark.end_to_end
+def test_page_on_negatives():
+    titles = sorted(set(TITLES.tolist()))
+    pairs = {"query": titles, "candidate": {"title": titles}}
+    names = {
+        "query_tower": TitleTower(),
+        "candidate_tower": TitleTower(),
+        "other_tower": TitleTower(),
+        "candidates": tf.data.Dataset.from_tensor_slices({"title": titles}),
+        "pairs": tf.data.Dataset.from_tensor_slices(pairs),
+    }
+    first, *others = blocks(ROOT / "docs" / "negatives.md")
+    exec(first.replace("65536", "300"), names)
+    for code in others:
+        exec(code.replace("65536", "300"), names)
+        logs = names["train"](names["task"])
+        assert np.isfinite(logs["loss"][0])

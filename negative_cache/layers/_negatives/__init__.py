@@ -4,8 +4,10 @@
 | --- | --- |
 | `base` | `Negatives`, the protocol, and `Contribution`, what a source adds to a step |
 | `batch` | `Batch`, the checked batch that every source is given, and `LogQ`, its correction |
+| `batch_reader` | from the arguments of a call to a `Batch` |
 | `in_batch`, `explicit` | the batch's other candidates; lists of negatives of each query |
-| `cached` | what the two caches share: draws, their encoding, refreshes, correctors |
+| `cached` | what the two caches share from step to step: the tower, metrics, refreshes, files |
+| `step` | what the two caches do in a step: draw, encode, estimate, learn |
 | `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |
 | `samplers` | `Sampler`: the exact sampler and `TreeIndex` behind one call |
 | `rows` | rows of a cache on their way through a step |

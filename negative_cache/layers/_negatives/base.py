@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from negative_cache._compat import keras
+from negative_cache import _towers
+from negative_cache._compat import kept_losses, keras
 from negative_cache.layers._negatives.batch import Batch
 
 if TYPE_CHECKING:
@@ -26,10 +27,21 @@ class Contribution:
       logits: [B, n] float32, one column for each negative, or one for a whole set of them: its log
         partition. `ops.contrastive.NOT_A_CANDIDATE` stands for no negative.
       pending: whatever the source wants to be given again at the end of the step.
+
+    Raises:
+      ValueError: if `logits` are something else.
     """
 
     logits: tf.Tensor
     pending: Any = None
+
+    def __post_init__(self) -> None:
+        logits = tf.convert_to_tensor(self.logits)
+        if logits.shape.rank not in (2, None) or logits.dtype != tf.float32:
+            raise ValueError(
+                "The logits of a source of negatives must be float32 of shape [batch, negatives]."
+                f" Received dtype {logits.dtype.name}, shape {logits.shape}."
+            )
 
 
 class Negatives(keras.layers.Layer):
@@ -41,6 +53,9 @@ class Negatives(keras.layers.Layer):
     as those of every layer; `get_config` describes the source in `.keras` files.
 
     One object belongs to one task. Embeddings are scored in float32, whatever the policy is.
+
+    `encode` calls the task's tower, and `Batch.own_logits` scores what it returns.
+    `examples/own_negatives.py` is a source with state, a metric and a file to read.
 
     Args:
       **kwargs: of the layer. A `name` that is given is put before those of the source's metrics in
@@ -59,6 +74,8 @@ class Negatives(keras.layers.Layer):
     includes_positive = False
     # Whether the source has `batch.explicit` among its negatives.
     takes_explicit = False
+    # Whether the source is a cache, whose logs have fixed names, and which may hold millions.
+    is_cache = False
     # Whether the source encodes candidates, of which the logs then count `num_encoded`.
     encodes_candidates = False
 
@@ -129,6 +146,20 @@ class Negatives(keras.layers.Layer):
         self._bound.task = task
         self._bound.prefix = prefix
 
+    def encode(self, features: Any, training: bool = False) -> tf.Tensor:
+        """[n, d] float32, candidates encoded by the task's tower, with gradient.
+
+        What the tower adds to the loss, such as an activity regularizer, counts for the batch's own
+        candidates only.
+
+        Args:
+          features: of n candidates, as the tower takes them.
+          training: whether the tower trains.
+        """
+        tower = self.get_task().candidate_network
+        with kept_losses(tower):
+            return tf.cast(_towers.embed(tower, features, training), tf.float32)
+
     def build_cache(self, embedding_dim: int) -> None:
         """Makes what needs to know d, or checks it; called before the first `logits`."""
         del embedding_dim
@@ -168,9 +199,7 @@ def log_prefixes(sources: Sequence[Negatives]) -> list[str]:
     the class for one of several, counted from the second of a class on.
     """
     prefixes = [given_name(source) for source in sources]
-    unnamed = [
-        i for i, source in enumerate(sources) if source.encodes_candidates and not prefixes[i]
-    ]
+    unnamed = [i for i, source in enumerate(sources) if source.is_cache and not prefixes[i]]
     if len(unnamed) > 1:
         seen: Counter[str] = Counter()
         for i in unnamed:

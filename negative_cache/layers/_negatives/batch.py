@@ -5,12 +5,15 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
+from negative_cache._features import fingerprint
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.layers.frequency import (
     FrequencyEstimator,
     log_estimated_probability,
     log_expected_occurrences,
 )
+from negative_cache.ops import contrastive
+from negative_cache.ops._block_scorer import is_among
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Batch:
       queries: [B, d] float32, divided by the temperature.
       candidates: [N, d] float32.
       features: what the candidates were embedded from, feature name -> [N, ...].
-      ids: [N] int64, fingerprints of the candidates' ids; None without a `candidate_id_key`.
+      ids: [N] int64, fingerprints of the candidates' ids; None without a `candidate_id_key`. The
+        fingerprint of an integer is the integer, that of a string a hash of it.
       log_probability: [N] float32, log of the given sampling probabilities, or marks of unknown.
       scores: how a query and a candidate are scored.
       pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if that is wanted.
@@ -104,3 +108,29 @@ class Batch:
     def num_candidates(self) -> tf.Tensor:
         """Scalar int32, N."""
         return tf.shape(self.candidates)[0]
+
+    def own_logits(
+        self,
+        embeddings: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        ids: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """[B, n] float32, the scores of candidates that each query has of its own.
+
+        Those that are no negatives are `ops.contrastive.NOT_A_CANDIDATE`. Neither log Q nor
+        `max_scores` is applied.
+
+        Args:
+          embeddings: [B, n, d] float32.
+          mask: [B, n] bool, which of them there are; the others are padding, whatever they are.
+          ids: [B, n], their ids or fingerprints, to leave out those among `left_out_ids`.
+        """
+        if mask is not None:
+            # Padding may be embedded as anything.
+            embeddings = tf.where(mask[..., tf.newaxis], embeddings, 0.0)
+        logits = self.scores.of_own(self.queries, embeddings)
+        if mask is not None:
+            logits = contrastive.leave_out(logits, ~mask)
+        if ids is not None and self.left_out_ids is not None:
+            logits = contrastive.leave_out(logits, is_among(fingerprint(ids), self.left_out_ids))
+        return logits

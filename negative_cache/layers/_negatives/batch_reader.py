@@ -128,7 +128,7 @@ class BatchReader:
             name = "candidate_sampling_probability"
             checks.check_rows(probabilities, embeddings, name, rank=1)
             # Among millions of cached candidates smaller probabilities are meant.
-            has_cache = any(source.encodes_candidates for source in self._sources)
+            has_cache = any(source.is_cache for source in self._sources)
             smallest = SMALLEST_IN_CACHE if has_cache else SMALLEST_IN_BATCH
             log_probability = log_given_probability(probabilities, smallest)
         if self._id_key is None:

@@ -41,6 +41,7 @@ class CachedNegatives(Negatives, StateLayer):
     is written.
     """
 
+    is_cache = True
     encodes_candidates = True
     # Whether draws are written back.
     write_back = True

@@ -11,7 +11,7 @@ import tensorflow as tf
 from negative_cache import _features, _validation
 from negative_cache._compat import keras
 from negative_cache.layers._corpus import EMBEDDING
-from negative_cache.layers._negatives.base import Negatives
+from negative_cache.layers._negatives.base import Contribution, Negatives
 from negative_cache.layers._state import describe_specs
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
@@ -110,6 +110,16 @@ def check_explicit_is_taken(negatives: tf.Tensor | None, sources: Sequence[Negat
             "`negative_embeddings` need `Explicit()` among the `negatives` of the task. Received:"
             f" {list(sources)}."
         )
+
+
+def check_contribution(contribution: Any, source: Negatives) -> Contribution:
+    """Returns what the `logits` of a source has returned."""
+    if not isinstance(contribution, Contribution):
+        raise ValueError(
+            f"`{type(source).__name__}.logits` must return a `Contribution`. Received:"
+            f" {contribution!r}."
+        )
+    return contribution
 
 
 def check_some_negatives(logits: tf.Tensor, sources: Sequence[Negatives]) -> None:
