@@ -175,6 +175,28 @@ def kept_variable(variable: StateVariable) -> tf.Variable:
     return variable.variable if isinstance(variable, Int32Variable) else variable
 
 
+def check_when_restored(variable: StateVariable, check: Callable[[tf.Tensor], None]) -> None:
+    """Lets `check` refuse what a TensorFlow checkpoint has for a variable, before it is written.
+
+    TensorFlow calls this method of the variable wherever it restores it, also when a layer is made
+    after `Checkpoint.restore`. Within a graph the values are unknown, and are not checked.
+
+    Args:
+      variable: the variable of one replica.
+      check: takes the values from the checkpoint, and raises an error to refuse them.
+    """
+    kept = kept_variable(variable)
+    restore = kept._restore_from_tensors
+
+    def check_and_restore(restored_tensors):
+        if tf.executing_eagerly():
+            for values in restored_tensors.values():
+                check(values if kept is variable else _from_bits(values))
+        return restore(restored_tensors)
+
+    kept._restore_from_tensors = check_and_restore
+
+
 def by_replica(variable: StateVariable) -> Sequence[StateVariable]:
     """The variables of the single replicas."""
     kept = kept_variable(variable)
