@@ -29,6 +29,8 @@ class CachingLayer(StateLayer):
     `_update_cache` and `_end_step`.
     """
 
+    _is_lost_in_folders = True
+
     def _make_cache_state(
         self, cache: Cache | None, index: TreeIndex | None, embedding_dim: int | None
     ) -> None:

@@ -92,7 +92,9 @@ def test_every_value_that_has_limits_is_checked(make, load_from, monkeypatch, tm
 
 def test_a_cache_that_is_made_after_its_checkpoint_was_read_is_checked(tmp_path):
     def make():
-        return CachedRetrieval(keras.layers.Embedding(8, DIM), tf.io.FixedLenFeature([], tf.int64), SIZE)
+        return CachedRetrieval(
+            keras.layers.Embedding(8, DIM), tf.io.FixedLenFeature([], tf.int64), SIZE
+        )
 
     task, fresh = make(), make()
     task.add_to_cache([3, 4])
