@@ -44,6 +44,13 @@ class RunningMean(keras.metrics.Mean):
         """Reads nothing."""
 
 
+_HDF5 = (".h5", ".hdf5")
+_IN_HDF5 = (
+    "The old HDF5 format of Keras holds no cache. Save the model as a '.keras' file, or its weights"
+    " as a '.weights.h5' file. Received: {!r}."
+)
+
+
 if IS_KERAS_2:
 
     def _refuse_jit(model: keras.Model) -> None:
@@ -87,6 +94,45 @@ if IS_KERAS_2:
             self._loss_tracker.update_state(loss * _num_replicas(), sample_weight=_batch_size(x))
             return self.get_metrics_result()
 
+        def save(
+            self,
+            filepath: str | os.PathLike,
+            overwrite: bool = True,
+            save_format: str | None = None,
+            **kwargs: Any,
+        ) -> None:
+            if str(filepath).endswith(_HDF5) or save_format in ("h5", "hdf5"):
+                raise ValueError(_IN_HDF5.format(filepath))
+            super().save(filepath, overwrite, save_format, **kwargs)
+
+        def save_weights(
+            self,
+            filepath: str | os.PathLike,
+            overwrite: bool = True,
+            save_format: str | None = None,
+            options: Any = None,
+        ) -> None:
+            name = str(filepath)
+            # Weights under the name of a whole model are written in the old format too.
+            is_old = name.endswith((*_HDF5, ".keras")) or save_format in ("h5", "hdf5", "keras")
+            if is_old and not name.endswith(".weights.h5"):
+                raise ValueError(_IN_HDF5.format(filepath))
+            super().save_weights(filepath, overwrite, save_format, options)
+
+    def refuse_folder(layer: keras.layers.Layer) -> None:
+        """Raises an error if `model.save` is writing a folder for `load_model`.
+
+        `tf.saved_model.save` and `export` write the same kind of folder, for serving.
+        """
+        from tf_keras.src.saving.legacy.saved_model import utils
+
+        if utils.in_tf_saved_model_scope():
+            raise ValueError(
+                "From a folder Keras 2 would not load the state of the optimizer nor, with most"
+                f" towers, the cache of the layer {layer.name!r}. Save the model as a '.keras'"
+                " file. For serving there are `model.export` and `tf.saved_model.save`."
+            )
+
     def _batch_size(x: Any) -> tf.Tensor:
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
@@ -129,6 +175,14 @@ else:
                 )
                 iterator = None
             super()._maybe_symbolic_build(iterator=iterator, data_batch=data_batch)
+
+        def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+            if str(filepath).endswith(_HDF5):
+                raise ValueError(_IN_HDF5.format(filepath))
+            super().save(filepath, *args, **kwargs)
+
+    def refuse_folder(layer: keras.layers.Layer) -> None:
+        """Raises an error if Keras would not load what it writes: it writes no folders."""
 
     def prepare_to_restore(model: keras.Model) -> None:
         """Makes the variables that TensorFlow can only restore once they are there: all."""

@@ -56,7 +56,7 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     Raises:
       ValueError: where `save_freq` or `steps_per_epoch` is out of range, or when training begins,
-        where the model is not built, the folder holds a checkpoint of another one,
+        where the model is not built, the folder holds a checkpoint of another one or a damaged one,
         `steps_per_epoch` is not that of `fit`, or there are several workers; when it goes on, where
         the data end too early.
 
@@ -173,8 +173,8 @@ class BackupAndRestore(keras.callbacks.Callback):
             status.assert_existing_objects_matched()
         except (AssertionError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
-                f"The checkpoint in {self.backup_dir!r} is of another model. Remove the folder to"
-                f" start anew. {error}"
+                f"The checkpoint in {self.backup_dir!r} is of another model, or damaged. Remove the"
+                f" folder to start again. {error}"
             ) from error
 
     def _delete(self) -> None:

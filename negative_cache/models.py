@@ -38,8 +38,9 @@ class DualEncoder(_compat.Model):
     It is saved as any Keras model is, with the cache unless the task has `save_cache=False`. To
     load a `.keras` file, towers that are classes of your own and functions such as a
     `score_transform` must be known to Keras (`keras.saving.register_keras_serializable`,
-    `get_config`), and the two towers must not share layers, unless they are one and the same.
-    `.weights.h5` files have no such conditions; the `.h5` files of Keras 2 hold no cache.
+    `get_config`), and the two towers must not share layers, unless they are one and the same:
+    `save` refuses those. `.weights.h5` files have no such conditions. `docs/saving.md` has a table
+    of all formats.
 
     Args:
       query_network: layer or model, query features -> [B, d].
@@ -126,6 +127,7 @@ class DualEncoder(_compat.Model):
         return {name: value for name, value in logs.items() if name not in only_in_training}
 
     def get_config(self) -> dict[str, Any]:
+        _check_apart(self.query_network, self.candidate_network)
         serialize = keras.utils.serialize_keras_object
         same = self.task.candidate_network is self.candidate_network
         return {
@@ -153,6 +155,17 @@ class DualEncoder(_compat.Model):
     def build_from_config(self, config: Mapping[str, str] | None) -> None:
         if config and _INPUTS in config:
             self(_example(json.loads(config[_INPUTS])), training=False)
+
+    def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Writes the model as `keras.Model.save` does, if it can be trained on after loading.
+
+        Raises:
+          ValueError: if it could not be: if the towers share layers, or the format is one of the
+            older ones of Keras.
+        """
+        # Before a file of this name is written over.
+        _check_apart(self.query_network, self.candidate_network)
+        super().save(filepath, *args, **kwargs)
 
     def export(
         self, filepath: str | os.PathLike, format: str = "tf_saved_model", **kwargs: Any
@@ -204,6 +217,35 @@ class DualEncoder(_compat.Model):
         embeddings = _towers.embed(self.candidate_network, flat, training)
         batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
         return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
+
+
+def _check_apart(query_network: Any, candidate_network: Any) -> None:
+    """Refuses towers that share a part: Keras would make two of it."""
+    if query_network is candidate_network:
+        return
+    of_queries, of_candidates = (
+        list(network._flatten_layers()) if isinstance(network, keras.layers.Layer) else []
+        for network in (query_network, candidate_network)
+    )
+    in_both = {id(layer) for layer in of_queries} & {id(layer) for layer in of_candidates}
+    shared = [layer.name for layer in of_queries if id(layer) in in_both and _has_state(layer)]
+    if shared:
+        raise ValueError(
+            "A configuration, and so a '.keras' file, cannot say that the towers share layers. Save"
+            " the weights instead, with `model.save_weights('model.weights.h5')` or a"
+            f" `tf.train.Checkpoint`. Received towers that share: {shared}."
+        )
+
+
+def _has_state(layer: keras.layers.Layer) -> bool:
+    """Whether there is more to a layer than its configuration."""
+    try:
+        if layer.variables:
+            return True
+    except ValueError:
+        # Keras 2 does not say of a model that is not built.
+        return True
+    return hasattr(layer, "save_assets") and layer.get_config().get("vocabulary") is None
 
 
 def _padded(features: Features) -> tuple[Features, tf.Tensor | None]:

@@ -4,6 +4,7 @@ It lives in raw variables (`_variables`): the `add_weight` of Keras can make nei
 variables nor, where they must be saved, strings. `StateLayer` puts them into files of every format.
 """
 
+import functools
 import json
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -12,8 +13,14 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from negative_cache import _compat
 from negative_cache._compat import keras
-from negative_cache.layers._variables import StateVariable, by_replica, kept_variable
+from negative_cache.layers._variables import (
+    StateVariable,
+    by_replica,
+    check_when_restored,
+    kept_variable,
+)
 
 _DESCRIPTION = "description"
 _LENGTHS = "_lengths"
@@ -21,7 +28,7 @@ _LENGTHS = "_lengths"
 LAYOUT = {"layout": 2}
 
 
-def on_every_replica(function: Callable[..., None], *args) -> None:
+def on_every_replica(function: Callable[..., None], *args: Any) -> None:
     """Runs `function(*args)` here or, where called outside of the replicas, on each of them."""
     if tf.distribute.in_cross_replica_context():
         tf.distribute.get_strategy().run(function, args)
@@ -77,6 +84,9 @@ class StateLayer(keras.layers.Layer):
     Such a layer is used by its methods. It has no `call`, and to call it is an error.
     """
 
+    # Whether Keras 2 cannot make the layer again from a folder that `model.save` has written.
+    _is_lost_in_folders = False
+
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Refuses, for a layer that has no `call` of its own.
 
@@ -88,7 +98,7 @@ class StateLayer(keras.layers.Layer):
             " the model it belongs to. Use its methods."
         )
 
-    def _hold_state(self, *, description: Mapping, saved: bool = True, **fields) -> None:
+    def _hold_state(self, *, description: Mapping, saved: bool = True, **fields: Any) -> None:
         """Makes `self._state`, to be called once.
 
         Args:
@@ -98,7 +108,7 @@ class StateLayer(keras.layers.Layer):
         """
         self._description = json.dumps(description, sort_keys=True)
         self._is_saved = saved
-        self._mismatch = None
+        self._refusal: str | None = None
         # A namespace is nothing that Keras or TensorFlow track by themselves.
         self._state = types.SimpleNamespace(**fields)
         holder = tf.__internal__.tracking.AutoTrackable()
@@ -109,31 +119,40 @@ class StateLayer(keras.layers.Layer):
             for variable in tf.nest.flatten(fields)
         ]
         holder.replicas = [tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)]
+        for variable in tf.nest.flatten(fields):
+            for component in by_replica(variable):
+                check = functools.partial(self._check_values, variable)
+                check_when_restored(component, check)
         self._untracked = types.SimpleNamespace(state=holder)
         if saved:
             self._checkpointed = holder
 
-    def _saved_variables(self) -> Iterator[tuple[str, StateVariable]]:
-        """Names in Keras files, and the variables of single replicas."""
+    def _saved_variables(self) -> Iterator[tuple[str, StateVariable, StateVariable]]:
+        """Names in Keras files, state variables, and their parts of single replicas."""
         for i, variable in enumerate(tf.nest.flatten(vars(self._state))):
             for j, component in enumerate(by_replica(variable)):
-                yield f"{i}_{j}", component
+                yield f"{i}_{j}", variable, component
 
     @property
-    def checkpointable_state(self):
+    def checkpointable_state(self) -> Any:
         """What a TensorFlow checkpoint of the state tracks, also if files do not hold it."""
         return self._untracked.state
 
-    def save_own_variables(self, store):
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        if self._is_lost_in_folders and save_type == "savedmodel":
+            _compat.refuse_folder(self)
+        return super()._trackable_children(save_type, **kwargs)
+
+    def save_own_variables(self, store: Any) -> None:
         """Writes the state into a Keras file; called by Keras."""
         if not self._is_saved:
             return
         store[_DESCRIPTION] = _to_bytes(self._description.encode())
-        for name, component in self._saved_variables():
+        for name, _, component in self._saved_variables():
             for suffix, array in _to_arrays(component).items():
                 store[name + suffix] = array
 
-    def load_own_variables(self, store):
+    def load_own_variables(self, store: Any) -> None:
         """Reads the state from a Keras file; called by Keras."""
         if not self._is_saved:
             return
@@ -141,12 +160,20 @@ class StateLayer(keras.layers.Layer):
             # Keras 3 looks for a layer that did not fit in other places of the file, and reports
             # the last error.
             raise ValueError(
-                self._mismatch
+                self._refusal
                 or f"The file holds no state of the layer {self.name!r}. Was it saved without? Then"
                 " load it into a layer that is made to be saved without too."
             )
-        self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
-        for name, component in self._saved_variables():
+        self._refusal = None
+        try:
+            self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
+            self._load_variables(store)
+        except ValueError as error:
+            self._refusal = str(error)
+            raise
+
+    def _load_variables(self, store: Any) -> None:
+        for name, variable, component in self._saved_variables():
             is_there = name in store
             if component.dtype == tf.string:
                 is_there = is_there and name + _LENGTHS in store
@@ -156,13 +183,14 @@ class StateLayer(keras.layers.Layer):
                     for suffix in ("", _LENGTHS)
                     if name + suffix in store
                 }
-                component.assign(_from_arrays(arrays, component))
+                values = _from_arrays(arrays, component)
+                self._check_values(variable, values)
+                component.assign(values)
             elif name.endswith("_0"):
                 # A file may be of fewer replicas, and not of fewer variables.
                 raise ValueError(
                     f"The file is damaged: it lacks a part of the state of the layer {self.name!r}."
                 )
-        self._check_limits()
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         """Names, state variables, and the least and largest values that they may have.
@@ -171,31 +199,33 @@ class StateLayer(keras.layers.Layer):
         """
         return iter(())
 
-    def _check_limits(self) -> None:
-        for name, variable, least, largest in self._limits():
-            for component in by_replica(variable):
-                values = np.asarray(component.numpy())
-                values = values if values.dtype.kind in "iu" else values.astype(np.float64)
-                is_wrong = ~((values >= least) & (values <= largest))
-                if np.any(is_wrong):
-                    raise ValueError(
-                        f"The file is damaged: {name} of the layer {self.name!r} must lie between"
-                        f" {least} and {largest}. Received: {values[is_wrong].reshape(-1)[0]}."
-                    )
+    def _check_values(self, variable: StateVariable, values: Any) -> None:
+        """Refuses what a file has for a state variable, if it is out of its limits."""
+        for name, limited, least, largest in self._limits():
+            if limited is not variable:
+                continue
+            values = np.asarray(values)
+            values = values if values.dtype.kind in "iu" else values.astype(np.float64)
+            is_wrong = ~((values >= least) & (values <= largest))
+            if np.any(is_wrong):
+                raise ValueError(
+                    f"The file is damaged: {name} of the layer {self.name!r} must lie between"
+                    f" {least} and {largest}. Received: {values[is_wrong].reshape(-1)[0]}."
+                )
 
     def _check_description(self, received: str) -> None:
-        if received != self._description:
-            self._mismatch = (
-                f"The state in the file does not fit the layer {self.name!r}. Received: {received}."
-                f" Wanted: {self._description}."
+        if received == self._description:
+            return
+        message = (
+            f"The state in the file does not fit the layer {self.name!r}. Received: {received}."
+            f" Wanted: {self._description}."
+        )
+        if LAYOUT.keys() & json.loads(self._description).keys() - json.loads(received).keys():
+            message += (
+                " The file was written by an earlier version of negative_cache, which kept this"
+                " state in other dtypes: load it there, or train and fill the layer again."
             )
-            if LAYOUT.keys() & json.loads(self._description).keys() - json.loads(received).keys():
-                self._mismatch += (
-                    " The file was written by an earlier version of negative_cache, which kept this"
-                    " state in other dtypes: load it there, or train and fill the layer again."
-                )
-            raise ValueError(self._mismatch)
-        self._mismatch = None
+        raise ValueError(message)
 
 
 class _Description(tf.train.experimental.PythonState):
@@ -204,10 +234,10 @@ class _Description(tf.train.experimental.PythonState):
     def __init__(self, layer: StateLayer):
         self._layer = layer
 
-    def serialize(self):
+    def serialize(self) -> str:
         return self._layer._description
 
-    def deserialize(self, string_value):
+    def deserialize(self, string_value: bytes) -> None:
         self._layer._check_description(string_value.decode())
 
 

@@ -7,9 +7,10 @@ variable has a kernel on every device. Strings exist in host memory only.
 """
 
 import contextlib
-from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 # Dtypes of variables that an accelerator can hold, with all that a cache does to them.
@@ -65,15 +66,15 @@ class Int32Variable:
         """That of the variable."""
         return self.variable.device
 
-    def assign(self, value) -> None:
+    def assign(self, value: Any) -> None:
         """Assigns int32 values of the whole shape."""
         self.variable.assign(_to_bits(tf.convert_to_tensor(value, tf.int32)))
 
-    def assign_add(self, value) -> None:
+    def assign_add(self, value: Any) -> None:
         """Adds int32 values. Of two's complement numbers the bits add up to those of the sum."""
         self.variable.assign_add(_to_bits(tf.convert_to_tensor(value, tf.int32)))
 
-    def assign_sub(self, value) -> None:
+    def assign_sub(self, value: Any) -> None:
         """Subtracts int32 values."""
         self.variable.assign_sub(_to_bits(tf.convert_to_tensor(value, tf.int32)))
 
@@ -81,43 +82,43 @@ class Int32Variable:
         """The whole value, int32."""
         return _from_bits(self.variable)
 
-    def numpy(self):
+    def numpy(self) -> np.ndarray:
         """The whole value as an array; outside of a `tf.function`."""
         return self.read_value().numpy()
 
-    def sparse_read(self, indices, name=None) -> tf.Tensor:
+    def sparse_read(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
         """What `tf.gather` along the first axis calls, as it does on a `tf.Variable`."""
         return _from_bits(tf.gather(self.variable, indices, name=name))
 
-    def gather_nd(self, indices, name=None) -> tf.Tensor:
-        """What `tf.gather_nd` calls, likewise."""
+    def gather_nd(self, indices: tf.Tensor, name: str | None = None) -> tf.Tensor:
+        """What `tf.gather_nd` calls, as it does on a `tf.Variable`."""
         return _from_bits(tf.gather_nd(self.variable, indices, name=name))
 
-    def __tf_tensor__(self, dtype=None, name=None):
+    def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> tf.Tensor:
         return tf.convert_to_tensor(self.read_value(), dtype, name=name)
 
-    def __array__(self, dtype=None, copy=None):
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         return self.numpy() if dtype is None else self.numpy().astype(dtype)
 
     def value(self) -> tf.Tensor:
         """`read_value`."""
         return self.read_value()
 
-    def __int__(self):
+    def __int__(self) -> int:
         return int(self.read_value())
 
-    def __len__(self):
+    def __len__(self) -> int:
         if not self.shape.rank:
             raise TypeError("A scalar has no length.")
         return self.shape[0]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tf.Tensor]:
         return iter(self.read_value())
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Any) -> tf.Tensor:
         return self.read_value()[key]
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         return f"<Int32Variable {self.name!r} shape={self.shape}>"
 
 
@@ -137,7 +138,7 @@ def make_state_variable(
     """
     dtypes = set()
 
-    def initial_bits():
+    def initial_bits() -> tf.Tensor:
         value = tf.convert_to_tensor(initial_value())
         dtypes.add(value.dtype)
         return _to_bits(value) if value.dtype == tf.int32 else value
@@ -176,6 +177,28 @@ def kept_variable(variable: StateVariable) -> tf.Variable:
     return variable.variable if isinstance(variable, Int32Variable) else variable
 
 
+def check_when_restored(variable: StateVariable, check: Callable[[tf.Tensor], None]) -> None:
+    """Lets `check` refuse what a TensorFlow checkpoint has for a variable, before it is written.
+
+    TensorFlow calls this method of the variable wherever it restores it, also when a layer is made
+    after `Checkpoint.restore`. Within a graph the values are unknown, and are not checked.
+
+    Args:
+      variable: the variable of one replica.
+      check: takes the values from the checkpoint, and raises an error to refuse them.
+    """
+    kept = kept_variable(variable)
+    restore = kept._restore_from_tensors
+
+    def check_and_restore(restored_tensors: Mapping[str, tf.Tensor]) -> Any:
+        if tf.executing_eagerly():
+            for values in restored_tensors.values():
+                check(values if kept is variable else _from_bits(values))
+        return restore(restored_tensors)
+
+    kept._restore_from_tensors = check_and_restore
+
+
 def by_replica(variable: StateVariable) -> Sequence[StateVariable]:
     """The variables of the single replicas."""
     kept = kept_variable(variable)
@@ -185,15 +208,15 @@ def by_replica(variable: StateVariable) -> Sequence[StateVariable]:
     return tuple(Int32Variable(part) for part in parts) if kept is not variable else parts
 
 
-def _as_kept(variable, values):
+def _as_kept(variable: StateVariable, values: tf.Tensor) -> tuple[tf.Variable, tf.Tensor]:
     if isinstance(variable, Int32Variable):
         return variable.variable, _to_bits(values)
     return variable, values
 
 
-def _to_bits(values):
+def _to_bits(values: tf.Tensor) -> tf.Tensor:
     return tf.bitcast(values, tf.uint32)
 
 
-def _from_bits(bits):
+def _from_bits(bits: tf.Tensor | tf.Variable) -> tf.Tensor:
     return tf.bitcast(tf.convert_to_tensor(bits), tf.int32)

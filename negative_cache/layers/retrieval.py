@@ -80,6 +80,8 @@ class Retrieval(StateLayer):
       >>> loss = task(query_embeddings, candidate_embeddings, {"title": titles}, training=True)
     """
 
+    _is_lost_in_folders = True
+
     def __init__(
         self,
         candidate_network: Callable[..., tf.Tensor],

@@ -257,8 +257,24 @@ def test_a_model_that_is_not_built_is_refused(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path, as_stream=False, callbacks=[Interrupt(4, interrupt)])
-    with pytest.raises(ValueError, match="is of another model. Remove the folder"):
+    with pytest.raises(ValueError, match="is of another model, or damaged. Remove the"):
         fit(tmp_path, as_stream=False, dim=5)
+
+
+class Damage(keras.callbacks.Callback):
+    """Makes every backup one that no training could have written."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.model.task.cache.num_filled.assign(-1)
+
+
+@pytest.mark.parametrize("kind", [BackupAndRestore, keras.callbacks.BackupAndRestore])
+def test_a_damaged_backup_is_refused(kind, tmp_path):
+    kwargs = {"as_stream": False, "kind": kind}
+    with pytest.raises(Interrupted):
+        fit(tmp_path, before=[Damage()], callbacks=[Interrupt(4, interrupt)], **kwargs)
+    with pytest.raises(ValueError, match="(?s)file is damaged: the number of filled rows"):
+        fit(tmp_path, **kwargs)
 
 
 if __name__ == "__main__":

@@ -236,15 +236,6 @@ def test_a_file_without_a_cache_is_refused_where_one_is_wanted(tmp_path):
         load(trained())
 
 
-@pytest.mark.skipif(not IS_KERAS_2, reason="a format of Keras 2")
-def test_a_folder_of_keras_2_holds_all_but_the_optimizer(tmp_path):
-    model = trained()
-    model.save(tmp_path / "model")
-    loaded = keras.models.load_model(tmp_path / "model")
-    assert_same_state(state_of(loaded), state_of(model))
-    loaded.fit(batches(), verbose=0)
-
-
 def test_saved_model_holds_the_cache(tmp_path):
     model = trained()
     tf.saved_model.save(model, str(tmp_path))

@@ -42,6 +42,7 @@ class CachedNegatives(Negatives, StateLayer):
     """
 
     is_cache = True
+    _is_lost_in_folders = True
     encodes_candidates = True
     # Whether draws are written back.
     write_back = True
