@@ -54,7 +54,7 @@ class Corrector(DriftCorrector):
         embeddings. "both" is their sum.
       learning_rate_multiplier: multiplies the steps that the model's optimizer takes with the
         corrector's weights. This works with every optimizer. An effective learning rate of about
-        1e-3 with Adam is a good start: if the towers are fine-tuned at 2e-5, use 50.
+        1e-3 with Adam is a good start: a multiplier of 50 if the towers are fine-tuned at 2e-5.
       warmup_steps: number of training steps before the correction is used.
       content_key: name of a feature of the candidates that is an additional input of the first
         layer, as in `DriftCorrector`. It cannot be used with an index, because nodes do not have

@@ -12,7 +12,8 @@ from negative_cache.ops import contrastive
 
 # Rates of the moving averages of the typical age and of the trust in the correction.
 _AGE_RATE, _TRUST_RATE = 0.05, 0.1
-# If the lengths of embeddings differ from one by less, the tower normalises them. float16 rounds.
+# If the lengths of all embeddings differ from one by less, the tower is taken to normalise them.
+# float16 rounds lengths too.
 _UNIT_TOLERANCE = 0.01
 # The largest correction of a row, as a multiple of that of a row of typical age.
 _MAX_SHARE = 2.0
@@ -60,8 +61,7 @@ class DriftCorrector(StateLayer):
     | τ      | the typical age: a moving average of the ages of the rows that steps encode |
     | φ      | the share of the displacement for the row's age; 0 for a row just written   |
     | α      | the trust in r, in [0, 1]                                                   |
-    | norm   | rescales to the length of ĝ if all fresh embeddings so far had unit length; |
-    |        | otherwise the identity                                                      |
+    | norm   | scales to the length of ĝ, if all fresh embeddings so far had unit length   |
 
     α is the factor that would have minimised Σ ‖ĝ + α φ r(ĝ) - g‖² over the rows encoded in about
     the last ten steps, each predicted before r learned from it. So a corrector does little harm if

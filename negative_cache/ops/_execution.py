@@ -54,9 +54,9 @@ def is_in_xla() -> bool:
 def is_to_be_compiled(like: Placed | None = None) -> bool:
     """Whether a function that is traced now should be compiled by XLA on its own.
 
-    That is so on an accelerator, unless the surrounding function is compiled already. There, the
-    launch of a kernel takes longer than most operations, and XLA fuses many operations into few
-    kernels.
+    That is so on an accelerator, unless the surrounding function is compiled already or the
+    environment variable `NEGATIVE_CACHE_XLA` is "0". There, the launch of a kernel takes longer
+    than most operations, and XLA fuses many operations into few kernels.
     """
     is_wanted = os.environ.get(_SWITCH, "1") != "0"
     return is_wanted and is_on_accelerator(like) and not is_in_xla()

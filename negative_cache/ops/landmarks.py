@@ -20,7 +20,7 @@ def uniform_rows(mask: tf.Tensor, count: int, seed: Seed = None) -> tf.Tensor:
 def kmeans_plus_plus_rows(
     points: tf.Tensor | tf.Variable, mask: tf.Tensor, count: int, seed: Seed = None
 ) -> tf.Tensor:
-    """[count] int64, rows chosen by k-means++: points spread over the regions with points.
+    """[count] int64, rows chosen by k-means++, which are spread over the points.
 
     Each row is drawn in proportion to its squared distance to the nearest row chosen before
     (Arthur, Vassilvitskii, SODA 2007). If there are more than 32 points per row to choose, the rows
@@ -116,6 +116,6 @@ def linear_coefficients(
 
 
 def _solve(matrix: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """The solution for a positive definite matrix; zero if it is not so because of rounding."""
+    """Solves matrix · x = right for a positive definite matrix; zero if rounding makes it fail."""
     solution = tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
     return tf.where(tf.reduce_all(tf.math.is_finite(solution)), solution, 0.0)

@@ -227,7 +227,7 @@ class CodedResiduals:
         return tf.convert_to_tensor(self._is_indexed)
 
     def summary(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The centres of leaves as they are, and bounds no looser than before."""
+        """Returns the unchanged centres of leaves, and bounds no looser than before."""
         vectors, errors = self.read_members(members, node)
         centre, stats = self._centres(node), take_nodes(self._stats, node)
         there = tf.cast(members >= 0, tf.float32)
@@ -247,12 +247,12 @@ class CodedResiduals:
         owners: np.ndarray,
         rng: np.random.Generator,
     ) -> None:
-        """Keeps all candidates of a topology: exact statistics of leaves, then the codes.
+        """Stores all candidates of a topology: computes the leaves' statistics, then the codes.
 
         Args:
-          embeddings: [n, d] float, the rows by id.
-          members: [num_leaves, leaf_size] int32.
-          owners: [num_leaves] int32.
+          embeddings: [n, d] float; candidate i is row i.
+          members: [num_leaves, leaf_size] int32, the candidate in each slot; -1 in empty slots.
+          owners: [num_leaves] int32, the node of each leaf; -1 if the leaf is unused.
           rng: chooses the residuals that the codebooks are trained on.
         """
         self._is_indexed.assign(bool(np.any(members >= 0)))

@@ -129,6 +129,6 @@ class TreeUpkeep:
         self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
 
     def _usable(self, ids: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """[m] bool, whether each id is in range, has True in `mask`, and occurs first there."""
+        """[m] bool, whether each id is in range, has True in `mask`, and does not occur earlier."""
         mask = mask & (ids >= 0) & (ids < self._shape.capacity)
         return mask & (Groups.of(ids, mask).rank == 0)

@@ -2,8 +2,8 @@
 
 A draw takes a part of the query's cut in proportion to its mass. If that part is a node, the draw
 descends: at each level it takes a child in proportion to the children's masses. In the leaf it
-takes a candidate in proportion to exp(score). So the law within a leaf is exact. It differs from
-the softmax only in the mass that the nodes of the cut and their descendants get.
+takes a candidate in proportion to exp(score). So the law within a leaf is exact. The law as a whole
+differs from the softmax only in the mass that each node gets, because that is an estimate.
 
 The probability q(y) of every draw is known. Independent Metropolis-Hastings steps with q as the
 proposal bring the law towards the softmax: a new draw y' replaces y with probability

@@ -103,7 +103,7 @@ def test_a_task_trains_with_all_of_a_corpus_on_the_host():
     [
         ({"on_host": ["titel"]}, "must contain names of features .*titel"),
         ({"on_host": "tokens"}, "must contain names of features .*'tokens'"),
-        ({"on_host": ["embedding"]}, "Without an `index` the embeddings are all read"),
+        ({"on_host": ["embedding"]}, "Without an `index`, every step reads all embeddings"),
     ],
 )
 def test_refuses(kwargs, message):
