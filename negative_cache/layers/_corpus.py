@@ -1,4 +1,4 @@
-"""A corpus of candidates: read from a dataset, encoded, and found again by id."""
+"""A corpus of candidates: it is read from a dataset, encoded, and found again by id."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,14 +19,14 @@ EMBEDDING = "embedding"
 
 
 class RowsById:
-    """Which row of a cache a candidate has: its id's fingerprint among the sorted ones of all.
+    """Finds the row of a candidate by its id, with binary search in the sorted fingerprints.
 
-    The functions take the variables that `make_variables` makes, which live in the cache.
+    All functions take the variables from `make_variables`, which the cache holds.
     """
 
     @staticmethod
     def make_variables(num_rows: int, *, on_host: bool) -> dict[str, StateVariable]:
-        """Variables without any id in them."""
+        """Makes the variables, without any id."""
         make = functools.partial(make_state_variable, on_host=on_host)
         return {
             "fingerprints": make(lambda: tf.fill([num_rows], tf.int64.max), "fingerprints"),
@@ -41,10 +41,10 @@ class RowsById:
 
     @staticmethod
     def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
-        """Remembers that row i has the id `ids[i]`, i < n.
+        """Stores that row i has the id `ids[i]`, for `ids` [n].
 
         Raises:
-          ValueError: where two ids are the same.
+          ValueError: if two ids are equal.
         """
         fingerprints = fingerprint(tf.constant(ids)).numpy()
         order = np.argsort(fingerprints, kind="stable")
@@ -64,9 +64,10 @@ class RowsById:
 
     @staticmethod
     def find(variables: Mapping[str, tf.Variable], ids: tf.Tensor) -> tf.Tensor:
-        """[n] int64, the rows of `ids` [n]; -1 for those that there are not."""
+        """[n] int64, the rows of `ids` [n]; -1 for unknown ids."""
         wanted = fingerprint(tf.convert_to_tensor(ids))
-        # Not where the step runs: all fingerprints would be copied there.
+        # On the device of the variables: otherwise all fingerprints would be copied to the device
+        # of the step.
         with tf.device(variables["fingerprints"].device):
             place = _lower_bound(variables["fingerprints"], wanted)
             is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
@@ -75,9 +76,9 @@ class RowsById:
 
 
 def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:
-    """[n] int64, the first place in `ascending` [C] with no less than `wanted` [n]; C - 1 at most.
+    """[n] int64, the first position in `ascending` [C] with a value >= `wanted` [n]; at most C - 1.
 
-    XLA would compare all with all.
+    In XLA it is a binary search, because `tf.searchsorted` would compare all pairs there.
     """
     size = ascending.shape[0]
     if not _execution.is_in_xla():
@@ -85,7 +86,7 @@ def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:
         return tf.minimum(place, size - 1)
     place = tf.zeros_like(wanted)
     for bit in reversed(range((size - 1).bit_length())):
-        # How many are less: of the numbers below `size`, one bit after the other.
+        # The number of smaller values is found bit by bit, from the highest bit down.
         further = place + 2**bit
         is_less = tf.gather(ascending, tf.minimum(further, size) - 1) < wanted
         place = tf.where((further < size) & is_less, further, place)
@@ -95,11 +96,21 @@ def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:
 class Corpus:
     """Candidates of a dataset, with the tower that encodes them.
 
-    The arguments are those of `Cache.from_dataset`, which this checks.
+    The constructor checks its arguments.
+
+    Args:
+      dataset: batches of candidate features, each a mapping or a single tensor.
+      network: the candidate tower, features -> [n, d].
+      feature_specs: feature name -> spec, or a single spec; taken from the dataset if None.
+      id_key: name of the feature that identifies a candidate.
+      on_host: names of features that stay in host memory.
 
     Attributes:
       specs: feature name -> spec.
-      id_key: the feature that identifies a candidate.
+      id_key: name of the feature that identifies a candidate.
+
+    Raises:
+      ValueError: if an argument is invalid or contradicts another.
     """
 
     def __init__(
@@ -121,47 +132,51 @@ class Corpus:
         self.specs = _validation.check_specs(_features.named(feature_specs))
         if EMBEDDING in self.specs:
             raise ValueError(
-                f"{EMBEDDING!r} is the name of the cached embedding, and no candidate's feature can"
-                f" have it. Received features {sorted(self.specs)}."
+                f"The name {EMBEDDING!r} is reserved for the cached embedding. No feature of the"
+                f" candidates can have it. Received features {sorted(self.specs)}."
             )
         if id_key is None:
             raise ValueError(
-                "A cache of a corpus needs a `candidate_id_key`, to know the rows of candidates"
-                f" again. Received: None, and features {sorted(self.specs)}."
+                "A cache of a corpus needs a `candidate_id_key`, to find the rows of candidates."
+                f" Received: None, and features {sorted(self.specs)}."
             )
         _validation.check_id(id_key, self.specs, "candidate_id_key", "feature_specs")
         self.id_key = id_key
         for name in on_host:
             if name not in (*self.specs, EMBEDDING):
                 raise ValueError(
-                    "`on_host` must be names of the candidates' features"
+                    "`on_host` must contain names of the candidates' features"
                     f" {sorted(self.specs)}, or {EMBEDDING!r}. Received: {on_host!r}."
                 )
         self._dataset, self._encoder = dataset, Encoder(network)
 
     def count(self) -> int:
-        """The number of candidates."""
+        """The number of candidates, by a pass over the dataset.
+
+        Raises:
+          ValueError: if the dataset is empty, or can be read only once.
+        """
         if isinstance(self._dataset, Iterator):
             raise ValueError(
-                "A dataset that can be read only once needs its number of candidates as"
-                f" `cache_size`. Received: {self._dataset!r}."
+                "If a dataset can be read only once, `cache_size` must be its number of candidates."
+                f" Received: cache_size=None, and {self._dataset!r}."
             )
         total = sum(len(features[self.id_key]) for features in self._batches())
         if not total:
-            raise ValueError("There are no candidates in the dataset. Received an empty one.")
+            raise ValueError("The dataset must have candidates. Received an empty dataset.")
         return total
 
     def embedding_dim(self) -> int:
-        """d, as the tower says, or else what it does with an example."""
+        """d, from the tower's output shape, or else from its output for an example."""
         return self._encoder.output_dim(self._inputs(_features.example_of(self.specs)))
 
     def items(self) -> Iterator[dict[str, tf.Tensor]]:
-        """Batches of features, with the embeddings [n, d] float32 among them."""
+        """Yields batches of features, including the embeddings [n, d] float32."""
         for features in self._batches():
             yield {**features, EMBEDDING: self._encoder.embed_tensor(self._inputs(features))}
 
     def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
-        """What the tower takes of features by name."""
+        """The input of the tower: the mapping `features`, or its single tensor."""
         return features[ONE_FEATURE] if self._takes_one_tensor else features
 
     def _batches(self) -> Iterator[dict[str, tf.Tensor]]:
@@ -180,18 +195,22 @@ def write_in_order(
     *,
     verbose: int,
 ) -> np.ndarray:
-    """Writes a corpus from row 0 on, and returns its ids.
+    """Writes a corpus to the rows in order, beginning with row 0.
 
     Args:
-      batches: of candidates, with all features of `specs`.
+      batches: batches of candidates, with all features of `specs`.
       specs: feature name -> spec.
-      id_key: the feature that identifies a candidate.
-      num_rows: as many candidates as fit.
-      write: (first row, items) writes a batch.
+      id_key: name of the feature that identifies a candidate.
+      num_rows: the number of rows.
+      write: function (first row, items) that writes a batch.
       verbose: 1 for a progress bar, 0 for none.
 
+    Returns:
+      [n] array, the ids of the candidates.
+
     Raises:
-      ValueError: where there are more candidates than rows, or none; where features do not match.
+      ValueError: if there are more candidates than rows, or no candidates, or if the features do
+        not match the specs.
     """
     bar = keras.utils.Progbar(num_rows, unit_name="candidate", verbose=verbose)
     ids, start = [], 0
@@ -200,14 +219,14 @@ def write_in_order(
         ids.append(items[id_key].numpy())
         if start + len(ids[-1]) > num_rows:
             raise ValueError(
-                "There are more candidates than rows. Received at least"
+                "There must be no more candidates than rows. Received at least"
                 f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows}."
             )
         write(tf.constant(start, tf.int64), items)
         start += len(ids[-1])
         bar.update(start)
     if not start:
-        raise ValueError("There are no candidates to fill the cache with.")
+        raise ValueError("There must be candidates to fill the cache with. Received none.")
     if start < num_rows:
         bar.update(start, finalize=True)
     return np.concatenate(ids)

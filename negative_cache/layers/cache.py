@@ -29,42 +29,40 @@ from negative_cache.negative_cache import NegativeCache
 class Cache(StateLayer):
     """A fixed number of rows, each with a candidate's features and its embedding.
 
-    A cache streams: new candidates replace the rows that were touched longest ago. It differs from
-    `CacheManager.update_cache` in how, not in what: an update writes the touched rows of its
-    variables in place instead of returning a new cache, and rows that were never filled are known
-    as such.
+    A cache streams: new candidates replace the rows that were touched longest ago. The result is
+    that of `CacheManager.update_cache`, with two differences. An update writes the touched rows in
+    place instead of returning a new cache. And the cache knows which rows have never been filled.
 
     The rows are non-trainable `tf.Variable`s. Under a `tf.distribute` strategy every replica holds
-    rows of its own, and an update that is called outside of the replicas reaches each of them.
+    its own rows. An update that is called outside the replicas applies to all of them.
 
-    It is a Keras layer so that a model that has one saves it. It is not called.
+    It is a Keras layer, so that a model that has one saves it. It is not called.
 
     Args:
-      specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype), the embedding
-        among them.
+      specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype), including the
+        embedding.
       cache_size: C, the number of rows.
-      embedding_key: which feature is the candidate's embedding. It must be floating point of rank
+      embedding_key: name of the feature that is the candidate's embedding, floating point of rank
         1. A row with a non-finite embedding is not written; `num_skipped` counts such rows.
-      use_lru: whether updating a row makes it young again, so that the row *used* longest ago is
-        replaced first. Rows are replaced in order of insertion where False.
-      saved: whether files hold the rows, TensorFlow checkpoints as well as `.keras` and
-        `.weights.h5`. A file with rows of other specs or of another number is refused.
-      index: an index over the embeddings of the rows, which every update of the cache keeps in
-        step with them. What is changed in other ways, such as by assigning to `embeddings`, it does
-        not see: call `index.index` then.
-      row_key: name of the feature that identifies a candidate, scalar int or string. Given, the
-        cache does not stream but covers a corpus: it is filled once, by `fill` or
-        `Cache.from_dataset`, row i stays that of the i-th candidate, and new items are written to
-        the rows of their ids. Of an item whose id is not in the corpus nothing is written; it
-        counts in `num_skipped`.
-      on_host: names of features that stay in host memory where the layer computes on an
-        accelerator, the embedding among them if an `index` is there to draw from. A step copies the
-        rows that it uses. Strings are always there. Not under a `tf.distribute` strategy.
+      use_lru: whether updating a row resets its age, so that the row *used* longest ago is replaced
+        first. If False, rows are replaced in order of insertion.
+      saved: whether TensorFlow checkpoints, `.keras` and `.weights.h5` files hold the rows. A file
+        with other specs or another number of rows is refused.
+      index: an index over the embeddings of the rows. Every update of the cache updates it too. It
+        does not notice other changes, such as an assignment to `embeddings`: call `index.index`
+        after them.
+      row_key: name of the feature that identifies a candidate, scalar int or string. With it, the
+        cache covers a corpus instead of streaming: `fill` or `Cache.from_dataset` fills it once,
+        row i always belongs to the i-th candidate, and new items are written to the rows of their
+        ids. An item whose id is not in the corpus is not written and counts in `num_skipped`.
+      on_host: names of features that stay in host memory if the layer computes on an accelerator. A
+        step copies the rows that it uses. The embedding can be one of them if there is an `index`
+        to draw from. Strings are always on the host. Not possible under a `tf.distribute` strategy.
 
     Raises:
-      ValueError: where the specs do not describe an embedding under `embedding_key`, and an id
-        under a given `row_key`; where `cache_size` is not positive, `index` is for others, or
-        `on_host` names what cannot be there.
+      ValueError: if `specs` lacks an embedding `embedding_key` or an id `row_key`, if `cache_size`
+        is not positive, if `index` does not fit the rows, or if `on_host` names a feature that
+        cannot be on the host.
 
     Example:
       >>> cache = Cache(
@@ -115,7 +113,7 @@ class Cache(StateLayer):
         self._times = RowTimes(self.cache_size)
         rows_by_id = {}
         if row_key is not None:
-            # Ids are looked up where they are.
+            # Ids are looked up on the device that holds them.
             rows_by_id = RowsById.make_variables(
                 self.cache_size, on_host=row_key in self._rows.host_keys
             )
@@ -141,22 +139,22 @@ class Cache(StateLayer):
             row_key=row_key,
             rows_by_id=rows_by_id,
         )
-        # Not all of a step is where XLA could reach it, which Keras 3 asks before it compiles.
+        # Keras 3 reads this before it compiles. XLA cannot access variables in host memory.
         self.supports_jit = not self.host_keys
         self.built = True
 
     @property
     def host_keys(self) -> frozenset[str]:
-        """The features in host memory: those asked for, and what can be nowhere else."""
+        """The features in host memory: those in `on_host`, and strings."""
         return self._rows.host_keys
 
     @property
     def data(self) -> dict[str, StateVariable]:
         """Feature name -> variable [C, ...].
 
-        Read rows of them with `tf.gather`: a slice copies the whole variable. An int32 feature is
-        an `Int32Variable`: `tf.gather`, `tf.convert_to_tensor`, `numpy` and `assign` take it as
-        they do others.
+        Read rows with `tf.gather`: a slice copies the whole variable. An int32 feature is an
+        `Int32Variable`, which supports `tf.gather`, `tf.convert_to_tensor`, `numpy` and `assign`
+        like a `tf.Variable`.
         """
         return dict(self._state.data)
 
@@ -171,7 +169,7 @@ class Cache(StateLayer):
         return self._times.age
 
     def age_of(self, rows: tf.Tensor) -> tf.Tensor:
-        """[n] int32, `age` of `rows` [n]."""
+        """[n] int32, the number of updates since each of `rows` [n] was touched."""
         return self._times.age_of(_validation.check_rows(rows, self.cache_size, "rows"))
 
     @property
@@ -200,7 +198,10 @@ class Cache(StateLayer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the rows refused so far: not finite, or not of the corpus."""
+        """Scalar int64, the number of rows not written so far.
+
+        They had an embedding that is not finite, or an id that is not in the corpus.
+        """
         return self._state.num_skipped
 
     @classmethod
@@ -219,29 +220,32 @@ class Cache(StateLayer):
         verbose: int = 1,
         **kwargs: Any,
     ) -> "Cache":
-        """A cache of a whole corpus, each candidate encoded once: row i is that of candidate i.
+        """Makes a cache of a whole corpus. Every candidate is encoded; row i holds candidate i.
 
         Args:
-          dataset: batches of candidate features, in the order of the rows; a mapping or a single
-            tensor, what `candidate_network` takes. It is read twice where `cache_size` is None, to
-            know the number of candidates first.
+          dataset: batches of candidate features, in the order of the rows. A batch is a mapping or
+            a single tensor, the input of `candidate_network`. If `cache_size` is None, the dataset
+            is read twice, the first time to count the candidates.
           candidate_network: the candidate tower, features -> [n, d]; called in inference mode.
-          feature_specs: feature name -> spec, or a single spec; taken from the dataset where None,
-            which must be a `tf.data.Dataset` then. Training batches must have the same features:
-            leave out what neither the tower nor the id needs.
-          candidate_id_key: the feature that identifies a candidate, the later `row_key`. Where the
-            tower takes a single tensor, it is that, under the name "candidate".
-          cache_size: the number of candidates.
-          embedding_dtype: of the cached embeddings: float32, bfloat16 or float16.
+          feature_specs: feature name -> spec, or a single spec. If None, it is taken from the
+            dataset, which must be a `tf.data.Dataset` then. Training batches must have the same
+            features, so leave out those that neither the tower nor the id needs.
+          candidate_id_key: name of the feature that identifies a candidate; it becomes `row_key`.
+            If the tower takes a single tensor, that tensor is the id, with the name "candidate".
+          cache_size: the number of candidates; counted if None.
+          embedding_dtype: dtype of the cached embeddings: float32, bfloat16 or float16.
           index: as in `Cache`.
-          saved: likewise.
-          on_host: likewise; the embedding's name is "embedding".
+          saved: as in `Cache`.
+          on_host: as in `Cache`; the name of the embedding is "embedding".
           verbose: 1 for a progress bar, 0 for none.
-          **kwargs: of the layer.
+          **kwargs: passed to `Cache`.
+
+        Returns:
+          The filled `Cache`.
 
         Raises:
-          ValueError: where the features of the dataset are not those of the specs, two candidates
-            have the same id, or the dataset has more candidates than `cache_size`, or none.
+          ValueError: if the features of the dataset do not match the specs, if two candidates have
+            the same id, or if the dataset is empty or has more candidates than `cache_size`.
         """
         corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key, on_host)
         size = corpus.count() if cache_size is None else cache_size
@@ -260,15 +264,15 @@ class Cache(StateLayer):
         return cache
 
     def fill(self, batches: Iterable[Mapping[str, tf.Tensor]], *, verbose: int = 1) -> None:
-        """Fills a cache that has a `row_key`, in order; whatever it held is gone.
+        """Fills the rows of a cache with a `row_key` in order, and drops the former contents.
 
         Args:
-          batches: feature name -> [n, ...], of all of the cache's features.
+          batches: batches of candidates, feature name -> [n, ...], with all features of the cache.
           verbose: 1 for a progress bar, 0 for none.
 
         Raises:
-          ValueError: where two candidates have the same id, there are more of them than rows, or
-            none; where features do not match the specs; and for a cache without a `row_key`.
+          ValueError: if two candidates have the same id, if there are more candidates than rows or
+            none, if the features do not match the specs, or if the cache has no `row_key`.
         """
         if self.row_key is None:
             raise ValueError("`fill` is for a cache with a `row_key`. Received: row_key=None.")
@@ -285,38 +289,38 @@ class Cache(StateLayer):
             )
             on_every_replica(RowsById.assign, self._state.rows_by_id, ids)
         except Exception:
-            # Rows without their ids would be negatives of their own queries.
+            # Without ids, a row could not be excluded as the positive of its own query.
             on_every_replica(self._writer.forget)
             raise
         if self.index is not None:
             self.index.index(self._embeddings_on_host(), verbose=verbose)
 
     def _embeddings_on_host(self) -> np.ndarray:
-        """[C, d] float32, NaN where a row is not filled, which an index leaves out as well."""
+        """[C, d] float32, NaN in empty rows, so that an index leaves them out."""
         embeddings, filled = tf.convert_to_tensor(self.embeddings), self.filled.numpy()
         if embeddings.dtype != tf.float32 or not np.all(filled):
             embeddings = embeddings.numpy().astype(np.float32)
             embeddings[~filled] = np.nan
             return embeddings
-        # Of a corpus that hardly fits, not another copy.
+        # On a CPU the memory is shared, because a large corpus may not fit into memory twice.
         is_on_cpu = tf.DeviceSpec.from_string(embeddings.device).device_type == "CPU"
         return np.asarray(memoryview(embeddings)) if is_on_cpu else embeddings.numpy()
 
     def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
-        """[n] int64, the rows of the candidates with `ids` [n]; -1 for an id that is not there.
+        """[n] int64, the rows of the candidates with `ids` [n]; -1 for an unknown id.
 
         Raises:
-          ValueError: for a cache without a `row_key`.
+          ValueError: if the cache has no `row_key`.
         """
         if self.row_key is None:
             raise ValueError("`rows_of` needs a cache with a `row_key`. Received: row_key=None.")
         return RowsById.find(self._state.rows_by_id, ids)
 
     def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
-        """[count] int64, the rows touched longest ago, the smallest first among equals.
+        """[count] int64, the rows touched longest ago; the smaller index first among equals.
 
         Raises:
-          ValueError: where `count` is no number of rows.
+          ValueError: if `count` is negative or larger than the number of rows.
         """
         if not tf.is_tensor(count):
             _validation.check_count(count, "count", at_least=0)
@@ -328,24 +332,24 @@ class Cache(StateLayer):
         return self._times.oldest(count)
 
     def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
-        """Writes embeddings that were computed anew, outside of the sequence of updates.
+        """Writes recomputed embeddings to existing rows. This does not count as an update.
 
-        The rows get age 0, and the others get no older.
+        The rows get age 0. The ages of all other rows stay the same.
 
         Args:
-          rows: [n] int, different rows that are filled.
+          rows: [n] int, distinct filled rows.
           embeddings: [n, d] float.
 
         Raises:
-          ValueError: where a shape or dtype does not fit, or, outside of a `tf.function`, a row
-            does not exist.
+          ValueError: if a shape or dtype does not fit or, outside a `tf.function`, a row does not
+            exist.
         """
         rows = _validation.check_rows(rows, self.cache_size, "rows")
         items = {self.embedding_key: embeddings}
         on_every_replica(self._writer.rewrite, self._check_updates(items, rows, None))
 
     def as_negative_cache(self) -> NegativeCache:
-        """Returns the cache as the published `NegativeCache`, whose data are the live variables."""
+        """Returns the cache as the published `NegativeCache`, whose data are the variables."""
         return NegativeCache(data=self.data, age=self.age)
 
     def update(
@@ -357,23 +361,25 @@ class Cache(StateLayer):
         updated_item_indices: tf.Tensor | None = None,
         updated_item_mask: tf.Tensor | None = None,
     ) -> None:
-        """Updates existing rows, then lets each new item replace the oldest row left.
+        """Updates existing rows, then replaces the oldest remaining rows by new items.
 
-        Every age grows by one; touched rows get age 0. Among equal ages the smallest row is
-        replaced first. With a `row_key`, new items go to the rows of their ids instead.
+        Every age grows by one. Touched rows get age 0. Among equal ages, the row with the smallest
+        index is replaced first. With a `row_key`, new items are written to the rows of their ids
+        instead.
 
         Args:
-          new_items: feature name -> [n, ...] new candidates, with exactly the cache's features;
-            n <= C without a `row_key`. Of items of one id the first is written.
+          new_items: feature name -> [n, ...] new candidates, with exactly the cache's features. n
+            can be at most C unless there is a `row_key`. If several items have the same id in a
+            cache with a `row_key`, the first is written.
           new_items_mask: [n] bool; items with False are not inserted.
           updated_item_data: feature name -> [m, ...] new values of existing rows, for any of the
             cache's features.
-          updated_item_indices: [m] int, their rows.
+          updated_item_indices: [m] int, the rows to update.
           updated_item_mask: [m] bool; entries with False change nothing.
 
         Raises:
-          ValueError: where names, dtypes or shapes do not match the specs, or n exceeds a cache
-            without a `row_key`.
+          ValueError: if names, dtypes or shapes do not match the specs, or n > C without a
+            `row_key`.
         """
         new_items = _validation.check_items(new_items, self.specs, what="new_items", exact=True)
         if self.row_key is None:

@@ -1,4 +1,4 @@
-"""`Corrector`: a small network that learns where stale embeddings have gone."""
+"""`Corrector`: a small network that learns to update stale embeddings."""
 
 import math
 from collections.abc import Callable
@@ -21,42 +21,47 @@ _DRIFT_LOSSES = ("mse", "cross_entropy", "both")
 
 @keras.utils.register_keras_serializable("negative_cache")
 class Corrector(DriftCorrector):
-    """A two-layer residual network from stale embeddings to where they would be now.
+    """A two-layer residual network that maps stale embeddings to current ones.
 
-    Monath et al., ICML 2024 (arXiv 2409.01890). Candidates are drawn by their corrected embeddings
-    P_h(y|x) ∝ exp score(x, h(ĝ(y))), the draws are encoded, and what they turn out to be trains the
-    network for the next step. With r(ĝ) = ‖ĝ‖ W₂ gelu(W₁ ĝ √d / ‖ĝ‖ + b₁) + ‖ĝ‖ b₂ and W₂ = b₂ = 0
-    at the start, h begins as the identity; see `DriftCorrector` for h, which leaves rows that have
-    just been written as they are and is used as far as it proves right. It is applied to one block
-    of the cache at a time, inside of the sampler: a corrected cache is never stored.
+    Monath et al., ICML 2024 (arXiv 2409.01890). Candidates are drawn by their corrected embeddings,
+    P_h(y|x) ∝ exp score(x, h(ĝ(y))). The draws are encoded, and their fresh embeddings train the
+    network for the next step. The embedding ĝ is moved in proportion to
 
-    Give it to `CachedRetrieval(corrector=Corrector())`. The optimizer of the model trains it in the
-    same `fit`, on all rows that a training step encodes anyway: draws, refreshed rows and, where
-    the cache covers a corpus, the positives. No gradient of the drift loss reaches the towers, and
-    none of the task's loss reaches the corrector. (An optimizer that clips by the *global* norm
-    sees the gradients of both.)
+      r(ĝ) = ‖ĝ‖ W₂ gelu(W₁ ĝ √d / ‖ĝ‖ + b₁) + ‖ĝ‖ b₂,    W₂ = b₂ = 0 at the start,
 
-    With a `TreeIndex`, corrected means of nodes steer the draw, and candidates are scored by their
-    corrected embeddings, exactly, so that Metropolis-Hastings steps lead to P_h as they lead to P
-    without. Spreads and radii stay those of the stale embeddings: the log partition is an
-    estimate with centres of now and spreads of then, and `TreeIndex.log_partition_bounds` goes on
-    to bound the partition of the *stale* embeddings, not that of the corrected ones, of which
-    nothing is proven.
+    so that h begins as the identity. h scales r by the age of the row and by how reliable r has
+    been in recent steps; `DriftCorrector` defines it. The sampler applies h to one block of the
+    cache at a time. A corrected cache is never stored.
+
+    Pass it as `CachedRetrieval(corrector=Corrector())`. The optimizer of the model trains it in the
+    same `fit`, on all rows that a training step encodes anyway: the draws, refreshed rows and, if
+    the cache covers a corpus, the positives. The drift loss sends no gradient to the towers, and
+    the task's loss sends none to the corrector. (An optimizer that clips by the *global* norm
+    combines the gradients of both.)
+
+    With a `TreeIndex`, the means of nodes are corrected too, and guide the draws. Candidates are
+    scored exactly by their corrected embeddings, so Metropolis-Hastings steps lead to P_h. Spreads
+    and radii remain those of the stale embeddings. So the log partition is an estimate from
+    corrected means and stale spreads. `TreeIndex.log_partition_bounds` bounds the partition of the
+    *stale* embeddings; there are no proven bounds for the corrected ones.
 
     Args:
-      hidden_units: width of the hidden layer. Per row of the cache, a step costs about
-        2 * hidden_units multiplications for each of the batch's: wider is better and slower.
-      drift_loss: "mse", Σ ‖h(ĝ) - g‖² / Σ ‖g‖² over the encoded rows; "cross_entropy", between the
-        softmaxes over those rows under fresh and under corrected embeddings; or "both", the sum.
-      learning_rate_multiplier: steps of the corrector's weights are so many times those of the
-        model's optimizer, whichever that is. An effective rate of about 1e-3 with Adam is a good
-        start: towers that are fine-tuned at 2e-5 want a multiplier of 50.
-      warmup_steps: as in `DriftCorrector`.
-      content_key: as in `DriftCorrector`; the content is a further input of the first layer. Not
-        with an index, whose nodes have none.
+      hidden_units: width of the hidden layer. Scoring a cached row takes d multiplications per
+        query; the correction adds about 2 · hidden_units · d per row. A wider layer is more
+        accurate and slower.
+      drift_loss: the loss of the corrector over the encoded rows. "mse" is Σ ‖h(ĝ) - g‖² / Σ ‖g‖².
+        "cross_entropy" compares the softmaxes over these rows under fresh and under corrected
+        embeddings. "both" is their sum.
+      learning_rate_multiplier: multiplies the steps that the model's optimizer takes with the
+        corrector's weights. This works with every optimizer. An effective learning rate of about
+        1e-3 with Adam is a good start: a multiplier of 50 if the towers are fine-tuned at 2e-5.
+      warmup_steps: number of training steps before the correction is used.
+      content_key: name of a feature of the candidates that is an additional input of the first
+        layer, as in `DriftCorrector`. It cannot be used with an index, because nodes do not have
+        it.
 
     Raises:
-      ValueError: where an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Example:
       >>> corrector = Corrector(hidden_units=512)
@@ -139,10 +144,10 @@ class Corrector(DriftCorrector):
 
 
 class _ResidualNetwork(keras.layers.Layer):
-    """W₂ gelu(W₁ x + b₁) + b₂ with a learning rate of its own, zero at the start.
+    """W₂ gelu(W₁ x + b₁) + b₂, zero at the start, with its own multiplier m of the learning rate.
 
-    A weight w stands in a variable v = w / m. Its gradient is handed to v unchanged, so that a step
-    of any optimizer moves w by m times what it would move it by otherwise.
+    A weight w is stored as the variable v = w / m. The gradient with respect to w is passed to v
+    unchanged. So a step of any optimizer moves w m times as far as without the multiplier.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""`DriftCorrector`: what all correctors of stale embeddings share."""
+"""`DriftCorrector`: the base class of the correctors of stale embeddings."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,25 +10,26 @@ from negative_cache.layers._state import StateLayer
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import contrastive
 
-# Steps that the estimates of a typical age, and of how far to trust the correction, look back.
+# Rates of the moving averages of the typical age and of the trust in the correction.
 _AGE_RATE, _TRUST_RATE = 0.05, 0.1
-# A tower whose embeddings' lengths differ from one by less normalises them: float16 rounds, too.
+# If the lengths of all embeddings differ from one by less, the tower is taken to normalise them.
+# float16 rounds lengths too.
 _UNIT_TOLERANCE = 0.01
-# A correction is stretched to at most so many times that of a row of typical age.
+# The largest correction of a row, as a multiple of that of a row of typical age.
 _MAX_SHARE = 2.0
 
 Displacement = Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]
 
 
 class Encoded(NamedTuple):
-    """Cached candidates that a training step has encoded, in the form of a corrector's examples.
+    """Cached candidates that a training step has encoded: the training examples of a corrector.
 
     Attributes:
-      stale: [n, d] float32, ĝ, as cached.
-      fresh: [n, d] float32, g, of now.
-      age: [n] int32, the number of updates since the row was written.
-      mask: [n] bool; where False, the entry is none.
-      content: [n, c] float32, or None.
+      stale: [n, d] float32, ĝ, the cached embeddings.
+      fresh: [n, d] float32, g, the current embeddings.
+      age: [n] int32, the number of updates since each row was written.
+      mask: [n] bool; entries with False are not examples, and may hold any values.
+      content: [n, c] float32, the feature `content_key` of the corrector, or None.
     """
 
     stale: tf.Tensor
@@ -38,7 +39,7 @@ class Encoded(NamedTuple):
     content: tf.Tensor | None = None
 
     def as_constants(self) -> "Encoded":
-        """Without gradient, and with zeros in what is none, which may be anything."""
+        """The examples without gradient, and with zeros in masked entries."""
 
         def constant(part: tf.Tensor) -> tf.Tensor:
             is_there = tf.reshape(self.mask, [-1] + [1] * (part.shape.rank - 1))
@@ -48,30 +49,35 @@ class Encoded(NamedTuple):
 
 
 class DriftCorrector(StateLayer):
-    """Moves stale embeddings to where they would be if they were encoded now.
+    """Estimates the current embeddings of candidates from their stale ones.
 
-    A subclass says where to: `displacement_fn` returns a function r of embeddings, which is zero at
-    the start. An embedding ĝ that was written `age` updates ago becomes
+    A subclass defines the displacement r, a function of embeddings that is zero at the start;
+    `displacement_fn` returns it. An embedding ĝ that was written `age` updates ago becomes
 
-      h(ĝ) = norm(ĝ + α φ r(ĝ)),    φ = min(age / τ, 2),
+      h(ĝ) = norm(ĝ + α φ r(ĝ)),    φ = min(age / τ, 2).
 
-    where τ is the mean age of the rows that the training steps encode, as it was lately: a row that
-    has just been written is left as it is. The factor α in [0, 1] is the trust in r: the one that
-    would have made Σ ‖ĝ + α φ r(ĝ) - g‖² smallest over the rows encoded in the last ten steps or
-    so, each before r has learned from it. So a corrector that has learned nothing yet, or has not
-    followed a sudden change, does little harm. Where all fresh embeddings so far have been of unit
-    length, norm keeps the length that ĝ has; else it does nothing.
+    | Symbol | Meaning                                                                     |
+    | ------ | --------------------------------------------------------------------------- |
+    | τ      | the typical age: a moving average of the ages of the rows that steps encode |
+    | φ      | the share of the displacement for the row's age; 0 for a row just written   |
+    | α      | the trust in r, in [0, 1]                                                   |
+    | norm   | scales to the length of ĝ, if all fresh embeddings so far had unit length   |
 
-    Both factors, and r where it has a state, are in files. Correctors are trained by
-    `CachedRetrieval(corrector=…)`; their own `call` applies them to embeddings.
+    α is the factor that would have minimised Σ ‖ĝ + α φ r(ĝ) - g‖² over the rows encoded in about
+    the last ten steps, each predicted before r learned from it. So a corrector does little harm if
+    it has learned nothing yet, or has not followed a sudden change.
+
+    Files hold the state of τ and α, and that of r if it has one. `CachedRetrieval(corrector=…)`
+    trains a corrector. `call` applies it to embeddings.
 
     Args:
-      warmup_steps: training steps before the correction is used at all; α is 0 until then.
-      content_key: name of a feature [c] of the candidates that r may see beside the embedding, such
-        as a fixed projection of the bag of words. It must cost nothing to look at.
+      warmup_steps: number of training steps before the correction is used; α is 0 until then.
+      content_key: name of a feature [c] of the candidates that r takes in addition to the
+        embedding, such as a fixed projection of the bag of words. It is read for every cached row,
+        so it must not be expensive.
     """
 
-    # For files: see `LAYOUT`.
+    # Part of the description in files; see `LAYOUT`.
     _layout: Mapping = {}
 
     def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs: Any):
@@ -84,8 +90,8 @@ class DriftCorrector(StateLayer):
         """Makes the state for embeddings of shape `input_shape`, [n, d]."""
         if self.content_key is not None:
             raise ValueError(
-                "A corrector with a `content_key` is made by the `CachedRetrieval` that has it."
-                f" Received: content_key={self.content_key!r}."
+                "A corrector with a `content_key` is made by the `CachedRetrieval` that it is given"
+                f" to. Received: content_key={self.content_key!r}."
             )
         self.make(int(input_shape[-1]))
 
@@ -100,7 +106,7 @@ class DriftCorrector(StateLayer):
             },
             num_updates=make_state_variable(lambda: tf.zeros([], tf.int64), "num_updates"),
             typical_age=make_state_variable(lambda: tf.zeros([]), "typical_age"),
-            # Of the last steps: Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
+            # Moving averages of Σ ⟨h - ĝ, g - ĝ⟩ and Σ ‖h - ĝ‖².
             agreement=make_state_variable(lambda: tf.zeros([2]), "agreement"),
             are_unit=make_state_variable(lambda: tf.constant(True), "are_unit"),
             **self._make_fields(embedding_dim),
@@ -113,20 +119,20 @@ class DriftCorrector(StateLayer):
         age: tf.Tensor | None = None,
         content: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Corrects embeddings; without gradient.
+        """Corrects embeddings. No gradient flows through the result.
 
         Args:
-          embeddings: [n, d] float, stale.
-          age: [n] int, the number of updates since each was written; the typical age where None.
-          content: [n, c] float, the feature `content_key`, where the corrector has one.
+          embeddings: [n, d] float, stale embeddings.
+          age: [n] int, the number of updates since each was written; the typical age if None.
+          content: [n, c] float, the feature `content_key`, if the corrector has one.
 
         Returns:
-          [n, d] float32.
+          [n, d] float32, the corrected embeddings.
         """
         return self.corrector_fn(self.displacement_fn())(embeddings, age, content)
 
     def corrector_fn(self, displacement: Displacement) -> Callable[..., tf.Tensor]:
-        """`call` as a function, for many parts of a step with the same `displacement_fn()`."""
+        """`call` with a given result of `displacement_fn()`, for several uses in one step."""
         trust = self._trust()
 
         def correct(
@@ -144,15 +150,15 @@ class DriftCorrector(StateLayer):
         displacement: Displacement,
         score_fn: Callable[[tf.Tensor], tf.Tensor] | None = None,
     ) -> tf.Tensor | None:
-        """Learns from what a training step has encoded, and from nothing else.
+        """Learns from the candidates that a training step has encoded.
 
         Args:
-          encoded: candidates; no gradient flows back to them.
-          displacement: what `displacement_fn()` has returned in this step.
-          score_fn: candidates [n, d] -> [B, n] scores with the queries of the step.
+          encoded: the candidates. No gradient flows to them.
+          displacement: the result of `displacement_fn()` in this step.
+          score_fn: function from candidates [n, d] to scores [B, n] with the queries of the step.
 
         Returns:
-          A scalar loss whose gradient trains the weights; None where there are none to train.
+          A scalar loss whose gradient trains the weights; None if there are no weights to train.
         """
         encoded = encoded.as_constants()
         weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
@@ -177,26 +183,35 @@ class DriftCorrector(StateLayer):
 
     @property
     def state_variable(self) -> tf.Variable:
-        """A variable that is where the corrector computes."""
+        """A variable on the device that the corrector computes on."""
         return self._state.typical_age
 
     def displacement_fn(self) -> Displacement:
-        """r, a function (embeddings [n, d] float32, content [n, c] or None) -> [n, d]."""
+        """Returns r, a function (embeddings [n, d] float32, content [n, c] or None) -> [n, d]."""
         raise NotImplementedError
 
     def rows_to_encode(
         self, embeddings: tf.Variable, filled: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
-        """Rows of the cache to encode for `learn_landmarks` in this step, and a mask of them."""
+        """Chooses rows of the cache that this step encodes for `learn_landmarks`.
+
+        Args:
+          embeddings: [C, d] variable, the cached embeddings.
+          filled: [C] bool, whether each row holds a candidate.
+          seed: as in `sample_softmax`.
+
+        Returns:
+          rows: [k] int64 and mask: [k] bool, whether to encode each row. None for no rows.
+        """
         del embeddings, filled, seed
         return None
 
     def learn_landmarks(self, encoded: Encoded) -> None:
-        """Learns from the rows that `rows_to_encode` has asked for."""
+        """Learns from the rows that `rows_to_encode` has chosen."""
         del encoded
 
     def _make_fields(self, dim: int) -> dict:
-        """Further state variables."""
+        """Makes the additional state variables of a subclass."""
         del dim
         return {}
 
@@ -206,12 +221,12 @@ class DriftCorrector(StateLayer):
         encoded: Encoded,
         score_fn: Callable[[tf.Tensor], tf.Tensor] | None,
     ) -> tf.Tensor | None:
-        """A loss of `corrected` [n, d] against `encoded.fresh`; None where nothing is trained."""
+        """A loss of `corrected` [n, d] against `encoded.fresh`; None if nothing is trained."""
         del corrected, encoded, score_fn
         return None
 
     def _observe(self, encoded: Encoded) -> None:
-        """Takes note of what was encoded."""
+        """Lets a subclass store the encoded candidates."""
         del encoded
 
     def _follow_age(self, encoded: Encoded) -> None:
@@ -223,17 +238,16 @@ class DriftCorrector(StateLayer):
         self._state.typical_age.assign_add(rate * (mean - self._state.typical_age))
 
     def _trust(self) -> tf.Tensor:
-        """Scalar α."""
+        """Scalar float32, α."""
         both = tf.convert_to_tensor(self._state.agreement)
         trust = tf.clip_by_value(tf.math.divide_no_nan(both[0], both[1]), 0.0, 1.0)
         return tf.where(self._state.num_updates < self.warmup_steps, 0.0, trust)
 
     def _moved(self, stale: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
-        """`stale` [n, d] moved by `step`, to the length it had where embeddings are normalised."""
-        # A correction that has gone wrong is none.
+        """norm(`stale` + `step`), [n, d]; `stale` is kept if the step is not finite."""
         is_finite = tf.reduce_all(tf.math.is_finite(step), axis=1, keepdims=True)
         moved = stale + tf.where(is_finite, step, 0.0)
-        # The derivative of a square root has to be kept from zero.
+        # The derivative of the square root is infinite at zero.
         squares, moved_squares = (
             tf.maximum(tf.reduce_sum(tf.square(values), axis=1, keepdims=True), 1e-12)
             for values in (stale, moved)
@@ -241,7 +255,7 @@ class DriftCorrector(StateLayer):
         return tf.where(self._state.are_unit, moved * tf.sqrt(squares / moved_squares), moved)
 
     def _share(self, age: tf.Tensor | None, like: tf.Tensor) -> tf.Tensor:
-        """[n, 1] φ; 1 where the age is not known."""
+        """[n, 1] float32, φ; 1 if `age` is None."""
         if age is None:
             return tf.ones_like(like[:, :1])
         relative = tf.math.divide_no_nan(tf.cast(age, tf.float32), self._state.typical_age)
@@ -256,7 +270,7 @@ class DriftCorrector(StateLayer):
 
 
 def mean_squared_error(corrected: tf.Tensor, encoded: Encoded) -> tf.Tensor:
-    """Scalar Σ ‖h - g‖² / Σ ‖g‖² over the entries that are there."""
+    """Scalar Σ ‖h - g‖² / Σ ‖g‖² over the entries with True in `encoded.mask`."""
     weight = tf.cast(encoded.mask, tf.float32)[:, tf.newaxis]
     error = tf.reduce_sum(weight * tf.math.squared_difference(corrected, encoded.fresh))
     return tf.math.divide_no_nan(error, tf.reduce_sum(weight * tf.square(encoded.fresh)))
@@ -265,10 +279,11 @@ def mean_squared_error(corrected: tf.Tensor, encoded: Encoded) -> tf.Tensor:
 def cross_entropy(
     corrected: tf.Tensor, encoded: Encoded, score_fn: Callable[[tf.Tensor], tf.Tensor]
 ) -> tf.Tensor:
-    """Scalar mean over queries of KL(P ‖ P_h), both softmaxes over the entries that are there.
+    """Scalar mean over queries of KL(P ‖ P_h).
 
-    P has the scores of the fresh embeddings and P_h those of the corrected ones. It is the
-    cross-entropy less the entropy of P, which is constant: zero is the best there is.
+    P and P_h are the softmaxes over the entries with True in `encoded.mask`, of the scores of the
+    fresh and of the corrected embeddings. The divergence is the cross-entropy minus the entropy of
+    P, which is constant. So its minimum is zero.
     """
     logits = [
         contrastive.leave_out(score_fn(embeddings), ~encoded.mask[tf.newaxis])
@@ -277,19 +292,19 @@ def cross_entropy(
     target = tf.stop_gradient(tf.nn.softmax(logits[0]))
     difference = tf.nn.log_softmax(logits[0]) - tf.nn.log_softmax(logits[1])
     divergence = tf.where(target > 0.0, target * tf.where(target > 0.0, difference, 0.0), 0.0)
-    # Without a single entry the softmax of nothing is NaN.
+    # If all entries are masked, the softmax is NaN.
     is_some = tf.reduce_any(encoded.mask)
     return tf.where(is_some, contrastive.mean_or_zero(tf.reduce_sum(divergence, axis=1)), 0.0)
 
 
 def build_corrector(corrector: DriftCorrector, embedding_dim: int, content_dim: int) -> None:
-    """Makes a corrector for embeddings of `embedding_dim`, or checks that it is for those.
+    """Makes the corrector's state for the given dimensions, or checks the existing state.
 
     Raises:
-      ValueError: where it has been made for another width.
+      ValueError: if the corrector has been made for other dimensions.
     """
     if not corrector.built:
-        # Also where that is found out in the middle of a branch of a graph.
+        # The first call may be inside a branch of a graph.
         with tf.init_scope():
             corrector.make(embedding_dim, content_dim)
     wanted = (embedding_dim, content_dim)

@@ -1,9 +1,9 @@
-"""`FrequencyEstimator`, and the log Q correction: how often a candidate is among the negatives.
+"""`FrequencyEstimator`, and the log Q correction for the frequency of candidates.
 
-With n negatives that are draws from the training stream, a candidate of probability p stands among
-them n p times. Subtracting log(n p) from its score makes a sum over the negatives an estimate of
-the sum over the corpus, in which every candidate stands once. The probability is given by the user
-or estimated from the stream.
+Let n negatives be draws from the training stream. Then a candidate of probability p occurs n p
+times among them on average. Subtracting log(n p) from its score makes the sum over the negatives an
+estimate of the sum over the corpus, in which every candidate occurs once. The user gives the
+probability, or it is estimated from the stream.
 """
 
 import math
@@ -18,12 +18,12 @@ from negative_cache.layers._variables import make_state_variable, scatter_rows
 
 # 2^64 over the golden ratio, as a signed number.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
-# A probability of zero is a slip of whoever counted, and must not make its candidate the only one
-# that matters. In a batch it is clipped where TF-Recommenders clips it. Among millions of cached
-# candidates smaller probabilities are meant.
+# Given probabilities are clipped from below: a mistaken zero would let one candidate dominate the
+# sum. In a batch the limit is that of TF-Recommenders. Among millions of cached candidates, smaller
+# probabilities are meaningful.
 SMALLEST_IN_BATCH = 1e-6
 SMALLEST_IN_CACHE = 1e-9
-# What marks the logarithm of a probability as not known: no probability has it.
+# The logarithm of an unknown probability. No probability has this logarithm.
 _UNKNOWN = 1.0
 
 
@@ -31,25 +31,25 @@ _UNKNOWN = 1.0
 class FrequencyEstimator(StateLayer):
     """Estimates a candidate's sampling probability from the average gap between its occurrences.
 
-    Streaming frequency estimation of Yi et al. (RecSys 2019): one array keeps when a hashed
-    candidate was last seen, one keeps the moving average of its gaps, and p̂ = 1 / gap. Time is
-    counted in candidates, not in steps, and c occurrences within a batch are c gaps of equal
-    length. So p̂ is the probability *per draw* whatever the batch size is, also for a candidate
-    that is in every batch.
+    This is the streaming frequency estimation of Yi et al. (RecSys 2019). Candidates are hashed to
+    buckets. One array keeps when a bucket was last seen, another keeps the moving average of its
+    gaps, and p̂ = 1 / gap. Time is counted in candidates, not in steps, and c occurrences within a
+    batch count as c gaps of equal length. So p̂ is the probability *per draw*, for any batch size
+    and also for a candidate that is in every batch.
 
-    Candidates that share a bucket share their estimate, which then is too high. Of a corpus of N
-    candidates that is about the share N / num_buckets of them: a few percent want some 30 buckets a
-    candidate. `occupancy` says what came of it.
+    Candidates in the same bucket share one estimate, which is too high for each of them. In a
+    corpus of N candidates, the fraction of candidates that share a bucket is about N / num_buckets.
+    To keep it at a few percent, use about 30 buckets per candidate. `occupancy` measures it.
 
-    It is a Keras layer so that a model that has one saves it. It is not called.
+    It is a Keras layer, so that a model that has one saves it. It is not called.
 
     Args:
-      num_buckets: size of both arrays, of 12 bytes a bucket together, in memory and in files.
+      num_buckets: size of both arrays. Together they take 12 bytes per bucket, in memory and in
+        files.
       learning_rate: weight of the newest gap in the moving average.
 
     Raises:
-      ValueError: where `num_buckets` is not positive, `learning_rate` is outside (0, 1], or keys
-        are no integers.
+      ValueError: if `num_buckets` is not positive, or `learning_rate` is outside (0, 1].
     """
 
     def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs: Any):
@@ -68,7 +68,11 @@ class FrequencyEstimator(StateLayer):
         self.built = True
 
     def update(self, keys: tf.Tensor) -> None:
-        """Counts the occurrences `keys` [n] of a batch, integers."""
+        """Counts the occurrences of a batch, given by their integer `keys` [n].
+
+        Raises:
+          ValueError: if the keys are not integers.
+        """
         on_every_replica(self._update, _as_keys(keys))
 
     def _update(self, keys: tf.Tensor) -> None:
@@ -80,21 +84,27 @@ class FrequencyEstimator(StateLayer):
         occurrences = tf.reduce_sum(tf.cast(same, tf.float32), axis=1)
         new_gap = tf.cast(now - last_seen, tf.float32) / occurrences
         old_gap = tf.gather(self._state.gap, buckets)
-        # One step towards each of the occurrences' gaps: rare and frequent candidates are alike.
+        # One step of the moving average for each occurrence.
         rate = 1.0 - tf.pow(1.0 - self.learning_rate, occurrences)
         moved = old_gap + rate * (new_gap - old_gap)
-        # The first gap of a candidate is the time until it first came, not a step away from an
-        # arbitrary start.
+        # The first gap of a candidate is the time of its first occurrence, not a step away from an
+        # arbitrary initial value.
         scatter_rows(self._state.gap, buckets, tf.where(last_seen == 0, new_gap, moved))
         scatter_rows(self._state.last_seen, buckets, tf.fill(tf.shape(buckets), now))
 
     def probability(self, keys: tf.Tensor, never_seen: float | None = None) -> tf.Tensor:
-        """Estimates the probability that a draw from the stream is each of `keys` [n]: [n] float32.
+        """Estimates the probability of each candidate per draw from the stream.
 
-        Keys are integers; for ids that are strings a task takes their fingerprints.
+        Args:
+          keys: [n] int, the candidates. For string ids, a task uses their fingerprints.
+          never_seen: the result for a candidate that has never been seen. If None, it is the
+            probability of one occurrence in the whole stream so far.
 
-        A candidate never seen has the probability `never_seen`, or where None that of one
-        occurrence in the whole stream so far.
+        Returns:
+          [n] float32.
+
+        Raises:
+          ValueError: if the keys are not integers.
         """
         if never_seen is None:
             never_seen = 1.0 / (tf.cast(self._state.num_seen, tf.float32) + 1.0)
@@ -103,9 +113,9 @@ class FrequencyEstimator(StateLayer):
 
     @property
     def occupancy(self) -> tf.Tensor:
-        """Scalar float32, the share of the buckets that the stream has come to.
+        """Scalar float32, the fraction of buckets that the stream has reached.
 
-        It is about the share of the candidates that have their bucket with others.
+        It is about the fraction of candidates that share a bucket with another candidate.
         """
         return tf.reduce_mean(tf.cast(tf.convert_to_tensor(self._state.gap) > 0.0, tf.float32))
 
@@ -117,8 +127,8 @@ class FrequencyEstimator(StateLayer):
         }
 
     def _bucket(self, keys: tf.Tensor) -> tf.Tensor:
-        # Ids are often multiples of a round number, which then share few buckets: mixed, they are
-        # spread over all (Knuth's multiplicative hashing, wrapping around).
+        # Ids are often multiples of a round number, and would fall into few buckets. Knuth's
+        # multiplicative hashing, with overflow, spreads them over all buckets.
         mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
         mixed = tf.bitwise.bitwise_xor(mixed, mixed // 2**32)
         return tf.math.floormod(mixed, tf.constant(self.num_buckets, tf.int64))
@@ -132,26 +142,30 @@ def _as_keys(keys: tf.Tensor) -> tf.Tensor:
 
 
 def log_given_probability(probability: tf.Tensor, smallest: float) -> tf.Tensor:
-    """[n] log of given probabilities [n], clipped to [smallest, 1]; NaN marks an unknown one."""
+    """[n] log of probabilities [n] clipped to [smallest, 1]; NaN stands for an unknown one."""
     is_known = ~tf.math.is_nan(probability)
     clipped = tf.clip_by_value(tf.where(is_known, probability, 1.0), smallest, 1.0)
     return tf.where(is_known, tf.math.log(clipped), _UNKNOWN)
 
 
 def log_unknown_probability(size: tf.Tensor) -> tf.Tensor:
-    """[size] marks of candidates that came without a probability."""
+    """[size] float32, the marker of an unknown probability for each candidate."""
     return tf.fill([size], _UNKNOWN)
 
 
 def log_estimated_probability(
     frequency: FrequencyEstimator, ids: tf.Tensor, *, of_rows: bool = False
 ) -> tf.Tensor:
-    """[n] log of estimated probabilities; rows that the stream has not brought are marked."""
+    """[n] log of the estimated probabilities of `ids` [n].
+
+    With `of_rows`, the probability of a candidate that the stream has not reached is marked as
+    unknown.
+    """
     never_seen = math.exp(_UNKNOWN) if of_rows else None
     return tf.math.log(frequency.probability(ids, never_seen))
 
 
 def log_expected_occurrences(log_probability: tf.Tensor, num_negatives: tf.Tensor) -> tf.Tensor:
-    """[n] log of n p; zero, that is no correction, for candidates of unknown probability."""
+    """[n] log(num_negatives · p); zero, that is no correction, if the probability is unknown."""
     log_count = tf.math.log(tf.maximum(num_negatives, 1.0))
     return tf.where(log_probability > 0.5 * _UNKNOWN, 0.0, log_probability + log_count)

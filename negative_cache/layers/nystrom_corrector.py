@@ -1,4 +1,4 @@
-"""`NystromCorrector`: carries the movement of a few landmarks to all stale embeddings."""
+"""`NystromCorrector`: applies the drift of a few landmarks to all stale embeddings."""
 
 from typing import Any
 
@@ -20,39 +20,40 @@ _SMALLEST_RIDGE = 1e-3
 
 @keras.utils.register_keras_serializable("negative_cache")
 class NystromCorrector(DriftCorrector):
-    """Kernel regression of the drift on landmarks; it needs no training.
+    """Kernel regression of the drift on landmarks. It needs no training.
 
-    Monath et al. (arXiv 2303.15311): with landmarks Z, of which both the stale and the fresh
-    embeddings are known, the drift of any other candidate is estimated as
+    Monath et al. (arXiv 2303.15311). Landmarks Z are candidates with known stale and fresh
+    embeddings. The drift of any other candidate is estimated as
 
-      r(ĝ) = k(ĝ, ĝ(Z)) (K_ZZ + λ I)⁻¹ (g(Z) - ĝ(Z)),
+      r(ĝ) = k(ĝ, ĝ(Z)) (K_ZZ + λ I)⁻¹ (g(Z) - ĝ(Z)).
 
-    one solve of m equations a step, and a product with m landmarks for each row of the cache. See
-    `DriftCorrector` for h, and `ops.landmarks.nystrom_coefficients` for what landmarks of different
-    age mean. The landmarks' stale and fresh embeddings and their age are its state.
+    That takes one solve of m equations per step, and a product with m landmarks for each row of the
+    cache. `DriftCorrector` defines how r corrects an embedding. The landmarks may have different
+    ages; `ops.landmarks.nystrom_coefficients` has the equation for that. The state of the layer is
+    the landmarks' stale embeddings, fresh embeddings and ages.
 
-    Landmarks are, by default, the rows that training steps have encoded last, which cost nothing:
-    draws, refreshed rows and, where the cache covers a corpus, positives. "uniform" and "k-means++"
-    choose rows of the cache once, as soon as it holds enough; at every step `num_encoded` of them
-    in turn are encoded, beside what the step encodes anyway. They are not written back: a landmark
-    whose stale embedding is fresh would say nothing of the others.
+    By default, the landmarks are the rows that training steps have encoded last: draws, refreshed
+    rows and, if the cache covers a corpus, positives. They cost no additional encoding. With
+    "uniform" and "k-means++", rows of the cache are chosen once, as soon as it holds enough. Every
+    step then encodes `num_encoded` of them in turn, in addition to its other rows. They are not
+    written back to the cache: a landmark without drift says nothing about the drift of other rows.
 
-    What a `TreeIndex` makes of the correction is said in `Corrector`.
+    `Corrector` describes how a `TreeIndex` uses the correction.
 
     Args:
       num_landmarks: m.
       landmarks: "encoded", "uniform" or "k-means++".
-      num_encoded: of "uniform" and "k-means++", how many are encoded at each step; all, as in the
-        paper, where None.
-      kernel: "rbf", k(a, b) = exp(-‖a - b‖² / 2 b² l²), or "linear", k(a, b) = ⟨a, b⟩ / l² + 1, for
-        which d + 1 equations are solved, and a row costs no more than another layer of width d. l
-        is the root of the mean squared length of the landmarks' stale embeddings.
-      bandwidth: b, of the rbf kernel.
+      num_encoded: for "uniform" and "k-means++", the number of landmarks that are encoded at each
+        step. None encodes all of them, as in the paper.
+      kernel: "rbf" is k(u, v) = exp(-‖u - v‖² / 2 b² l²). "linear" is k(u, v) = ⟨u, v⟩ / l² + 1:
+        it solves d + 1 equations, and a row costs as much as a layer of width d. l² is the mean
+        squared length of the landmarks' stale embeddings.
+      bandwidth: b, of the "rbf" kernel.
       ridge: λ >= 0.001.
-      warmup_steps: as in `DriftCorrector`.
+      warmup_steps: number of training steps before the correction is used.
 
     Raises:
-      ValueError: where an argument is out of range.
+      ValueError: if an argument is out of range.
 
     Example:
       >>> task = CachedRetrieval(tower, cache=cache, corrector=NystromCorrector(1024))
@@ -84,16 +85,16 @@ class NystromCorrector(DriftCorrector):
             raise ValueError(f"`bandwidth` must be positive. Received: {bandwidth}.")
         if not ridge >= _SMALLEST_RIDGE:
             raise ValueError(
-                f"`ridge` must be at least {_SMALLEST_RIDGE}, or the equations cannot be solved in"
+                f"`ridge` must be at least {_SMALLEST_RIDGE} for the equations to be solvable in"
                 f" float32. Received: {ridge}."
             )
         if num_encoded is not None:
             _validation.check_count(num_encoded, "num_encoded")
             if landmarks == "encoded" or num_encoded > num_landmarks:
                 raise ValueError(
-                    "`num_encoded` must be at most `num_landmarks`, and is for landmarks that are"
-                    f" chosen. Received: num_encoded={num_encoded}, num_landmarks={num_landmarks},"
-                    f" landmarks={landmarks!r}."
+                    "`num_encoded` must be at most `num_landmarks`, and cannot be used with"
+                    f' landmarks="encoded". Received: num_encoded={num_encoded},'
+                    f" num_landmarks={num_landmarks}, landmarks={landmarks!r}."
                 )
         self.landmarks, self.num_encoded = landmarks, num_encoded
         self.kernel, self.bandwidth, self.ridge = kernel, bandwidth, ridge
@@ -108,7 +109,7 @@ class NystromCorrector(DriftCorrector):
         )
 
     def _solve(self) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """The weights of the regression, the landmarks' stale embeddings, and their length l."""
+        """Returns the regression weights, the landmarks' stale embeddings, and the length l."""
         landmarks = {key: tf.convert_to_tensor(v) for key, v in self._state.landmarks.items()}
         is_there = landmarks["age"] >= 0
         stale, fresh = (
@@ -131,7 +132,7 @@ class NystromCorrector(DriftCorrector):
     def rows_to_encode(
         self, embeddings: tf.Variable, filled: tf.Tensor, seed: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor] | None:
-        """[k] int64 rows of landmarks to encode now, and [k] bool; None where draws will do."""
+        """See `DriftCorrector`. Returns None if the landmarks are rows encoded by the step."""
         if self.landmarks == "encoded":
             return None
         chosen = self._state.landmarks["rows"]
@@ -156,14 +157,15 @@ class NystromCorrector(DriftCorrector):
         return tf.maximum(rows, 0), tf.fill(tf.shape(rows), are_chosen)
 
     def learn_landmarks(self, encoded: Encoded) -> None:
-        """Takes the embeddings of the rows that `rows_to_encode` has asked for."""
+        """Stores the embeddings of the rows that `rows_to_encode` has chosen."""
         self._remember(encoded, self.num_encoded or self.num_landmarks)
 
     def _observe(self, encoded: Encoded) -> None:
         if self.landmarks == "encoded":
             size = encoded.mask.shape[0]
             size = tf.size(encoded.mask) if size is None else size
-            # Where there are more than landmarks, some of every kind.
+            # If there are more entries than landmarks, evenly spaced ones are kept, so that draws,
+            # refreshed rows and positives are all among them.
             is_known = isinstance(size, int)
             count = (min if is_known else tf.minimum)(size, self.num_landmarks)
             chosen = tf.range(count) * size // count
@@ -175,7 +177,7 @@ class NystromCorrector(DriftCorrector):
     def _remember(
         self, encoded: Encoded, size: int | tf.Tensor, num_used: int | tf.Tensor | None = None
     ) -> None:
-        """Writes what was encoded into the next `size` slots, and moves on by `num_used`."""
+        """Writes `encoded` into the next `size` slots, and advances `next_slot` by `num_used`."""
         slots = insertion_rows(self._next_slots(size), encoded.mask)
         fields = {"stale": encoded.stale, "fresh": encoded.fresh, "age": encoded.age}
         for name, values in fields.items():
@@ -195,7 +197,7 @@ class NystromCorrector(DriftCorrector):
             "landmarks": {
                 "stale": make_state_variable(lambda: tf.zeros([size, dim]), "stale"),
                 "fresh": make_state_variable(lambda: tf.zeros([size, dim]), "fresh"),
-                # -1 where there is no landmark yet.
+                # -1 in slots without a landmark.
                 "age": make_state_variable(lambda: tf.fill([size], -1), "age"),
                 "rows": make_state_variable(
                     lambda: tf.fill([size], tf.constant(-1, tf.int64)), "rows"
@@ -218,5 +220,5 @@ class NystromCorrector(DriftCorrector):
 
 
 def _features(embeddings: tf.Tensor, length: tf.Tensor) -> tf.Tensor:
-    """[n, d + 1], of which inner products are the linear kernel."""
+    """[n, d + 1] features whose inner products are the linear kernel."""
     return tf.pad(embeddings / length, [[0, 0], [0, 1]], constant_values=1.0)

@@ -12,17 +12,18 @@ from negative_cache._compat import keras
 class LearnedTemperature(keras.layers.Layer):
     """Divides scores by a temperature that is trained with the towers, as a `score_transform`.
 
-    Its logarithm is the weight (Radford et al., arXiv 2103.00020), clipped where it is used: at a
-    limit the gradient is zero. Weight decay would pull it to 1: leave `log_temperature` out of it.
-    `temperature` is its value.
+    The weight is the logarithm of the temperature (Radford et al., arXiv 2103.00020). It is clipped
+    when it is used, so the gradient is zero beyond a limit. Exclude the weight `log_temperature`
+    from weight decay, which would pull the temperature to 1. The property `temperature` is the
+    current value.
 
     Args:
       initial: the temperature at the start.
-      smallest: its least value. CLIP's is 0.01.
-      largest: its largest value.
+      smallest: the smallest temperature. CLIP uses 0.01.
+      largest: the largest temperature.
 
     Raises:
-      ValueError: where the three are not positive and in order.
+      ValueError: if 0 < `smallest` <= `initial` <= `largest` does not hold.
 
     Example:
       >>> task = CachedRetrieval(tower, specs, 65536, score_transform=LearnedTemperature(0.07))
@@ -48,14 +49,14 @@ class LearnedTemperature(keras.layers.Layer):
 
     @property
     def temperature(self) -> tf.Tensor:
-        """Scalar float32."""
+        """Scalar float32, the current temperature."""
         log_temperature = tf.convert_to_tensor(self.log_temperature)
         return tf.exp(
             tf.clip_by_value(log_temperature, math.log(self.smallest), math.log(self.largest))
         )
 
     def call(self, scores: tf.Tensor) -> tf.Tensor:
-        """Scores [...] divided by the temperature."""
+        """Returns `scores` [...] divided by the temperature, float32."""
         return tf.cast(scores, tf.float32) / self.temperature
 
     def get_config(self) -> dict[str, Any]:

@@ -40,54 +40,51 @@ if TYPE_CHECKING:
 class TreeIndex(StateLayer):
     """A tree over candidate embeddings that samples from their softmax without scoring them all.
 
-    For each query a *cut* through the tree is refined where the query's mass is: at each level the
-    heaviest nodes are replaced by their children, in the end `beam` leaves by single candidates
-    with exact scores. What remains are nodes, each of which stands for many candidates with an
-    estimate of their partition Σ exp(score), and with bounds of it that hold at every moment. A
-    draw takes a part of the cut, descends inside of it level by level to one candidate, and is
-    corrected by a few Metropolis-Hastings steps. See `ops.tree.cut` and `ops.tree.sampling` for the
-    equations. Time grows with the logarithm of the number of candidates.
+    A *cut* is a set of nodes and candidates that covers all candidates once. For each query it is
+    refined where the query's mass Σ exp(score) is: at each level the heaviest nodes are replaced by
+    their children, and in the end `beam` leaves by single candidates with exact scores. The mass of
+    a remaining node is estimated, with bounds that always hold. A draw takes a part of the cut,
+    descends to one candidate, and is corrected by a few Metropolis-Hastings steps. Time grows with
+    the logarithm of N. `ops.tree.cut` and `ops.tree.sampling` have the equations.
 
-    The tree is maintained and never rebuilt on a schedule (after Monath et al., arXiv 2303.15311,
-    whose SG-tree has nodes of any number of children on levels of halving radii; here nodes lie in
-    blocks of fixed size, which split in two where they are full, as in a B-tree). An updated
-    candidate that stays inside the ball of its leaf, and near enough for what the leaf was when it
-    was made, only moves the means of its path; another one is routed again from the root to the
-    nearest child at each level. Where a mean moves by δ, the node's radius grows by ‖δ‖. So bounds
-    loosen with time, and `tighten` brings them back to what the candidates themselves give.
+    The tree is maintained and never rebuilt on a schedule, after Monath et al., arXiv 2303.15311.
+    (Nodes of their SG-tree have any number of children, on levels of halving radii. Here nodes lie
+    in blocks of fixed size that split when they are full, as in a B-tree.) If an updated candidate
+    stays inside the ball of its leaf, and within a distance limit set when the leaf was made, only
+    the means of its path change. Otherwise it is routed again, from the root to the nearest child
+    at each level. If a mean moves by δ, the node's radius grows by ‖δ‖. So bounds loosen with time;
+    `tighten` recomputes them from the candidates.
 
-    With `store_embeddings=False` the index keeps no embeddings: 4 bytes a candidate for its place,
-    about 6 for the leaves' lists of members, `residual_bytes` of a product-quantised residual, and
-    the means of leaves of about 900 candidates in bfloat16. It starts with `index`. Scores are then
-    estimates, draws follow the softmax over those, and bounds come from nodes alone. Centres of
-    leaves then move only when a leaf splits: after a large drift of the embeddings, call `index`
-    again.
+    With `store_embeddings=False` the index keeps no embeddings. Per candidate it takes 4 bytes for
+    its slot, about 6 for the leaves' lists of members, and `residual_bytes` for a product-quantised
+    residual; the means of leaves of about 900 candidates are in bfloat16. Call `index` first.
+    Scores are then estimates, draws follow the softmax over them, and bounds come from nodes alone.
+    The leaves' centres move only when a leaf splits: call `index` again after a large drift.
 
-    Updates, draws and searches run in graphs, without retracing, and on an accelerator under XLA.
-    On a CPU that is slower, and Keras is told not to compile what holds an index with it. It is a
-    Keras layer so that a model that has one saves it, and is not called.
+    Updates, draws and searches run in graphs without retracing, and on an accelerator with XLA. XLA
+    is slower on a CPU, so Keras does not compile models with an index there. The index is a Keras
+    layer, so that a model that has one saves it. It is not called.
 
-    A row that cannot be applied is left out and counted in `num_skipped`: an embedding that is not
-    finite, or longer than 1e15; an index out of range, or for the second time in one update; a
-    candidate without room, which takes very many leaves that hold only a few candidates.
+    An update skips a row and counts it in `num_skipped` if its embedding is not finite or longer
+    than 1e15, if its index is out of range or repeated, or if the tree has no room for it, which
+    happens only if very many leaves hold few candidates.
 
     Args:
       capacity: N, the number of candidates. Their indices are 0, …, N - 1.
       embedding_dim: d.
-      beam: leaves opened for each query; of inner nodes twice as many are at each level. More are
-        slower, closer to the softmax and tighter in bounds.
-      correction_steps: K, Metropolis-Hastings steps for each draw. Each costs one more descent for
-        each draw, which is little.
-      leaf_size: candidates of a leaf at the most; 64, or 1,024 without embeddings, where None.
-      branching: children of a node at the most, below the root.
-      embedding_dtype: of the stored embeddings: float32, bfloat16 or float16.
+      beam: number of leaves opened for each query, and of nodes twice as many on each level above.
+        A larger beam is slower, closer to the softmax, and gives tighter bounds.
+      correction_steps: K, Metropolis-Hastings steps per draw. A step costs one more cheap descent.
+      leaf_size: the most candidates in a leaf. None is 64, or 1,024 without embeddings.
+      branching: the most children of a node.
+      embedding_dtype: dtype of the stored embeddings: float32, bfloat16 or float16.
       store_embeddings: whether embeddings are stored.
-      residual_bytes: without embeddings, bytes of a candidate's residual. It must divide d. 0 for
-        none, where candidates of a leaf are drawn uniformly.
+      residual_bytes: without embeddings, the bytes of a candidate's residual. It must divide d. If
+        0, there are no residuals, and the candidates of a leaf are drawn uniformly.
       saved: whether files hold the tree: TensorFlow checkpoints, `.keras` and `.weights.h5`.
 
     Raises:
-      ValueError: where an argument is out of range or contradicts another.
+      ValueError: if an argument is out of range or contradicts another.
 
     Example:
       >>> index = TreeIndex(capacity=1_000_000, embedding_dim=64)
@@ -147,9 +144,8 @@ class TreeIndex(StateLayer):
             **fields,
         )
         self._upkeep = TreeUpkeep(self._shape, self._state, self._candidates)
-        # A thousand small operations are as many kernels on an accelerator, unless they are
-        # compiled. On a CPU, where shapes need not be fixed, they are faster as they are, and
-        # Keras, which asks this before it compiles by itself, is not to.
+        # Keras reads this before it compiles. On an accelerator, XLA fuses the many small
+        # operations. On a CPU, they are faster without XLA, which needs fixed shapes.
         self.supports_jit = _execution.is_on_accelerator(self.state_variable)
         with tf.init_scope():
             self.reset()
@@ -163,17 +159,17 @@ class TreeIndex(StateLayer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the number of rows of updates left out so far."""
+        """Scalar int64, the number of rows of updates that were left out so far."""
         return self._state.num_skipped
 
     @property
     def state_variable(self) -> tf.Variable:
-        """A variable that is where the index computes."""
+        """A variable on the device that the index computes on."""
         return self._state.max_norm
 
     @property
     def num_bytes(self) -> int:
-        """The size of all variables of one replica."""
+        """The size of all variables of one replica, in bytes."""
         variables = tf.nest.flatten(vars(self._state))
         return sum(variable.shape.num_elements() * variable.dtype.size for variable in variables)
 
@@ -184,27 +180,27 @@ class TreeIndex(StateLayer):
 
     @property
     def tree(self) -> Tree:
-        """The live arrays, for the functions of `ops`."""
+        """The variables, for the functions of `ops.tree`."""
         return self._upkeep.tree
 
     def index(self, embeddings: np.ndarray | tf.Tensor, *, verbose: int = 1, seed: int = 0) -> None:
-        """Builds the tree anew over candidates 0, …, n - 1, on the host; whatever it held is gone.
+        """Builds a new tree over candidates 0, …, n - 1, on the host, and drops the former one.
 
         The candidates are clustered into leaves, the leaves' means into blocks, and so on up to the
-        root block. It takes minutes for tens of millions, and no copy of the embeddings but the
-        stored one, unless rows are left out.
+        root block. It takes minutes for tens of millions of candidates. The embeddings are copied
+        once, if they are stored, and once more if rows are left out.
 
         Args:
           embeddings: [n, d] float, n <= capacity; an array, a tensor or a memory-mapped file. Rows
-            that are not finite, or longer than 1e15, are left out and counted.
+            that are not finite, or longer than 1e15, are left out and count in `num_skipped`.
           verbose: 1 for a progress bar, 0 for none.
-          seed: of the clustering.
+          seed: seed of the clustering.
 
         Raises:
-          ValueError: where the shape does not fit, or in a `tf.function`.
+          ValueError: if the shape does not fit, or if it is called in a `tf.function`.
         """
         if not tf.executing_eagerly():
-            raise ValueError("`index` builds the tree on the host, outside of any `tf.function`.")
+            raise ValueError("`index` runs on the host. It cannot be called in a `tf.function`.")
         embeddings = checks.check_corpus(embeddings, self.capacity, self.embedding_dim)
         built = build_tree(
             embeddings, self._shape, self.embedding_dtype, seed=seed, verbose=verbose
@@ -212,46 +208,44 @@ class TreeIndex(StateLayer):
         self._upkeep.load(built, embeddings, seed)
 
     def reset(self) -> None:
-        """Takes all candidates out of the tree."""
+        """Removes all candidates from the tree."""
         self._upkeep.clear()
 
     def update(
         self, indices: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor | None = None
     ) -> None:
-        """Moves candidates to where their embeddings are now, or adds them.
+        """Moves candidates to new embeddings, or adds them.
 
         Args:
-          indices: [m] int, which candidates; in [0, capacity), no two equal.
+          indices: [m] int, the candidates; distinct numbers in [0, capacity).
           embeddings: [m, d] float.
-          mask: [m] bool; entries with False are left out without being counted, whatever they are.
+          mask: [m] bool; entries with False are ignored and not counted, whatever they hold.
 
         Raises:
-          ValueError: where a shape does not fit; and, outside of a `tf.function`, where an index is
-            out of range or repeated.
+          ValueError: if a shape does not fit or, outside a `tf.function`, an index is out of range
+            or repeated.
         """
         embeddings = checks.check_embeddings(embeddings, self.embedding_dim, "embeddings")
         indices, mask = checks.check_indices(indices, embeddings, mask, self.capacity)
         if tf.executing_eagerly() and not self._candidates.accepts_updates:
-            raise ValueError(
-                "An index without embeddings cannot grow from nothing: call `index` first."
-            )
+            raise ValueError("An index without embeddings cannot start empty: call `index` first.")
         embeddings = tf.ensure_shape(tf.cast(embeddings, tf.float32), [None, self.embedding_dim])
         self._upkeep.update(indices, embeddings, mask)
 
     def remove(self, indices: tf.Tensor) -> None:
-        """Takes candidates `indices` [m] out of the tree; those that are not in it are no error.
+        """Removes candidates `indices` [m] from the tree. They need not be in it.
 
         Raises:
-          ValueError: as `update`.
+          ValueError: as in `update`.
         """
         indices = tf.convert_to_tensor(indices)
         indices, mask = checks.check_indices(indices, indices, None, self.capacity)
         self._upkeep.remove(indices, mask)
 
     def tighten(self) -> None:
-        """Computes means, spreads and radii anew, in a pass over all candidates.
+        """Recomputes means, spreads and radii, by a pass over all candidates.
 
-        Without stored embeddings the leaves' centres stay and only the bounds get tighter.
+        Without stored embeddings the leaves' centres stay; only the bounds get tighter.
         """
         self._upkeep.tighten()
 
@@ -269,16 +263,16 @@ class TreeIndex(StateLayer):
 
         Args:
           query_embeddings: [B, d] float.
-          num_samples: S, draws for each query.
-          correction_steps: the index's where None.
-          **options: as `sample_with_log_probability` takes them.
+          num_samples: S, the number of draws per query.
+          correction_steps: K; that of the index if None.
+          **options: the options of `sample_with_log_probability`.
 
         Returns:
-          A `SoftmaxSample`. Its scores are exact where embeddings are stored; `log_partition` is
-          the cut's estimate. No gradient flows through it.
+          A `SoftmaxSample`. Its scores are exact if embeddings are stored. `log_partition` is the
+          cut's estimate. No gradient flows through it.
 
         Raises:
-          ValueError: where a shape does not fit or an argument is out of range.
+          ValueError: if a shape does not fit or an argument is out of range.
         """
         return self._draw(query_embeddings, num_samples, correction_steps, **options)[0]
 
@@ -292,27 +286,34 @@ class TreeIndex(StateLayer):
     ) -> tuple[SoftmaxSample, tf.Tensor]:
         """`sample`, and log q(y|x) of every draw, for importance weights exp(score) / q.
 
+        | Option            | Meaning                                                          |
+        | ----------------- | ---------------------------------------------------------------- |
+        | `temperature`     | inner products are divided by it                                 |
+        | `score_transform` | elementwise, nondecreasing function of the divided products      |
+        | `beam`            | number of leaves to open; that of the index if None              |
+        | `seed`            | as in `ops.sample_softmax`                                       |
+        | `candidate_ids`   | [capacity], ids to compare with `positive_ids`; indices if None  |
+        | `positive_ids`    | [B] or [B, P], candidates with these ids are excluded            |
+        | `max_scores`      | [B], candidates with a higher score are excluded                 |
+        | `row_transform`   | function (embeddings [n, d], candidates [n]) -> [n, d]           |
+
+        In nodes that are not opened, candidates with a positive id are excluded only when they are
+        drawn, so they count in the log partition. The mass above `max_scores` is estimated there as
+        if a node's scores were normal. `row_transform` is applied before scoring, also to the means
+        of nodes, with None for the candidates. The nodes' spreads stay the same.
+
         Args:
           query_embeddings: [B, d] float.
-          num_samples: S.
-          correction_steps: none here, unless asked for: q is the law of draws without them.
-          **options: `temperature`, `score_transform` (elementwise and nondecreasing), `beam` (the
-            index's where None), `seed` as in `sample_softmax`; `candidate_ids` [capacity] with
-            `positive_ids` [B] or [B, P], and `max_scores` [B], which leave out candidates as there.
-            In nodes that were not opened, candidates with a positive's id are left out when they
-            are drawn but count for the log partition; of those above `max_scores` the expected part
-            of the mass is taken away, as if a node's scores were normal. `row_transform`, a
-            function of embeddings [n, d] and candidates [n], is applied to candidates before they
-            are scored, and with None for candidates to means of nodes, whose spreads stay what they
-            are. `positive_ids` without `candidate_ids` are candidates themselves.
+          num_samples: S, the number of draws per query.
+          correction_steps: K; by default 0, because q is the law of the draws without correction.
+          **options: see the table.
 
         Returns:
-          The `SoftmaxSample`, and [B, S] float32: the log probability that the tree proposes each
-          draw, which is the draw's own where `correction_steps` is 0. Of K + 1 proposals that all
-          are left out, the index is -1.
+          The `SoftmaxSample`, and [B, S] float32, log q of each draw. The index of a draw is -1 if
+          all K + 1 proposals are excluded.
 
         Raises:
-          ValueError: as `sample`.
+          ValueError: if a shape does not fit or an argument is out of range.
         """
         return self._draw(query_embeddings, num_samples, correction_steps, **options)[:2]
 
@@ -326,12 +327,11 @@ class TreeIndex(StateLayer):
         correction_steps: int | None = None,
         **options: Unpack[DrawOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-        """`sample`, and [B, d] the gradient of its `log_partition` by the queries.
+        """`sample`, and [B, d] the gradient of its `log_partition` with respect to the queries.
 
-        The queries it is taken by are those divided by the temperature, as in
-        `ops.sample_softmax_with_gradient`; it is None where it is not wanted. The derivatives of
-        a `score_transform` in the second-order terms count as constants. `log_zero` is as there.
-        Other arguments and errors are those of `sample`.
+        The gradient is with respect to the queries divided by the temperature. The derivatives of a
+        `score_transform` in the second-order terms are treated as constants. `compute_gradient` and
+        `log_zero` are as in `ops.sample_softmax_with_gradient`, other arguments as in `sample`.
         """
         sample, _, gradient = self._draw(
             query_embeddings,
@@ -351,19 +351,19 @@ class TreeIndex(StateLayer):
         score_transform: TensorFn | None = None,
         beam: int | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Bounds log Σ exp(score) over all candidates, provably, rounding included.
+        """Bounds log Σ exp(score) over all candidates. The bounds are proven, rounding included.
 
         Args:
           query_embeddings: [B, d] float.
           temperature: inner products are divided by it.
           score_transform: elementwise and nondecreasing; bounds are looser with it.
-          beam: leaves opened; the index's where None.
+          beam: number of leaves to open; that of the index if None.
 
         Returns:
-          lower: [B] float32; upper: [B] float32. -inf where the tree is empty.
+          lower, upper: [B] float32 each; -inf if the tree is empty.
 
         Raises:
-          ValueError: where a shape does not fit or an argument is out of range.
+          ValueError: if a shape does not fit or an argument is out of range.
         """
         return bound(
             self.tree,
@@ -377,19 +377,19 @@ class TreeIndex(StateLayer):
     def top_k(
         self, query_embeddings: tf.Tensor, k: int, *, beam: int | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Finds candidates with large inner products: the best of the leaves that are opened.
+        """Finds candidates with large inner products: the best in the opened leaves.
 
         Args:
           query_embeddings: [B, d] float.
-          k: how many.
-          beam: leaves opened; where None the index's, or more if k needs more leaves.
+          k: number of candidates to find.
+          beam: number of leaves to open. None is that of the index, or more for a large k.
 
         Returns:
-          scores: [B, k] float32 inner products, in descending order; -inf where there are fewer.
-          indices: [B, k] int64; -1 likewise.
+          scores: [B, k] float32, inner products in descending order; -inf for missing candidates.
+          indices: [B, k] int64; -1 for missing candidates.
 
         Raises:
-          ValueError: where a shape does not fit or an argument is out of range.
+          ValueError: if a shape does not fit or an argument is out of range.
         """
         k = _validation.check_count(k, "k")
         if k > self.capacity:

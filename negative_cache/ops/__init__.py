@@ -1,7 +1,8 @@
 """Stateless TensorFlow functions: the mathematics of the package, without Keras or variables.
 
-Shapes: B queries of dimension d, C candidates, S draws per query. Scores and partitions are float32
-whatever the embeddings are. No function here lets a gradient through unless its docstring says so.
+Shapes: B queries of dimension d, C candidates, S draws per query. Scores and log partitions are
+float32, whatever the dtype of the embeddings. No gradient flows through a function unless its
+docstring says so.
 """
 
 from negative_cache.ops.cache_rows import OldestRows, insertion_rows, masked_rows, oldest_rows

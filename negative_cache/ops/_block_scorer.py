@@ -1,6 +1,7 @@
-"""Scores of queries with a block or a choice of candidates, and everything that leaves some out.
+"""Scores of queries with a block or a selection of candidates, and the rules that exclude some.
 
-`sample_softmax` and `top_k_scores` share it. It reads candidates without ever copying them whole.
+`sample_softmax` and `top_k_scores` share this module. It never copies the whole array of
+candidates.
 """
 
 from collections.abc import Callable
@@ -13,11 +14,11 @@ from negative_cache.ops import _execution
 TensorFn: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 RowTransform: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
 
-# The score of a candidate that is not admissible: exp of it is zero beside any other score, and,
-# unlike -inf, it stays finite where no candidate is admissible.
+# The score of a candidate that is not admissible. Its exponential is zero next to that of any other
+# score. Unlike -inf, it stays finite if no candidate is admissible.
 INADMISSIBLE = -1e30
 
-# More ids of a query are looked at in a loop.
+# The largest number of ids per query that is compared in an unrolled loop.
 _UNROLLED_IDS = 8
 
 # A second scoring of a candidate may round differently from the first, by this relative amount.
@@ -25,7 +26,11 @@ RESCORING_TOLERANCE = 1e-4
 
 
 class ScoringOptions(TypedDict, total=False):
-    """Keyword arguments of `BlockScorer`; `sample_softmax` says what they do."""
+    """Keyword arguments of `BlockScorer`. `sample_softmax` documents most of them.
+
+    `masked_rows_are_finite` says that the embeddings of rows with False in `candidate_mask` are
+    finite too, so that they can be multiplied by zero.
+    """
 
     score_transform: TensorFn | None
     embedding_transform: TensorFn | None
@@ -39,15 +44,15 @@ class ScoringOptions(TypedDict, total=False):
 
 
 class BlockScorer:
-    """Scores s(x, y) + log weight; `INADMISSIBLE` where a candidate is left out for a query.
+    """Computes s(x, y) + log_weight(y), or `INADMISSIBLE` if y is excluded for the query x.
 
-    The arguments are those of `sample_softmax`, which this checks.
+    The arguments are those of `sample_softmax` and `ScoringOptions`. The constructor checks them.
 
     Attributes:
-      num_queries: B, an int where it is known and a scalar tensor otherwise.
-      num_candidates: C, likewise.
+      num_queries: B, an int if it is known during tracing, else a scalar tensor.
+      num_candidates: C, an int if it is known during tracing, else a scalar tensor.
       dim: d.
-      has_known_size: whether C is known.
+      has_known_size: whether C is known during tracing.
     """
 
     def __init__(
@@ -79,7 +84,9 @@ class BlockScorer:
         self._candidates = candidate_embeddings
         self._score_transform = score_transform
         if embedding_transform is not None and row_transform is not None:
-            raise ValueError("`embedding_transform` and `row_transform` exclude each other.")
+            raise ValueError(
+                "`embedding_transform` and `row_transform` exclude each other. Received both."
+            )
         self._embedding_transform = embedding_transform
         self._row_transform = row_transform
         num_queries, num_candidates = queries.shape[0], candidate_embeddings.shape[0]
@@ -105,15 +112,15 @@ class BlockScorer:
     def read_block(
         self, start: int | tf.Tensor, size: int | tf.Tensor, *, as_kept: bool = False
     ) -> tf.Tensor:
-        """[size, d], the (transformed) embeddings of `size` candidates from `start` on.
+        """[size, d], the (transformed) embeddings of `size` candidates, beginning at `start`.
 
-        They are float32; or, where `as_kept` and XLA can multiply them so, of the 16 bits in which
-        they are kept.
+        They are float32. With `as_kept` they keep their 16-bit dtype if XLA can multiply them in
+        it.
         """
         rows = start + tf.range(size)
         if self._is_variable and not _execution.is_in_xla():
-            # A slice of a variable that scatters have touched copies all of it, at every read; a
-            # gather copies these rows only. XLA does neither.
+            # After a scatter, every slice of a variable copies the whole variable. A gather copies
+            # these rows only. XLA makes neither copy.
             block = tf.gather(self._candidates, rows)
         else:
             candidates = tf.convert_to_tensor(self._candidates)
@@ -131,12 +138,18 @@ class BlockScorer:
         *,
         with_slopes: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """Scores of all queries with a block that `read_block(start, size)` has read.
+        """Computes the scores of all queries with a block from `read_block(start, size)`.
+
+        Args:
+          block: [size, d], the embeddings.
+          start: index of the block's first candidate.
+          size: number of candidates in the block.
+          with_slopes: whether to compute `slopes`.
 
         Returns:
           scores: [B, size] float32.
-          slopes: [B, size] float32, the derivatives of the score by the inner product; None where
-            they are all one, or not asked for.
+          slopes: [B, size] float32, the derivatives of the score with respect to the inner product.
+            None if `with_slopes` is False or there is no `score_transform`: they are all one then.
         """
         products = _matmul(self._queries, block, transpose=True)
         slopes = None
@@ -159,32 +172,37 @@ class BlockScorer:
         start: int | tf.Tensor,
         size: int | tf.Tensor,
     ) -> tf.Tensor:
-        """[B, d] float32, Σ_y weight slope y over a block that `read_block(start, size)` has read.
+        """[B, d] float32, Σ_y weight · slope · y over a block from `read_block(start, size)`.
 
         Args:
           weights: [B, size] float32, zero for inadmissible candidates.
-          slopes: as `score_block` gives them.
-          block: [size, d].
-          start: of the block.
-          size: of the block.
+          slopes: the second result of `score_block`.
+          block: [size, d], the embeddings.
+          start: index of the block's first candidate.
+          size: number of candidates in the block.
         """
         if slopes is not None:
-            # Of a candidate that is left out, whatever it is.
+            # The slope of an excluded candidate may be NaN or inf.
             weights = tf.where(weights > 0.0, weights * slopes, 0.0)
         if self._may_hide_nan:
             is_there = tf.slice(self._mask, [start], [size])
             block = tf.where(is_there[:, tf.newaxis], block, tf.zeros([], block.dtype))
         if block.dtype == tf.float16:
-            # Which holds no weights below 3e-8 of the largest, of which there may be many.
+            # In float16 all weights below 3e-8 of the largest become zero, and there may be many.
             block = tf.cast(block, tf.float32)
         return _matmul(weights, block)
 
     def score_rows(self, rows: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """[B, n] scores of each query with candidates `rows` [B, n] int32 of its own.
+        """Computes the scores of each query with its own selection of candidates.
 
-        Rows from C on are inadmissible. The second are those with `max_scores` widened by
-        `RESCORING_TOLERANCE`, under which no candidate is left out that `score_block` has admitted;
-        None where there is no limit.
+        Args:
+          rows: [B, n] int32, the candidates of each query. Indices >= C are inadmissible.
+
+        Returns:
+          scores: [B, n] float32.
+          widened_scores: [B, n] float32, the same with `max_scores` raised by
+            `RESCORING_TOLERANCE`, so that every candidate that `score_block` admitted is admitted
+            again. None without `max_scores`.
         """
         exists = rows < self.num_candidates
         rows = tf.minimum(rows, self.num_candidates - 1)
@@ -220,7 +238,7 @@ class BlockScorer:
         scores = products
         if self._score_transform is not None:
             scores = tf.stop_gradient(tf.cast(self._score_transform(products), tf.float32))
-            # A score of -inf is that of no candidate; what is NaN stays so.
+            # A score of -inf counts as inadmissible. NaN stays NaN.
             scores = tf.maximum(scores, INADMISSIBLE)
         if max_scores is not None:
             scores = tf.where(scores <= max_scores[:, tf.newaxis], scores, INADMISSIBLE)
@@ -235,10 +253,10 @@ class BlockScorer:
 
 
 def _matmul(one: tf.Tensor, block: tf.Tensor, transpose: bool = False) -> tf.Tensor:
-    """Float32 product of `one` [n, m] float32 with [m, k], or [k, m] where `transpose`.
+    """Float32 product of `one` [n, m] float32 with `block` [m, k], or [k, m] if `transpose`.
 
-    A block of 16 bits is multiplied as such, by `one` rounded to them, and summed in 32 bits, which
-    only XLA can do.
+    If the block has a 16-bit dtype, `one` is rounded to that dtype and the products are summed in
+    float32. Only XLA can do that.
     """
     if block.dtype == tf.float32:
         return tf.matmul(one, block, transpose_b=transpose)
@@ -248,13 +266,13 @@ def _matmul(one: tf.Tensor, block: tf.Tensor, transpose: bool = False) -> tf.Ten
 
 
 def is_among(ids: tf.Tensor, of_queries: tf.Tensor) -> tf.Tensor:
-    """[B, ...] bool, whether `ids` [B or 1, ...] are among the ids `of_queries` [B, P]."""
+    """[B, ...] bool, whether each of `ids` [B or 1, ...] is one of the ids `of_queries` [B, P]."""
     shape = [-1] + [1] * (ids.shape.rank - 1)
 
     def matches(i: int | tf.Tensor) -> tf.Tensor:
         return tf.equal(ids, tf.reshape(of_queries[:, i], shape))
 
-    # One after the other: all at once they would take P times the memory.
+    # One id at a time: a comparison with all of them at once would take P times the memory.
     count = of_queries.shape[1]
     if count is not None and 1 <= count <= _UNROLLED_IDS:
         found = matches(0)
@@ -272,7 +290,10 @@ def is_among(ids: tf.Tensor, of_queries: tf.Tensor) -> tf.Tensor:
 
 
 def is_admissible(scores: tf.Tensor) -> tf.Tensor:
-    """Whether scores, or log partitions of sets of them, are of any admissible candidate."""
+    """Whether each score is that of an admissible candidate.
+
+    For log partitions: whether each set has an admissible candidate.
+    """
     return scores > 0.5 * INADMISSIBLE
 
 
@@ -294,7 +315,7 @@ def _check_embeddings(queries: tf.Tensor, candidates: tf.Tensor | tf.Variable) -
 
 
 def _ids_of_queries(ids: tf.Tensor | None, num_queries: int | None) -> tf.Tensor | None:
-    """`positive_ids` as [B, P]; None where they are."""
+    """`positive_ids` as a tensor [B, P], or None if there are none."""
     if ids is None:
         return None
     ids = tf.convert_to_tensor(ids)

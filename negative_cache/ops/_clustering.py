@@ -1,8 +1,9 @@
-"""Clusters of bounded size of very many vectors, in NumPy on the host.
+"""Clustering of millions of vectors into clusters of bounded size, in NumPy on the host.
 
-`lloyd` is k-means. `partition` applies it in stages, to cut millions of vectors into small groups
-of neighbours. Both read `points` [n, d] of any floating dtype, memory-mapped or not, a block at a
-time, and compute in float32; all points must be finite. Distances are Euclidean.
+`lloyd` is k-means. `partition` applies it in stages, to divide millions of vectors into small
+groups of neighbours. Both read `points` [n, d] one block at a time and compute in float32. The
+points may have any floating dtype and may be memory-mapped. They must be finite. Distances are
+Euclidean.
 """
 
 import math
@@ -11,17 +12,18 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from scipy import sparse
 
-# Scores, or coordinates, of a block of points at the most: 8 MiB stay near the processor.
+# The largest number of scores, or of coordinates, in a block of points: 8 MiB fit into the
+# processor's cache.
 _BLOCK_ENTRIES = 2**21
-# Groups that one k-means makes at the most, and bytes of the points it makes them of. Every cut
-# between coarse clusters costs quality, of points that are hard to cluster a tenth and more.
+# The largest number of groups that one k-means makes, and of bytes in its points. Every boundary
+# between coarse clusters costs quality: a tenth or more for points that are hard to cluster.
 _MAX_FLAT_GROUPS, _MAX_FLAT_BYTES = 2048, 2**28
-# Clusters of a coarse stage at the most: two stages of 1024 make a million groups.
+# The largest number of clusters in a coarse stage. Two stages of 1024 make a million groups.
 _MAX_FAN_OUT = 1024
 # Points per cluster in the sample that a coarse stage is trained on.
 _SAMPLE_SIZE = 128
 _ITERATIONS = 8
-# Rounds in which points leave overfull clusters. Few are needed unless very many points are equal.
+# Rounds in which points leave overfull clusters. Few rounds suffice unless most points are equal.
 _MAX_ROUNDS = 8
 
 
@@ -42,17 +44,17 @@ def lloyd(
     Args:
       points: [n, d] float.
       num_clusters: k.
-      iterations: how often the centres are moved.
-      rng: draws the first centres and the new ones of empty clusters.
-      max_size: points of a cluster at the most. A cluster with more keeps the nearest ones, and
-        the others go to the nearest centre that has room.
+      iterations: number of times that the centres are moved.
+      rng: draws the first centres, and new centres for empty clusters.
+      max_size: the largest number of points in a cluster. A cluster with more points keeps the
+        nearest ones; each of the rest goes to the nearest centre with room.
 
     Returns:
       assignment: [n] int32, the cluster of each point.
-      centres: [k, d] float32, to which the points were assigned.
+      centres: [k, d] float32, the centres that the assignment refers to.
 
     Raises:
-      ValueError: where `num_clusters` is too small.
+      ValueError: if `num_clusters` is too small.
     """
     _check_points(points)
     num_points = len(points)
@@ -66,7 +68,7 @@ def lloyd(
     if not num_points:
         return np.zeros([0], np.int32), np.zeros([num_clusters, points.shape[1]], np.float32)
     rows = np.arange(num_points)
-    # Each point once before any is repeated.
+    # Every point is used once before any point is repeated.
     centres = read_rows(points, np.resize(rng.permutation(num_points), num_clusters))
     for _ in range(iterations):
         assignment, distances = _nearest(points, rows, centres)
@@ -79,7 +81,7 @@ def lloyd(
 
 
 def max_groups(num_points: int, max_size: int, fill: float) -> int:
-    """How many groups `partition` makes at the most: ⌈n / max(fill · max_size, 1)⌉."""
+    """The largest number of groups that `partition` makes: ⌈n / max(fill · max_size, 1)⌉."""
     return math.ceil(num_points / max(fill * max_size, 1.0))
 
 
@@ -91,27 +93,31 @@ def partition(
     rng: np.random.Generator,
     on_progress: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Cuts vectors into groups of neighbours, none larger than `max_size`.
+    """Divides vectors into groups of neighbours, none larger than `max_size`.
 
-    All points have a budget of `max_groups` groups. While it is large, k-means on a sample makes
-    some coarse clusters, each takes a share of the budget in proportion to its points, and is cut
-    in the same way; a small budget is spent by one `lloyd`. A cluster of more points than its
-    share has room for passes the farthest on to its neighbours, so that no group is ever added and
-    the bound is exact. Groups with neighbouring numbers tend to be neighbours.
+    The points start with a budget of `max_groups` groups. If the budget is large, k-means on a
+    sample makes coarse clusters. Each cluster gets a share of the budget in proportion to its
+    number of points, and is divided in the same way. A small budget is spent by one `lloyd`. If a
+    cluster has more points than its share has room for, it passes the farthest ones on to
+    neighbouring clusters. So no group is ever added, and the bound on their number holds exactly.
+    Groups with neighbouring numbers tend to be neighbours.
 
     Args:
-      points: [n, d] float. Never copied whole: needs about 30 bytes a point of memory, and 0.5 GB.
-      max_size: points of a group at the most.
+      points: [n, d] float. They are not copied as a whole: the function needs 0.5 GB of memory
+        plus about 30 bytes per point.
+      max_size: the largest number of points in a group.
       fill: in (0, 1], the mean size of the groups as a fraction of `max_size`.
       rng: makes all random choices.
-      on_progress: called with a number of points, whenever so many more have their group.
+      on_progress: function of a number of points, called each time that so many more points have
+        been assigned to groups.
 
     Returns:
-      [n] int32, the group of each point. The groups are numbered 0, 1, … without a gap; there are
-      `max_groups(n, max_size, fill)` at the most, and seldom fewer unless many points are equal.
+      [n] int32, the group of each point. The groups are numbered 0, 1, … without a gap. There are
+      at most `max_groups(n, max_size, fill)` of them, and rarely fewer unless many points are
+      equal.
 
     Raises:
-      ValueError: where `max_size` or `fill` is out of range.
+      ValueError: if `max_size` or `fill` is out of range.
     """
     _check_points(points)
     if max_size < 1:
@@ -150,7 +156,7 @@ def _split(
     max_size: int,
     rng: np.random.Generator,
 ) -> list[tuple[np.ndarray, int]]:
-    """One coarse stage: cuts `rows` into `fan_out` clusters, each with a share of the `budget`."""
+    """One coarse stage: divides `rows` into `fan_out` clusters, and the `budget` among them."""
     sample_size = min(fan_out * _SAMPLE_SIZE, rows.size)
     sample = rows[rng.choice(rows.size, sample_size, replace=False, shuffle=False)]
     _, centres = lloyd(read_rows(points, sample), fan_out, iterations=_ITERATIONS, rng=rng)
@@ -160,8 +166,9 @@ def _split(
     parts = []
     for members, share in zip(_members(assignment, fan_out), shares):
         if 8 * share > 7 * budget:
-            # Mostly equal points, which k-means cannot separate, however many stages it is given.
-            # In the order of their distance to the centre they stay together.
+            # Nearly all points are in this cluster: most of them are equal, and no number of
+            # stages of k-means can separate them. Runs in the order of the distance to the centre
+            # keep equal points together.
             order = members[np.argsort(distances[members], kind="stable")]
             parts += [(rows[run], runs_share) for run, runs_share in _runs(order, share, fan_out)]
         elif share:
@@ -170,7 +177,7 @@ def _split(
 
 
 def _apportion(sizes: np.ndarray, budget: int) -> np.ndarray:
-    """Shares of a `budget` in proportion to `sizes` [k], by the largest remainders: [k] int."""
+    """[k] int, shares of a `budget` in proportion to `sizes` [k], by the largest remainders."""
     quotas = sizes * (budget / sizes.sum())
     shares = np.floor(quotas).astype(np.int64)
     largest_first = np.argsort(shares - quotas, kind="stable")
@@ -179,15 +186,15 @@ def _apportion(sizes: np.ndarray, budget: int) -> np.ndarray:
 
 
 def _members(assignment: np.ndarray, num_clusters: int) -> list[np.ndarray]:
-    """The entries of `assignment` [n] that hold each cluster."""
-    # NumPy sorts 16 bits by radix.
+    """For each cluster, the positions in `assignment` [n] of its points."""
+    # NumPy uses radix sort, which is faster, for 16-bit integers.
     order = np.argsort(assignment.astype(np.uint16), kind="stable")
     sizes = np.bincount(assignment, minlength=num_clusters)
     return np.split(order, np.cumsum(sizes)[:-1])
 
 
 def _runs(order: np.ndarray, budget: int, count: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Cuts `order` [n] into `count` runs of nearly equal shares of the `budget`, as many points."""
+    """Divides `order` [n] into `count` runs, and the `budget` among them in proportion."""
     ends = np.arange(min(count, budget) + 1) * budget // min(count, budget)
     cuts = ends * order.size // budget
     for run in range(len(ends) - 1):
@@ -202,11 +209,12 @@ def _move_overflow(
     distances: np.ndarray,
     capacities: np.ndarray,
 ) -> None:
-    """Makes every cluster as small as its capacity, changing `assignment` and `distances`.
+    """Brings every cluster down to its capacity; changes `assignment` and `distances` in place.
 
-    In rounds, so that no Python loop runs over points: every centre takes the nearest of the points
-    that ask for it while it has room, and those it leaves ask the nearest centre that still has
-    some. After so many rounds that nearness means nothing any more, any cluster with room will do.
+    The points of overfull clusters are placed in rounds, so that no Python loop runs over points.
+    In a round, each point asks for the nearest centre with room, and each centre takes the nearest
+    of the points that ask for it, as many as it has room for. Points that are left after the last
+    round go to any cluster with room.
     """
     sizes = np.bincount(assignment, minlength=len(centres))
     overfull = sizes > capacities
@@ -222,13 +230,13 @@ def _move_overflow(
         if asking.size:
             nearest, distances[asking] = _nearest(points, rows[asking], centres[open_clusters])
             assignment[asking] = open_clusters[nearest]
-    # Those that ask for the same cluster, equal points above all, stay together.
+    # Points that ask for the same cluster stay together: most of them are equal.
     asking = asking[np.argsort(assignment[asking], kind="stable")]
     assignment[asking] = np.repeat(np.arange(len(centres)), room)[: asking.size]
 
 
 def _take_nearest(clusters: np.ndarray, distances: np.ndarray, room: np.ndarray) -> np.ndarray:
-    """[n] bool, which entries are among the `room[cluster]` nearest of their cluster."""
+    """[n] bool, whether each point is among the `room[cluster]` nearest points of its cluster."""
     order = np.lexsort([distances, clusters])
     ordered = clusters[order]
     rank = np.arange(order.size) - np.searchsorted(ordered, ordered)
@@ -242,8 +250,9 @@ def _nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The nearest of `centres` [k, d] to each of `rows` [n], and its squared distance.
 
-    ‖x - c‖² = ‖x‖² - 2(⟨x, c⟩ - ½‖c‖²), of which only the last term chooses the centre. All are
-    taken relative to the mean centre: less is lost to rounding where all points are far from zero.
+    ‖x - c‖² = ‖x‖² - 2(⟨x, c⟩ - ½‖c‖²), and only the term in parentheses depends on the centre.
+    Points and centres are taken relative to the mean centre, which reduces rounding errors if all
+    points are far from zero.
 
     Returns:
       nearest: [n] int32.
@@ -262,7 +271,7 @@ def _nearest(
         nearest[part] = scores.argmax(axis=1)
         best = scores[np.arange(len(block)), nearest[part]]
         distances[part] = np.einsum("nd,nd->n", block, block) - 2.0 * best
-    # A distance of nearly zero may have been rounded below it.
+    # Rounding may have made a distance near zero negative.
     return nearest, np.maximum(distances, 0.0, out=distances)
 
 
@@ -273,7 +282,11 @@ def _recentre(
     centres: np.ndarray,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """The means of the clusters: [k, d] float32. Empty ones start again, or stay if none can."""
+    """[k, d] float32, the means of the clusters.
+
+    An empty cluster starts again at a point, drawn in proportion to the squared distance between
+    the point and the centre of its cluster. If all distances are zero, it keeps its centre.
+    """
     num_clusters = len(centres)
     sizes = np.bincount(assignment, minlength=num_clusters)
     sums = np.zeros(centres.shape, np.float64)
@@ -293,7 +306,7 @@ def _recentre(
 def _blocks(
     points: np.ndarray, rows: np.ndarray, num_clusters: int
 ) -> Iterator[tuple[slice, np.ndarray]]:
-    """Yields consecutive parts of `rows` [n], each with a copy of its points as float32."""
+    """Yields consecutive slices of `rows` [n], each with a float32 copy of its points."""
     size = _block_size(points, num_clusters)
     for start in range(0, rows.size, size):
         part = slice(start, start + size)

@@ -1,4 +1,4 @@
-"""Random numbers of a seed, and draws by inverse CDFs."""
+"""Random numbers from a seed, and draws by inverse CDFs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,13 +10,13 @@ Seed: TypeAlias = int | tf.Tensor | Sequence[int] | None
 
 
 class Draws(NamedTuple):
-    """Draws from candidates.
+    """Draws from the softmax over a set of candidates.
 
     Attributes:
-      indices: [B, S] int32.
-      scores: [B, S] float32; anything where a query has no admissible candidate.
-      log_partition: [B] float32; about `INADMISSIBLE` where a query has none.
-      mean: [B, d] float32, Σ_y P(y|x) s' y; zero where it is not wanted.
+      indices: [B, S] int32, the drawn candidates.
+      scores: [B, S] float32, their scores; arbitrary if a query has no admissible candidate.
+      log_partition: [B] float32; about `INADMISSIBLE` if a query has no admissible candidate.
+      mean: [B, d] float32, Σ_y P(y|x) s' y; zero if it was not asked for.
     """
 
     indices: tf.Tensor
@@ -28,7 +28,7 @@ class Draws(NamedTuple):
 def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     """[..., S] int32 positions drawn in proportion to `weights` [..., n] by `uniforms` [..., S].
 
-    A position of weight zero is never drawn, unless all are zero.
+    A position of weight zero is never drawn, unless all weights are zero.
     """
     cdf = tf.cumsum(weights, axis=-1)
     positions = tf.searchsorted(cdf, uniforms * cdf[..., -1:], side="right")
@@ -38,10 +38,18 @@ def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
 def wide_inverse_cdf(
     weights: tf.Tensor, uniforms: tf.Tensor, more_uniforms: tf.Tensor
 ) -> tf.Tensor:
-    """`inverse_cdf` of [B, n] for large n, first among runs of neighbours and then within one.
+    """`inverse_cdf` of weights [B, n] with large n: draws a run of 64 neighbours, then one of them.
 
-    It takes partial sums of a fraction of the weights only, which are slow, and one more uniform
-    number for each draw.
+    Partial sums are slow. This computes them over the runs and within the drawn runs only. It needs
+    one more uniform number per draw.
+
+    Args:
+      weights: [B, n] float32.
+      uniforms: [B, S] float32, to draw the runs.
+      more_uniforms: [B, S] float32, to draw within the runs.
+
+    Returns:
+      [B, S] int32 positions.
     """
     run = 64
     num_weights = weights.shape[1]
@@ -51,7 +59,7 @@ def wide_inverse_cdf(
     which = inverse_cdf(tf.reduce_sum(runs, axis=2), uniforms)
     within = tf.gather(runs, which, batch_dims=1)
     position = which * run + inverse_cdf(within, more_uniforms[..., tf.newaxis])[..., 0]
-    # Weights that are NaN lead into the padding.
+    # NaN weights lead to a position in the padding.
     return tf.minimum(position, num_weights - 1)
 
 
@@ -61,12 +69,15 @@ def draw_uniforms(shape: tf.Tensor | Sequence[int | tf.Tensor], seed: Seed) -> t
         return tf.random.uniform(shape)
     if isinstance(seed, int):
         seed = [0, seed]
-    # A fixed algorithm, where the default depends on the device. XLA has its own stream of it.
+    # The default algorithm depends on the device. Within XLA, Philox has a different stream.
     return tf.random.stateless_uniform(shape, seed, alg="philox")
 
 
 def random_of_blocks(seed: Seed, num_blocks: int) -> Callable[..., tf.Tensor]:
-    """(block, shape) -> uniform random numbers, of which never more than a block's exist."""
+    """A function (block, shape) -> uniform random numbers, from a seed of its own for each block.
+
+    So the random numbers of only one block are in memory at a time.
+    """
     seed = [0, seed] if isinstance(seed, int) else seed
     seeds = tf.random.stateless_uniform(
         [num_blocks, 2], seed, minval=None, maxval=None, dtype=tf.int32, alg="philox"
@@ -75,7 +86,10 @@ def random_of_blocks(seed: Seed, num_blocks: int) -> Callable[..., tf.Tensor]:
 
 
 def seed_or_random(seed: Seed) -> Seed:
-    """`seed`, or where None a random one, for what XLA compiles: it has no `tf.random.set_seed`."""
+    """`seed`, or a random seed if it is None.
+
+    Code that XLA compiles needs it, because `tf.random.set_seed` has no effect there.
+    """
     if seed is None:
         return tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
     return seed

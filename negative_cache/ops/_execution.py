@@ -1,4 +1,4 @@
-"""Where operations run, and whether XLA compiles them: known when a function is traced."""
+"""On which device operations run, and whether XLA compiles them, as known during tracing."""
 
 import contextlib
 import os
@@ -8,10 +8,9 @@ from typing import Any, Protocol, TypeVar
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-# A device without XLA, or a function of the user's that XLA cannot compile, is no reason to do
-# without an accelerator.
+# Set to "0" for a device without XLA, or if XLA cannot compile a function that the user passes in.
 _SWITCH = "NEGATIVE_CACHE_XLA"
-# TF32 rounds the factors of a product by at most this part of them.
+# The largest relative error of TF32 when it rounds a factor of a product.
 FACTOR_ROUNDING = 2.0**-11
 
 
@@ -19,18 +18,18 @@ Result = TypeVar("Result")
 
 
 class Placed(Protocol):
-    """A variable, or what stands for one."""
+    """A variable, or an object used like one."""
 
     @property
     def device(self) -> str:
-        """Where it is, "" if nobody has said."""
+        """The name of its device, or "" if none was given."""
 
 
 def device_type(like: Placed | None = None) -> str:
-    """Where operations run that are called or traced now: on a CPU, a GPU or a TPU.
+    """The type of the device that runs operations called or traced now: "CPU", "GPU" or "TPU".
 
-    That is where the variable `like` is. Without one it is the device of the surrounding
-    `tf.device`, or else what TensorFlow prefers to a CPU, where there is such a thing.
+    If `like` is given, it is the device of that variable. Otherwise it is that of the surrounding
+    `tf.device`, or else TensorFlow's default, which is an accelerator if there is one.
     """
     device = "" if like is None else like.device
     if not device:
@@ -48,22 +47,23 @@ def is_on_accelerator(like: Placed | None = None) -> bool:
 
 
 def is_in_xla() -> bool:
-    """Whether XLA compiles what is traced now."""
+    """Whether XLA compiles the operations that are traced now."""
     return tf.__internal__.get_enclosing_xla_context() is not None
 
 
 def is_to_be_compiled(like: Placed | None = None) -> bool:
-    """Whether a function that is traced now should be compiled, which nobody else does.
+    """Whether a function that is traced now should be compiled by XLA on its own.
 
-    One more operation is little to an accelerator next to launching its kernel, and XLA makes few
-    kernels of many.
+    That is so on an accelerator, unless the surrounding function is compiled already or the
+    environment variable `NEGATIVE_CACHE_XLA` is "0". There, the launch of a kernel takes longer
+    than most operations, and XLA fuses many operations into few kernels.
     """
     is_wanted = os.environ.get(_SWITCH, "1") != "0"
     return is_wanted and is_on_accelerator(like) and not is_in_xla()
 
 
 def rounds_factors(like: Placed | None = None) -> bool:
-    """Whether float32 products are those of TF32, by `FACTOR_ROUNDING` off in each factor."""
+    """Whether float32 products use TF32, which rounds each factor by up to `FACTOR_ROUNDING`."""
     is_enabled = tf.config.experimental.tensor_float_32_execution_enabled()
     return is_enabled and is_on_accelerator(like)
 
@@ -74,17 +74,21 @@ def as_constant(
     like: Placed | None = None,
     may_compile: bool = True,
 ) -> Result:
-    """Calls `function(*args)` in a graph so that no gradient tape records what happens inside.
+    """Calls `function(*args)` in a graph so that no gradient tape records its operations.
 
-    A `tf.stop_gradient` of the result would not do: tapes would keep the function's inner values
-    until they are asked for the gradient. On an accelerator XLA compiles the function, whether or
-    not it compiles what is around it. In eager execution the function is called as it is.
+    A `tf.stop_gradient` of the result is not enough: tapes would keep the function's intermediate
+    values until the gradient is computed. On an accelerator XLA compiles the function, also if the
+    code around it is not compiled. In eager execution the function is called directly.
 
     Args:
-      function: takes `args`, tensors or nests of them, and returns such a nest.
-      *args: as said.
-      like: a variable that is where the function is to run.
-      may_compile: whether XLA can compile it: shapes that it makes follow from those of `args`.
+      function: maps `args` to a tensor or a nest of tensors.
+      *args: tensors or nests of tensors.
+      like: a variable on the device that the function should run on.
+      may_compile: whether XLA can compile the function: all shapes inside must follow from those of
+        `args`.
+
+    Returns:
+      The result of the function.
     """
     if tf.executing_eagerly():
         return function(*args)
@@ -96,10 +100,10 @@ def as_constant(
 
 
 def compiled(function: Callable[..., Result], *args: Any, like: Placed | None = None) -> Result:
-    """`function(*args)`, with its gradient, compiled by XLA where `is_to_be_compiled`.
+    """`function(*args)`, compiled by XLA if `is_to_be_compiled(like)`; gradients flow through it.
 
-    In eager execution it is called as it is: there is nowhere to keep what was compiled. Arguments
-    are those of `as_constant`.
+    In eager execution the function is called directly, because the compiled program could not be
+    kept for the next call. The arguments are those of `as_constant`.
     """
     if tf.executing_eagerly() or not is_to_be_compiled(like):
         return function(*args)
@@ -112,7 +116,7 @@ def _trace(function: Callable, args: tuple, is_compiled: bool) -> Any:
 
 
 def _device_of(like: Placed | None) -> contextlib.AbstractContextManager:
-    """Runs a function where its variables are: XLA reaches no others."""
+    """The scope of the device of `like`: XLA can only access variables on the device it runs on."""
     if like is None or not like.device:
         return contextlib.nullcontext()
     return tf.device(like.device)

@@ -1,13 +1,14 @@
-"""Exact sampling from a softmax on an accelerator: few large blocks, all inside of one computation.
+"""Exact sampling from a softmax on an accelerator: few large blocks, all in one computation.
 
-The law is that of `softmax_sampling`, and so is every argument. What differs is what is cheap. An
-accelerator scores a block in one matrix product, whose scores stay in its memory; what costs is
-each kernel, each pass over the scores and each word to the host. So a block is scored once: its
-largest score is found, the exponentials are summed by groups of neighbours, and a draw is an
-inverse CDF over the groups and another one inside of a group, of those very scores. Nothing is
-scored a second time, which with the shorter products of TF32 might give other scores than the
-first. From block to block a draw is kept or replaced in proportion to the partitions, as
-`merge_samples` does, so that nothing but a few numbers a query outlives its block.
+The arguments and the law of the draws are those of `softmax_sampling`. The costs differ from those
+on a CPU. An accelerator scores a block in one matrix product, and the scores stay in its memory.
+What takes time is the number of kernels, of passes over the scores, and of transfers to the host.
+
+So each block is scored once. Its largest score is found, and the exponentials are summed by groups
+of neighbours. A draw is an inverse CDF over the groups, and another one inside the drawn group, on
+the same scores. No candidate is scored a second time: in TF32 a second score might differ from the
+first. After each block, a draw is kept or replaced in proportion to the partitions, as in
+`merge_samples`. So only a few numbers per query are kept from one block to the next.
 """
 
 import math
@@ -17,28 +18,31 @@ import tensorflow as tf
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
 from negative_cache.ops._draws import Draws, Seed, random_of_blocks
 
-# Scores in memory at a time: 64 MiB, and as much again for each of their exponentials and, with a
-# gradient and a `score_transform`, their slopes.
+# Scores in memory at a time. They take 64 MiB. Their exponentials take as much again, and so do
+# their slopes with a gradient and a `score_transform`.
 SCORES_AT_ONCE = 2**24
-# The candidates of a group.
+# Candidates per group.
 _GROUP_SIZE = 128
-# More blocks are a loop.
+# The largest number of blocks that are unrolled instead of computed in a loop.
 _UNROLLED_BLOCKS = 8
-# The queries to plan for where their number is not known when a function is traced.
+# The number of queries that is assumed if it is not known during tracing.
 _LIKELY_QUERIES = 1024
 
 
 def draw_from_large_blocks(
     scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
 ) -> Draws:
-    """Draws from all candidates of `scorer`, whose number is known.
+    """Draws from all candidates of `scorer`.
 
     Args:
-      scorer: of queries [B, d] and C candidates.
+      scorer: scores queries [B, d] with C candidates. C must be known.
       seed: as in `sample_softmax`, but not None.
-      num_samples: S.
-      block_size: candidates scored at a time; chosen from the shapes where None.
-      with_mean: whether the mean is wanted.
+      num_samples: S, the number of draws per query.
+      block_size: number of candidates scored at a time; chosen from the shapes if None.
+      with_mean: whether to compute `Draws.mean`.
+
+    Returns:
+      The `Draws`.
     """
     size, num_blocks = choose_blocks(scorer.num_queries, scorer.num_candidates, block_size)
     random = random_of_blocks(seed, num_blocks)
@@ -70,9 +74,9 @@ def draw_from_large_blocks(
 def choose_blocks(
     num_queries: int | tf.Tensor, num_candidates: int, block_size: int | None
 ) -> tuple[int, int]:
-    """The size of blocks, a multiple of the group size, and their number.
+    """Returns the size of the blocks, a multiple of the group size, and their number.
 
-    Blocks are as equal as can be: one that is hardly filled costs as much as a full one.
+    The candidates are distributed evenly, because a nearly empty block costs as much as a full one.
     """
     if block_size is None:
         likely = num_queries if isinstance(num_queries, int) else _LIKELY_QUERIES
@@ -86,9 +90,9 @@ def choose_blocks(
 def _draw_from_block(
     scorer: BlockScorer, first: int | tf.Tensor, size: int, uniforms: tf.Tensor, with_mean: bool
 ) -> Draws:
-    """Draws from the candidates from `first` on, `size` of them or as many as there are."""
+    """Draws from `size` candidates beginning at `first`, or from fewer if the candidates end."""
     num_there = min(size, scorer.num_candidates)
-    # The last block begins earlier, so as to be as long as the others.
+    # The last block begins earlier than `first`, so that all blocks have the same length.
     start = tf.minimum(first, scorer.num_candidates - num_there)
     block = scorer.read_block(start, num_there, as_kept=True)
     scores, slopes = scorer.score_block(block, start, num_there, with_slopes=with_mean)
@@ -118,7 +122,7 @@ def _draw_from_block(
 
 
 def _merge(draws: Draws, more: Draws, uniforms: tf.Tensor) -> Draws:
-    """Draws from both: of `more` with the probability that its partition has in that of both."""
+    """Merges draws from two sets: those of `more` win with probability Z_more / (Z + Z_more)."""
     both = tf.stack([draws.log_partition, more.log_partition])
     log_partition = tf.reduce_logsumexp(both, axis=0)
     share = tf.exp(more.log_partition - log_partition)[:, tf.newaxis]
@@ -134,11 +138,11 @@ def _merge(draws: Draws, more: Draws, uniforms: tf.Tensor) -> Draws:
 def _pick(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     """[B, S] int32 positions drawn in proportion to weights [B, S or 1, n] by `uniforms` [B, S].
 
-    A position of weight zero is never drawn, unless all are zero, however sums may be rounded where
-    they are computed in parallel.
+    A position of weight zero is never drawn, unless all weights are zero. That holds also if
+    parallel sums are rounded so that the CDF is not monotone.
     """
     cdf = tf.cumsum(weights, axis=2)
     threshold = uniforms[..., tf.newaxis] * cdf[..., -1:]
-    # The first that is past the threshold, or where rounding leaves none, the heaviest.
+    # The first position past the threshold. If rounding leaves none, the heaviest position.
     is_past = (cdf > threshold) & (weights > 0.0)
     return tf.argmax(tf.where(is_past, tf.float32.max, weights), axis=2, output_type=tf.int32)

@@ -1,12 +1,14 @@
-"""Exact sampling from a softmax on a CPU: one block after the other, while it is in the cache.
+"""Exact sampling from a softmax on a CPU, in blocks that fit into the processor's cache.
 
-The candidates are cut into blocks, and each block into groups, of every so-many-th candidate. One
-pass over the blocks takes the softmax of each, and keeps of it, for every query, the block's log
-partition and the probabilities of its groups. The log partition of all candidates follows from
-those of the blocks, and a draw is an inverse CDF in three steps: a block, a group of that block,
-and a candidate of that group, whose few scores are computed a second time. No [B, C] array exists,
-no random number or logarithm is spent per candidate, and more draws per query cost nothing but the
-last step.
+The candidates are divided into blocks, and each block into groups. With n groups per block, a group
+holds every n-th candidate of its block. One pass computes the softmax over each block. For every
+query it keeps the block's log partition and the probabilities of its groups. The log partition over
+all candidates follows from those of the blocks.
+
+A draw is an inverse CDF in three steps: draw a block, a group of that block, and a candidate of
+that group, after the group's few scores have been computed again. No [B, C] array exists, and there
+is no random number and no logarithm per candidate. An additional draw per query costs little more
+than the last step.
 """
 
 import math
@@ -23,16 +25,27 @@ from negative_cache.ops._block_scorer import (
 )
 from negative_cache.ops._draws import Draws, Seed, draw_uniforms, inverse_cdf
 
-# A probability whose logarithm is as exact as that of a larger one: float32 holds it in full.
+# Above this, float32 holds a probability in full precision, so that its logarithm is exact too.
 _SMALLEST_PROBABILITY = 1e-30
-# Sizes to plan for where they are not known when a function is traced.
+# The sizes that are assumed if they are not known during tracing.
 _LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
 
 
 def draw_from_small_blocks(
     scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
 ) -> Draws:
-    """As `_large_blocks.draw_from_large_blocks`."""
+    """Draws from all candidates of `scorer`.
+
+    Args:
+      scorer: scores queries [B, d] with C candidates. C may be unknown during tracing.
+      seed: as in `sample_softmax`.
+      num_samples: S, the number of draws per query.
+      block_size: number of candidates scored at a time; chosen from the shapes if None.
+      with_mean: whether to compute `Draws.mean`.
+
+    Returns:
+      The `Draws`.
+    """
     block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
     blocks = _scan_blocks(scorer, block_size, group_size, with_mean)
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
@@ -60,12 +73,21 @@ def draw_from_small_blocks(
 
 
 def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tensor) -> tf.Tensor:
-    """Scores [B, S, g] of groups `rows` [B, S, g] that have been scored before.
+    """Scores the candidates of drawn groups again.
 
-    A candidate whose score is that of `max_scores` may be admitted by one scoring and not by the
-    other. One that was left out before may be all that its group would be drawn for: what alone has
-    more than the mass [B, S] that was found for its group was not in it. Where nothing is left of a
-    group, it was drawn for candidates that only this scoring leaves out.
+    The two scorings may round differently, so one of them may admit a candidate whose score is near
+    `max_scores` and the other may not. There are two cases. If a candidate alone has more than the
+    mass of its group in the first scoring, the first scoring excluded it, and it is excluded here.
+    If no candidate of a group is left, the group was drawn for candidates that only the second
+    scoring excludes, and the widened limit of `BlockScorer.score_rows` admits them.
+
+    Args:
+      scorer: scores the candidates.
+      rows: [B, S, g] int32, the candidates of the drawn groups.
+      log_masses: [B, S] float32, the log mass of each group in the first scoring.
+
+    Returns:
+      [B, S, g] float32, the scores.
     """
     strict, widened = scorer.score_rows(tf.reshape(rows, [scorer.num_queries, -1]))
     shape = tf.shape(rows)
@@ -95,12 +117,12 @@ class _Block(NamedTuple):
 
 
 class _Blocks(NamedTuple):
-    """What one pass over the candidates keeps.
+    """The results of one pass over the candidates.
 
     Attributes:
-      log_partition: [B, blocks].
+      log_partition: [B, blocks], the log partition of each block.
       group_probability: [B, blocks, groups per block], the softmax over a block, summed by groups.
-      mean: [B, d], Σ_y P(y|x) s' y over all candidates; zero where it is not wanted.
+      mean: [B, d], Σ_y P(y|x) s' y over all candidates; zero if it was not asked for.
     """
 
     log_partition: tf.Tensor
@@ -201,12 +223,15 @@ def _add_to_mean(
 def _log_partition(
     some_scores: tf.Tensor, some_probabilities: tf.Tensor, score_again: Callable[[], tf.Tensor]
 ) -> tf.Tensor:
-    """[B] log Z of a block, s(y) - log P(y) for any y: the best of some, unless P(y) is too small.
+    """[B] float32, the log partition of a block.
+
+    log Z = s(y) - log P(y) for every candidate y. This takes the most probable of some candidates.
+    If its P(y) is too small for an exact logarithm, all scores are computed again and summed.
 
     Args:
-      some_scores: [B, n], those of some of the block's candidates.
-      some_probabilities: [B, n], theirs in the softmax over the block.
-      score_again: returns the scores of all.
+      some_scores: [B, n], the scores of some of the block's candidates.
+      some_probabilities: [B, n], their probabilities in the softmax over the block.
+      score_again: returns the scores of all candidates of the block.
     """
     largest = tf.reduce_max(some_probabilities, axis=1)
     return tf.cond(
@@ -217,12 +242,12 @@ def _log_partition(
 
 
 def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None) -> tuple[int, int]:
-    """The block size, a multiple of the group size, and the group size, both from the shapes.
+    """Chooses the block size, a multiple of the group size, and the group size from the shapes.
 
-    A group is the power of two that balances the group sums, B·C/g floats, with the rows that are
-    scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that what one
-    read brings into the processor's cache is still there when it is scored, and at most 2^21
-    scores; within these limits it is as large as can be, because every block costs some operations.
+    The group size g is a power of two that balances the group sums, B·C/g floats, with the rows
+    that are scored again, B·S·g·d floats. A block has at most 2^21 floats of embeddings, so that
+    they are still in the processor's cache when they are scored, and at most 2^21 scores. Within
+    these limits it is as large as possible, because every block costs a few operations.
     """
     num_queries = scorer.num_queries if isinstance(scorer.num_queries, int) else _LIKELY_QUERIES
     num_candidates = scorer.num_candidates

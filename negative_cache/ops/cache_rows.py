@@ -1,8 +1,8 @@
 """Which rows of a cache an update touches, and how their values are written.
 
-The order of an update, as published with the streaming cache (Lindgren et al., NeurIPS 2021):
-existing rows are updated first; then every new item replaces the oldest row that is left, the
-smallest row first among equals. Masked entries change nothing. All shapes are fixed, so that an
+An update has the order published with the streaming cache (Lindgren et al., NeurIPS 2021). Existing
+rows are updated first. Then every new item replaces the oldest remaining row. Among rows of equal
+age the smallest index comes first. Masked entries change nothing. All shapes are fixed, so that an
 update compiles.
 """
 
@@ -10,28 +10,28 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# Accelerators have no kernel that gathers rows of these, and one for a dtype that holds them all.
+# Accelerators have no kernel that gathers rows of these dtypes. They have one for the wider dtype.
 _GATHERED_AS = {
     tf.int8: tf.int32,
     tf.int16: tf.int32,
     tf.uint8: tf.int32,
     tf.uint16: tf.int32,
     tf.uint32: tf.int64,
-    # Casts of these wrap around, there and back.
+    # A cast to int64 wraps around, and the cast back restores the value.
     tf.uint64: tf.int64,
 }
 
 
 class MaskedRows(NamedTuple):
-    """Rows to write, where an entry that is left out repeats one that is written anyway.
+    """Rows to write in a scatter of fixed shape, in which masked entries have no effect.
 
-    Scatters of fixed shape cannot leave an entry out. An entry that must not be written therefore
-    repeats the first entry that must; where there is none, all rewrite what row 0 holds.
+    Such a scatter cannot leave an entry out. A masked entry therefore repeats the first entry that
+    is not masked. If all entries are masked, they all write the present value of row 0 to row 0.
 
     Attributes:
-      rows: [n] int64, the rows to write; 0 where nothing is to be written.
-      sources: [n] int32, the entry whose value goes to each of them.
-      any_written: scalar bool.
+      rows: [n] int64, the rows to write; 0 if all entries are masked.
+      sources: [n] int32, the entry whose value is written to each row.
+      any_written: scalar bool, whether any entry is not masked.
     """
 
     rows: tf.Tensor
@@ -39,19 +39,19 @@ class MaskedRows(NamedTuple):
     any_written: tf.Tensor
 
     def values(self, new_values: tf.Tensor, old_values: tf.Tensor | tf.Variable) -> tf.Tensor:
-        """The [n, ...] values to scatter into `rows`, out of `new_values` [n, ...].
+        """The [n, ...] values to scatter into `rows`, taken from `new_values` [n, ...].
 
-        Where nothing is to be written they are what row 0 of `old_values` [C, ...] holds.
+        If all entries are masked, they are the value of row 0 of `old_values` [C, ...].
         """
-        # Not a branch: an accelerator would have to tell the host which one to take.
+        # Not a `tf.cond`: an accelerator would have to send the condition to the host.
         chosen = take_rows(new_values, self.sources)
         return tf.where(self.any_written, chosen, tf.gather(old_values, [0]))
 
 
 def masked_rows(rows: tf.Tensor, mask: tf.Tensor) -> MaskedRows:
-    """Redirects the entries of `rows` [n] where `mask` [n] bool is False."""
+    """The `MaskedRows` that write to `rows` [n] wherever `mask` [n] bool is True."""
     entries = tf.range(tf.shape(mask)[0])
-    # Not an argmax, which an empty batch has none of.
+    # Not `tf.argmax`, which fails for an empty batch.
     first_written = tf.reduce_min(tf.where(mask, entries, tf.size(entries) - 1))
     sources = tf.where(mask, entries, first_written)
     any_written = tf.reduce_any(mask)
@@ -61,7 +61,7 @@ def masked_rows(rows: tf.Tensor, mask: tf.Tensor) -> MaskedRows:
 
 
 def take_rows(values: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-    """[n, ...], the `rows` [n] of a tensor [C, ...], by a kernel that accelerators have."""
+    """[n, ...], the `rows` [n] of a tensor [C, ...], by a kernel that exists on accelerators."""
     like = _GATHERED_AS.get(values.dtype)
     if like is None:
         return tf.gather(values, rows)
@@ -69,25 +69,25 @@ def take_rows(values: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def oldest_rows(age: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
-    """The `count` rows of largest `age` [C] int32, the smallest first among equals: int64."""
-    # As unsigned numbers in the same order: accelerators sort those several times faster.
+    """[count] int64, the rows of largest `age` [C] int32; the smaller index first among equals."""
+    # Mapped to unsigned integers in the same order, which accelerators sort several times faster.
     order = tf.bitwise.bitwise_xor(tf.bitcast(age, tf.uint32), tf.constant(2**31, tf.uint32))
     return tf.cast(tf.math.top_k(order, k=count).indices, tf.int64)
 
 
 class OldestRows(NamedTuple):
-    """A queue of the rows touched longest ago, so that not every update has to look at all C.
+    """A queue of the rows touched longest ago, so that most updates need not look at all C rows.
 
-    The queue is the start of the list of all rows ordered by (when last touched, row), as it was at
-    some time. A row that has been touched since has another time than its entry, which is then
-    passed over. All other rows of the cache are later in that order, and rows touched since are
-    later still, so the entries that are left *are* the oldest rows, in their exact order, until the
-    queue has too few and is made anew.
+    When the queue is made, it holds the first K rows in the order of (time last touched, row). If a
+    row is touched later, its time differs from that of its entry, and the entry is ignored. All
+    rows outside the queue come after it in that order, and touched rows come later still. So the
+    remaining entries are exactly the oldest rows, in their exact order. When too few entries
+    remain, the queue is made again.
 
     Attributes:
       rows: [K] int64.
-      last_touched: [K] int32, when each was last touched as the queue was made; -1 in an entry
-        that is not to be used again.
+      last_touched: [K] int32, when each row was last touched before the queue was made; -1 in an
+        entry that must not be used.
     """
 
     rows: tf.Tensor
@@ -95,29 +95,33 @@ class OldestRows(NamedTuple):
 
     @classmethod
     def of(cls, last_touched: tf.Tensor, size: int | tf.Tensor) -> "OldestRows":
-        """The `size` oldest of the rows [C] that were `last_touched` [C] int32."""
-        # Of equal elements top-k takes the one of lower index first.
+        """The queue of the `size` oldest rows, given when each row was `last_touched` [C] int32."""
+        # Among equal elements, top-k takes the lower index first.
         oldest = tf.math.top_k(-last_touched, k=size)
         return cls(tf.cast(oldest.indices, tf.int64), -oldest.values)
 
     def untouched(self, last_touched: tf.Tensor) -> tf.Tensor:
-        """[K] bool, which entries still are what they were: `rows` are `last_touched` [K] now."""
+        """[K] bool, whether each entry is still valid.
+
+        Args:
+          last_touched: [K] int32, the current last touch of each of `rows`.
+        """
         return tf.equal(last_touched, self.last_touched)
 
     def first(self, usable: tf.Tensor, count: int | tf.Tensor) -> tf.Tensor:
-        """[count] int64, the rows of the first entries with `usable` [K] bool; count <= K."""
+        """[count] int64, the rows of the first entries with True in `usable` [K]; count <= K."""
         size = tf.size(usable)
         positions = tf.where(usable, tf.range(size), size)
         return tf.gather(self.rows, tf.math.top_k(-positions, k=count).indices)
 
 
-# Whether a row is filled, and when it was last touched, are one number: t for a filled row that was
-# touched at time t, and -1 - t, whose bits are the complement, for an empty one.
+# A row's stamp is one number that says whether the row is filled and when it was last touched. It
+# is t for a filled row that was touched at time t, and -1 - t for an empty one.
 
 
 def is_filled(stamps: tf.Tensor) -> tf.Tensor:
     """[n] bool, whether rows with `stamps` [n] int32 hold a candidate."""
-    # The sign as an unsigned number: TensorFlow compares int32 on the host, wherever they are.
+    # Not `stamps >= 0`: TensorFlow compares int32 on the host, even if they are on an accelerator.
     return tf.bitcast(stamps, tf.uint32) < tf.constant(2**31, tf.uint32)
 
 
@@ -127,16 +131,22 @@ def times_of(stamps: tf.Tensor) -> tf.Tensor:
 
 
 def touched_at(time: tf.Tensor, stamps: tf.Tensor) -> tf.Tensor:
-    """[n] int32, new stamps of rows with `stamps` [n] int32: touched, and as full as before."""
+    """[n] int32, the new stamps if rows with `stamps` [n] int32 are touched at `time`.
+
+    Filled rows stay filled, and empty rows stay empty.
+    """
     return tf.where(is_filled(stamps), time, -1 - time)
 
 
 def insertion_rows(oldest: tf.Tensor, new_items_mask: tf.Tensor) -> MaskedRows:
-    """The rows that new items go to: the k-th unmasked item to the k-th oldest row.
+    """The rows that new items replace: the k-th unmasked item replaces the k-th oldest row.
 
     Args:
-      oldest: [n] int64, the oldest rows of the cache in order.
+      oldest: [n] int64, the oldest rows of the cache, beginning with the oldest.
       new_items_mask: [n] bool; items with False are not inserted.
+
+    Returns:
+      The `MaskedRows` of the items.
     """
     rank = tf.maximum(tf.cumsum(tf.cast(new_items_mask, tf.int32)) - 1, 0)
     return masked_rows(tf.gather(oldest, rank), new_items_mask)

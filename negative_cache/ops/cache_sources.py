@@ -1,7 +1,4 @@
-"""The rows of several caches as one list of candidates.
-
-C candidates in all of them together.
-"""
+"""The rows of several caches as one list of C candidates."""
 
 from collections.abc import Mapping, Sequence
 
@@ -13,9 +10,12 @@ class CacheSources:
 
     Args:
       sources: source -> feature name -> [rows, ...], tensors or variables.
-      embedding_key: the feature that is the embedding, [rows, dim].
-      data_keys: the other features that are wanted.
+      embedding_key: name of the feature that is the embedding, [rows, dim].
+      data_keys: names of the other features that `gather` returns.
       dim: the embedding dimension of queries.
+
+    Raises:
+      ValueError: if a source lacks a feature, or its embeddings do not have shape [rows, dim].
 
     Attributes:
       sources: source -> feature name -> [rows, ...].
@@ -45,17 +45,17 @@ class CacheSources:
 
     @property
     def is_one_of_known_size(self) -> bool:
-        """Whether there is a single source, whose number of rows is known while tracing."""
+        """Whether there is a single source whose number of rows is known during tracing."""
         return len(self.sources) == 1 and isinstance(self.size, int)
 
     def locate(self, indices: tf.Tensor) -> tuple[dict[str, tf.Tensor], dict[str, tf.Tensor]]:
         """Finds candidates in their sources.
 
         Args:
-          indices: [n] int64 candidates, or others, which are in no source.
+          indices: [n] int64, candidates. An index outside [0, C) is in no source.
 
         Returns:
-          rows: source -> [n] int64 rows, 0 for candidates of another source.
+          rows: source -> [n] int64 rows; 0 for candidates of another source.
           masks: source -> [n] bool, whether the candidate is in this source.
         """
         rows, masks = {}, {}
@@ -66,7 +66,14 @@ class CacheSources:
         return rows, masks
 
     def gather(self, indices: tf.Tensor) -> dict[str, tf.Tensor]:
-        """Returns feature name -> [n, ...] of candidates [n]; a candidate in no source gets any."""
+        """Reads the features of candidates.
+
+        Args:
+          indices: [n] int64, candidates.
+
+        Returns:
+          Feature name -> [n, ...]. The values for an index outside [0, C) are arbitrary.
+        """
         rows, masks = self.locate(indices)
         features = {}
         for key in self._keys:
@@ -75,7 +82,7 @@ class CacheSources:
             for source, part in zip(list(rows)[1:], others):
                 mask = tf.reshape(masks[source], [-1] + [1] * (part.shape.rank - 1))
                 value = tf.where(mask, part, value)
-            # Of integers there is none to stop, and TensorFlow would do it on the host.
+            # Integers have no gradient, and TensorFlow would run `tf.stop_gradient` on the host.
             is_float = value.dtype.is_floating or value.dtype.is_complex
             features[key] = tf.stop_gradient(value) if is_float else value
         return features
@@ -90,12 +97,13 @@ def _check_source(
 ) -> None:
     if not set(keys) <= set(data):
         raise ValueError(
-            f"The cache {source!r} must have `embedding_key` and `data_keys`, {keys}."
-            f" Received a cache of {sorted(data)}."
+            f"The cache {source!r} must have the features {keys} (`embedding_key` and `data_keys`)."
+            f" Received a cache with the features {sorted(data)}."
         )
     shape = tf.TensorShape(data[embedding_key].shape)
     if shape.rank != 2 or shape[0] == 0 or not shape[1:].is_compatible_with([dim]):
         raise ValueError(
             f"The embeddings {embedding_key!r} of the cache {source!r} must have shape"
-            f" [rows, {dim}], as the queries have. Received shape: {shape}."
+            f" [rows, {dim}], with rows > 0, for queries of dimension {dim}. Received shape:"
+            f" {shape}."
         )

@@ -1,4 +1,4 @@
-"""Which entries of a list of numbers are equal, in fixed shapes."""
+"""Grouping of equal numbers in a list, in fixed shapes."""
 
 from typing import NamedTuple
 
@@ -10,13 +10,14 @@ _NOTHING = tf.int32.max
 class Groups(NamedTuple):
     """The entries of a list of numbers, grouped by number.
 
-    There are as many groups as entries, in ascending order of their numbers; the last are empty.
+    There are as many groups as entries, in ascending order of their numbers. Unused groups come
+    last and are empty.
 
     Attributes:
       group: [n] int32, the group of each entry.
-      numbers: [n] int32, the number of each group.
-      is_some: [n] bool, whether a group has entries.
-      rank: [n] int32, the place of each entry in its group, in the order of the list.
+      numbers: [n] int32, the number of each group; 0 for an empty group.
+      is_some: [n] bool, whether each group has entries.
+      rank: [n] int32, the position of each entry in its group, in the order of the list.
     """
 
     group: tf.Tensor
@@ -26,7 +27,7 @@ class Groups(NamedTuple):
 
     @classmethod
     def of(cls, numbers: tf.Tensor, mask: tf.Tensor) -> "Groups":
-        """Groups the `numbers` [n] >= 0; the entries with False in `mask` [n] are in no group."""
+        """Groups the `numbers` [n] >= 0. Entries with False in `mask` [n] belong to no group."""
         size = tf.shape(numbers)[0]
         keys = tf.where(mask, numbers, _NOTHING)
         order = tf.argsort(keys, stable=True)
@@ -48,9 +49,12 @@ class Groups(NamedTuple):
         )
 
     def sum(self, values: tf.Tensor) -> tf.Tensor:
-        """[n, ...], the sums over the groups of `values` [n, ...]."""
+        """[n, ...], the sum of `values` [n, ...] over each group."""
         return tf.math.unsorted_segment_sum(values, self.group, tf.shape(self.group)[0])
 
     def max(self, values: tf.Tensor) -> tf.Tensor:
-        """[n, ...], the maxima, or for an empty group the lowest number there is."""
+        """[n, ...], the maximum of `values` [n, ...] over each group.
+
+        It is the lowest number of the dtype for an empty group.
+        """
         return tf.math.unsorted_segment_max(values, self.group, tf.shape(self.group)[0])

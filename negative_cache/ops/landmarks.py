@@ -1,17 +1,17 @@
-"""Choices of a few points that stand for many, and the Nyström update that they make possible."""
+"""Selection of a few landmarks among many points, and the Nyström update that uses them."""
 
 import tensorflow as tf
 
 from negative_cache.ops._draws import Seed, draw_uniforms
 
-# Where the points are many, k-means++ looks at so many for each one that it chooses.
+# k-means++ chooses from a random pool of at most this many points per landmark.
 _POOL_PER_LANDMARK = 32
 
 
 def uniform_rows(mask: tf.Tensor, count: int, seed: Seed = None) -> tf.Tensor:
-    """[count] int64, different rows drawn uniformly from those with `mask` [C] True.
+    """[count] int64, distinct rows drawn uniformly from those with True in `mask` [C].
 
-    Where there are fewer, rows without come last.
+    If there are fewer than `count`, rows with False follow.
     """
     keys = draw_uniforms(tf.shape(mask), seed) + tf.cast(mask, tf.float32)
     return tf.cast(tf.math.top_k(keys, k=count).indices, tf.int64)
@@ -20,16 +20,16 @@ def uniform_rows(mask: tf.Tensor, count: int, seed: Seed = None) -> tf.Tensor:
 def kmeans_plus_plus_rows(
     points: tf.Tensor | tf.Variable, mask: tf.Tensor, count: int, seed: Seed = None
 ) -> tf.Tensor:
-    """[count] int64, rows that k-means++ chooses: far from each other, and where points are.
+    """[count] int64, rows chosen by k-means++, which are spread over the points.
 
-    Each row is drawn in proportion to its squared distance to the nearest of those chosen before
-    (Arthur, Vassilvitskii, SODA 2007). Beyond 32 points for each row to choose, a uniform choice of
-    so many is looked at.
+    Each row is drawn in proportion to its squared distance to the nearest row chosen before
+    (Arthur, Vassilvitskii, SODA 2007). If there are more than 32 points per row to choose, the rows
+    are chosen from a uniform sample of 32 · count points.
 
     Args:
       points: [C, d] float.
-      mask: [C] bool, which of them there are; at least `count`.
-      count: how many rows to choose.
+      mask: [C] bool, whether each point may be chosen; True for at least `count` points.
+      count: number of rows to choose.
       seed: as in `sample_softmax`.
     """
     pool_size = min(_POOL_PER_LANDMARK * count, mask.shape[0])
@@ -46,12 +46,13 @@ def kmeans_plus_plus_rows(
         position = tf.searchsorted(cdf, uniforms[i : i + 1] * cdf[-1], side="right")[0]
         position = tf.minimum(position, pool_size - 1)
         new = tf.reduce_sum(tf.math.squared_difference(vectors, vectors[position]), axis=1)
-        # A row is not chosen twice while others are left, if only at no distance.
+        # The small term keeps other points at distance zero eligible, so that no row is chosen
+        # twice before all are used.
         distances = tf.minimum(distances, weight * (new + 1e-12))
         distances = tf.where(tf.range(pool_size) == position, 0.0, distances)
         return i + 1, tf.tensor_scatter_nd_update(chosen, [[i]], [position]), distances
 
-    # The first is drawn uniformly: all are infinitely far from nothing, and equally so.
+    # The first row is drawn uniformly: all points start at the same large distance.
     start = (tf.constant(0), tf.zeros([count], tf.int32), weight * 1e12)
     _, chosen, _ = tf.while_loop(
         lambda i, *_: i < count, choose, start, parallel_iterations=1, maximum_iterations=count
@@ -70,16 +71,16 @@ def rbf_kernel(a: tf.Tensor, b: tf.Tensor, scale: tf.Tensor) -> tf.Tensor:
 def nystrom_coefficients(
     kernel_matrix: tf.Tensor, drift: tf.Tensor, share: tf.Tensor, ridge: float
 ) -> tf.Tensor:
-    """[m, d] coefficients c, so that k(ĝ(y), ĝ(Z)) c is how far a candidate y has drifted.
+    """[m, d] coefficients c for which k(ĝ(y), ĝ(Z)) c estimates the drift of a candidate y.
 
-    It is the update of Monath et al. (arXiv 2303.15311) with drifts that may be of landmarks of
-    different age: c = Φ (Φ K_ZZ Φ + λ I)⁻¹ Δ, where Φ = diag(φ). That is the mean of a Gaussian
-    process r of covariance k, observed as Δ_z = φ_z r(ĝ(z)) with noise of variance λ.
+    This is the update of Monath et al. (arXiv 2303.15311), extended to landmarks of different ages:
+    c = Φ (Φ K_ZZ Φ + λ I)⁻¹ Δ, with Φ = diag(φ). It gives the posterior mean of a Gaussian process
+    r with covariance k, observed as Δ_z = φ_z r(ĝ(z)) with noise of variance λ.
 
     Args:
       kernel_matrix: [m, m] float32, K_ZZ, the kernel between the landmarks' stale embeddings.
       drift: [m, d] float32, Δ = g(Z) - ĝ(Z).
-      share: [m] float32, φ; 0 for a landmark that is not there, whatever its values are.
+      share: [m] float32, φ; 0 for an unused landmark, whose values are ignored.
       ridge: λ.
     """
     column = share[:, tf.newaxis]
@@ -94,15 +95,16 @@ def nystrom_coefficients(
 def linear_coefficients(
     features: tf.Tensor, drift: tf.Tensor, share: tf.Tensor, ridge: float
 ) -> tf.Tensor:
-    """[c, d] coefficients w, so that ⟨features(y), w⟩ is how far a candidate y has drifted.
+    """[c, d] coefficients w for which ⟨features(y), w⟩ estimates the drift of a candidate y.
 
-    What `nystrom_coefficients` gives for the kernel k(a, b) = ⟨features(a), features(b)⟩, by way of
-    c equations and not m: w = (Zᵀ Φ² Z + λ I)⁻¹ Zᵀ Φ Δ.
+    The estimate is that of `nystrom_coefficients` with the kernel
+    k(a, b) = ⟨features(a), features(b)⟩, but it solves c equations instead of m:
+    w = (Zᵀ Φ² Z + λ I)⁻¹ Zᵀ Φ Δ.
 
     Args:
-      features: [m, c] float32, Z, those of the landmarks' stale embeddings.
-      drift: [m, d] float32, Δ.
-      share: [m] float32, φ; 0 for a landmark that is not there, whatever its values are.
+      features: [m, c] float32, Z, the features of the landmarks' stale embeddings.
+      drift: [m, d] float32, Δ = g - ĝ of the landmarks.
+      share: [m] float32, φ; 0 for an unused landmark, whose values are ignored.
       ridge: λ.
     """
     column = share[:, tf.newaxis]
@@ -114,6 +116,6 @@ def linear_coefficients(
 
 
 def _solve(matrix: tf.Tensor, right: tf.Tensor) -> tf.Tensor:
-    """The solution for a positive definite matrix; zero where rounding has made it none."""
+    """Solves matrix · x = right for a positive definite matrix; zero if rounding makes it fail."""
     solution = tf.linalg.cholesky_solve(tf.linalg.cholesky(matrix), right)
     return tf.where(tf.reduce_all(tf.math.is_finite(solution)), solution, 0.0)

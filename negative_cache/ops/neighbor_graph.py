@@ -1,9 +1,9 @@
-"""The graph that contrastive batches are ordered by: which pairs are each other's hard negatives.
+"""The graph of hard negatives, by which contrastive batches are ordered.
 
-Pair i is a query with embedding f(x_i) and its positive candidate with embedding g(y_i). Their
-similarity matrix f(X) g(Y)ᵀ [N, N] never exists: it is computed in blocks, of which a few entries
-of each row are kept. Graphs are `scipy.sparse.csr_matrix` [N, N] of bool, symmetric, without a
-diagonal.
+Pair i is a query with embedding f(x_i) and its positive candidate with embedding g(y_i). Two pairs
+are neighbors if one is a hard negative of the other. The similarity matrix f(X) g(Y)ᵀ [N, N] is
+never held as a whole: it is computed in blocks, and a few entries of each row are kept. Graphs are
+`scipy.sparse.csr_matrix` [N, N] of bool, symmetric, without a diagonal.
 """
 
 import math
@@ -14,9 +14,9 @@ import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer, is_admissible
 
-# Candidates scored at a time; see `softmax_sampling` for why it is bounded from both sides.
+# Candidates scored at a time; see `_small_blocks` for the reasons to bound it.
 _BLOCK_SIZE = 2048
-# Candidates of which only the best is compared with others, at first.
+# Candidates per group. At first, only the best of a group is compared with other groups.
 _GROUP_SIZE = 16
 # Rows and columns of the sample that quantiles are estimated from.
 _SAMPLE_SIZE = 1024
@@ -31,19 +31,20 @@ def nearest_candidates(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Finds the k largest of each row of f(X) g(Y)ᵀ, exactly.
 
-    A candidate among the k best is in a group of candidates whose best is among the k best of
-    groups. So the groups' maxima are all that is kept of the scores, the k best groups are scored
-    again, and rows of C scores are never sorted.
+    The candidates are divided into groups. Each of the k best candidates is in one of the k groups
+    with the largest maxima. So only the maximum of each group is kept, and the candidates of the k
+    best groups are scored again. Rows of C scores are never sorted.
 
     Args:
       query_embeddings: [B, d] float.
       candidate_embeddings: [C, d] float.
-      k: scalar int32 or int, how many to find.
-      block_size: candidates scored at a time.
+      k: scalar int32 or int, the number of candidates to find.
+      block_size: number of candidates scored at a time; 2,048 if None.
 
     Returns:
-      scores: [B, K] float32 in descending order, K = min(k, C) or a little more where C is small.
-      indices: [B, K] int32; -1 where there are too few candidates, their scores being -inf.
+      scores: [B, K] float32 in descending order, with min(k, C) <= K <= k. If K > C, the last
+        scores are -inf.
+      indices: [B, K] int32; -1 where the score is -inf.
     """
     scorer = BlockScorer(query_embeddings, candidate_embeddings)
     width = math.ceil((block_size or _BLOCK_SIZE) / _GROUP_SIZE)
@@ -79,7 +80,7 @@ def nearest_candidates(
 
 
 def queries_at_a_time(num_candidates: int, dim: int, k: int) -> int:
-    """How many queries `nearest_candidates` can take so that it needs few hundred megabytes."""
+    """The number of queries with which `nearest_candidates` needs a few hundred megabytes."""
     of_maxima = 2**24 * _GROUP_SIZE // max(num_candidates, 1)
     of_scored_again = 2**25 // max(k * _GROUP_SIZE * dim, 1)
     return max(min(1024, of_maxima, of_scored_again), 16)
@@ -99,10 +100,10 @@ def similarity_quantile(
       candidate_embeddings: [N, d] float32.
       quantile: in [0, 1).
       rng: draws the sample.
-      ids: [N] int; entries whose row and column have the same do not count.
+      ids: [N] int; entries whose row and column have the same id do not count.
 
     Returns:
-      The quantile of up to a million entries; -inf where there are none.
+      The quantile of up to a million entries; -inf if there are none.
     """
     num_pairs = len(query_embeddings)
     size = min(num_pairs, _SAMPLE_SIZE)
@@ -119,16 +120,19 @@ def similarity_quantile(
 def symmetric_graph(
     neighbors: np.ndarray, max_claims: int | None = None
 ) -> scipy.sparse.csr_matrix:
-    """Joins i and j where one is a neighbor of the other.
+    """The graph with an edge between i and j if one is a neighbor of the other.
 
     Args:
-      neighbors: [N, k] int, the neighbors of each of N, the nearest first; -1 for none, never
-        itself.
-      max_claims: of how many others each can be a neighbor: of those that have it nearer, by its
-        place among their neighbors.
+      neighbors: [N, k] int, the neighbors of each row, the nearest first; -1 for none. A row is
+        never its own neighbor.
+      max_claims: the largest number of rows that can have the same row as a neighbor. Rows that
+        have it earlier in their list of neighbors take precedence. None for no limit.
+
+    Returns:
+      [N, N], the graph.
     """
     num_rows, k = neighbors.shape
-    # The nearest of all first: their claims come first.
+    # The nearest neighbors of all rows come first, so that their claims take precedence.
     columns, rows = neighbors.T.reshape([-1]), np.tile(np.arange(num_rows), k)
     rows, columns = rows[columns >= 0], columns[columns >= 0]
     if max_claims is not None:
@@ -140,16 +144,16 @@ def symmetric_graph(
 
 
 def bandwidth(graph: scipy.sparse.spmatrix, order: np.ndarray | None = None) -> int:
-    """How far apart an order places neighbors, at the most.
+    """The largest distance between two neighbors in an order.
 
-    It is max |π(i) - π(j)| over the edges (i, j), π(i) being the place of i in the order.
+    It is max |π(i) - π(j)| over the edges (i, j), where π(i) is the place of i in the order.
 
     Args:
       graph: [N, N] sparse.
-      order: [N] int, a permutation; 0, …, N - 1 where None.
+      order: [N] int, a permutation; 0, …, N - 1 if None.
 
     Returns:
-      The bandwidth; 0 where there is no edge.
+      The bandwidth; 0 if the graph has no edges.
     """
     edges = graph.tocoo()
     rows, columns = edges.row, edges.col
@@ -161,11 +165,7 @@ def bandwidth(graph: scipy.sparse.spmatrix, order: np.ndarray | None = None) -> 
 
 
 def num_equals_before(codes: np.ndarray) -> np.ndarray:
-    """[n] int64: how many equal codes come before each.
-
-    Args:
-      codes: [n] int, at least 0.
-    """
+    """[n] int64, the number of equal codes before each code in `codes` [n] int >= 0."""
     counts = np.bincount(codes)
     by_code = np.argsort(codes, kind="stable")
     numbers = np.empty(len(codes), np.int64)

@@ -1,12 +1,13 @@
 """Product quantisation: vectors in a few bytes, scored by table look-ups (Jégou et al., 2011).
 
-A vector x of d dimensions is cut into m parts, and part j is replaced by the nearest of the codes
-c_j0, c_j1, … of its own codebook: m bytes. An inner product becomes a sum over the parts,
+A vector x of d dimensions is divided into m parts. Part j is replaced by the nearest entry of its
+own codebook c_j. The numbers of these entries are the vector's code, of m bytes. An inner product
+becomes a sum over the parts,
 
   ⟨q, x⟩ ≈ Σ_j ⟨q_j, c_j[code_j(x)]⟩,
 
-whose terms are looked up in a table made once per query. Codebooks are [m, num_codes, d / m]
-float32 throughout. No gradient is meant to pass through codes.
+and its terms are looked up in a table that is made once per query. Codebooks are
+[m, num_codes, d / m] float32 throughout. Codes have no gradient.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ import tensorflow as tf
 
 from negative_cache.ops._clustering import lloyd
 
-# Codes are uint8.
+# A code is one uint8 per part.
 _MAX_CODES = 256
 
 
@@ -26,20 +27,21 @@ def train_codebooks(
     iterations: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
-    """Finds codebooks by k-means in every subspace, in NumPy on the host.
+    """Trains codebooks by k-means in every subspace, in NumPy on the host.
 
     Args:
-      vectors: [n, d] float, a sample; of n <= `num_codes` vectors each part is a code itself.
+      vectors: [n, d] float, a sample. If n <= `num_codes`, the codebooks hold all parts exactly.
       num_subspaces: m, which must divide d.
-      num_codes: codes of a codebook, 256 at the most.
-      iterations: of k-means.
-      rng: draws the first codes.
+      num_codes: number of entries per codebook, at most 256.
+      iterations: number of k-means iterations.
+      rng: draws the first entries.
 
     Returns:
-      [m, num_codes, d / m] float32; zero where there are no vectors.
+      [m, num_codes, d / m] float32; zero if there are no vectors.
 
     Raises:
-      ValueError: where an argument does not fit.
+      ValueError: if `vectors` is not a matrix, `num_subspaces` does not divide d, or `num_codes` is
+        out of range.
     """
     if vectors.ndim != 2:
         raise ValueError(f"`vectors` must have shape [n, d]. Received shape: {vectors.shape}.")
@@ -58,10 +60,10 @@ def train_codebooks(
 
 
 def quantize(vectors: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
-    """The nearest code of every part of every vector.
+    """Codes every vector by the nearest codebook entry of each of its parts.
 
-    Of equally near codes the smallest is taken. It computes the scores of all codes at once,
-    m · num_codes floats a vector: quantise many vectors a block at a time.
+    Among equally near entries, the one with the smallest number is taken. The function computes
+    m · num_codes scores per vector at once. So quantise many vectors in blocks.
 
     Args:
       vectors: [..., d] float.
@@ -71,13 +73,13 @@ def quantize(vectors: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
       [..., m] uint8.
 
     Raises:
-      ValueError: where the dimensions do not fit.
+      ValueError: if the dimensions do not fit.
     """
     vectors, codebooks = _as_float32(vectors), _as_float32(codebooks)
     parts = _split(vectors, codebooks, "vectors")
     shape = tf.shape(parts)[:-1]
     parts = tf.transpose(tf.reshape(parts, [-1, *codebooks.shape[::2]]), [1, 0, 2])
-    # ‖x - c‖² = ‖x‖² - 2(⟨x, c⟩ - ½‖c‖²), of which the first term is the same for all codes.
+    # ‖x - c‖² = ‖x‖² - 2(⟨x, c⟩ - ½‖c‖²), and the first term is the same for all entries c.
     half_norms = 0.5 * tf.reduce_sum(tf.square(codebooks), axis=2)
     scores = tf.matmul(parts, codebooks, transpose_b=True) - half_norms[:, tf.newaxis]
     codes = tf.transpose(tf.argmax(scores, axis=2, output_type=tf.int32))
@@ -85,7 +87,7 @@ def quantize(vectors: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
 
 
 def dequantize(codes: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
-    """The vectors that codes stand for.
+    """Returns the approximate vectors that the codes represent.
 
     Args:
       codes: [..., m] uint8.
@@ -95,7 +97,7 @@ def dequantize(codes: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
       [..., d] float32.
 
     Raises:
-      ValueError: where the dimensions do not fit.
+      ValueError: if the dimensions do not fit.
     """
     codes, codebooks = tf.convert_to_tensor(codes), _as_float32(codebooks)
     num_subspaces, num_codes, part_dim = codebooks.shape
@@ -108,7 +110,7 @@ def dequantize(codes: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
 
 
 def lookup_tables(queries: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
-    """The inner products of every query's parts with all codes.
+    """Computes the inner products of every query's parts with all codebook entries.
 
     Args:
       queries: [B, d] float.
@@ -118,16 +120,16 @@ def lookup_tables(queries: tf.Tensor, codebooks: tf.Tensor) -> tf.Tensor:
       [B, m, num_codes] float32.
 
     Raises:
-      ValueError: where the dimensions do not fit.
+      ValueError: if the dimensions do not fit.
     """
     queries, codebooks = _as_float32(queries), _as_float32(codebooks)
     return tf.einsum("bmd,mcd->bmc", _split(queries, codebooks, "queries"), codebooks)
 
 
 def lookup_scores(tables: tf.Tensor, codes: tf.Tensor) -> tf.Tensor:
-    """The inner products of queries with quantised vectors, each query having its own vectors.
+    """Computes the inner products of each query with its own quantised vectors.
 
-    Compiled by XLA this is ten times as fast as without, and holds no [B, n, m] array.
+    With XLA this is ten times faster than without, and no [B, n, m] array exists.
 
     Args:
       tables: [B, m, num_codes] float32, the `lookup_tables` of the queries.
@@ -137,7 +139,7 @@ def lookup_scores(tables: tf.Tensor, codes: tf.Tensor) -> tf.Tensor:
       [B, n] float32.
 
     Raises:
-      ValueError: where the dimensions do not fit.
+      ValueError: if the dimensions do not fit.
     """
     tables, codes = tf.convert_to_tensor(tables), tf.convert_to_tensor(codes)
     _, num_subspaces, num_codes = tables.shape
@@ -152,7 +154,7 @@ def _as_float32(values: np.ndarray | tf.Tensor) -> tf.Tensor:
 
 
 def _split(vectors: tf.Tensor, codebooks: tf.Tensor, name: str) -> tf.Tensor:
-    """[..., d] as [..., m, d / m]."""
+    """Reshapes `vectors` [..., d] to [..., m, d / m]."""
     num_subspaces, _, part_dim = codebooks.shape
     _check_last_dimension(vectors, num_subspaces * part_dim, name, codebooks)
     shape = tf.concat([tf.shape(vectors)[:-1], [num_subspaces, part_dim]], axis=0)
@@ -160,7 +162,7 @@ def _split(vectors: tf.Tensor, codebooks: tf.Tensor, name: str) -> tf.Tensor:
 
 
 def _flat_codes(codes: tf.Tensor, num_codes: int) -> tf.Tensor:
-    """The place of every code [..., m] in all codebooks put one behind the other: int32."""
+    """[..., m] int32, the index of every code in the concatenation of all codebooks."""
     return tf.cast(codes, tf.int32) + num_codes * tf.range(codes.shape[-1])
 
 

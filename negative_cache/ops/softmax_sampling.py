@@ -1,10 +1,10 @@
 """Exact sampling from a softmax over many candidates, one block of candidates at a time.
 
-The law is one, its executions are two: `_small_blocks` is for a CPU, `_large_blocks` for an
+There are two implementations of the same law: `_small_blocks` for a CPU and `_large_blocks` for an
 accelerator. Neither holds an array of all scores.
 
-`merge_samples` joins samples over disjoint candidate sets, so that caches, shards and trees share
-one rule.
+`merge_samples` merges samples over disjoint candidate sets. Blocks, caches and shards share its
+rule.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class SoftmaxSample(NamedTuple):
     `scores - log_partition[:, None]` is the log probability of each draw.
 
     Attributes:
-      indices: [B, S] int64, the drawn candidates; -1 where a query has no admissible candidate, or
-        one whose score is not finite.
+      indices: [B, S] int64, the drawn candidates; -1 if a query has no admissible candidate, or if
+        the score of an admissible candidate is NaN or inf.
       scores: [B, S] float32, their scores, log weights included; -inf where `indices` is -1.
-      log_partition: [B] float32, log Σ exp(score) over the admissible candidates; -inf where there
-        is none, NaN or inf where one's score is.
+      log_partition: [B] float32, log Σ exp(score) over the admissible candidates; -inf if there are
+        none, NaN or inf if the score of one is.
     """
 
     indices: tf.Tensor
@@ -70,8 +70,8 @@ def sample_softmax(
     """Draws candidates y with probability exp s(x, y) / Z(x), exactly, and computes log Z(x).
 
     The score is s(x, y) = transform(⟨x, y⟩) + log_weight(y), and Z(x) = Σ_y exp s(x, y) over the
-    candidates that are admissible for x. The S draws of a query are independent. Nothing of size
-    [B, C] is materialised and the candidates are never copied whole. No gradient flows through the
+    candidates that are admissible for x. The S draws of a query are independent. No array of shape
+    [B, C] exists, and the candidates are never copied as a whole. No gradient flows through the
     result.
 
     Args:
@@ -79,26 +79,28 @@ def sample_softmax(
       candidate_embeddings: [C, d] float32, bfloat16 or float16, a tensor or a variable.
       num_samples: S, the number of draws per query.
       score_transform: elementwise function of the inner products, of any shape, for instance a
-        division by a temperature. Scores are inner products where None.
+        division by a temperature. If None, scores are inner products.
       embedding_transform: function [n, d] -> [n, d] applied to candidates before they are scored.
-      row_transform: the same for what depends on which candidates they are: a function of their
-        embeddings [n, d] and of their rows [n] int32. One of the two at the most.
-      candidate_mask: [C] bool; candidates with False are left out.
+      row_transform: like `embedding_transform`, for a transform that depends on the candidate: a
+        function of the embeddings [n, d] and the candidates' indices [n] int32. The two cannot be
+        used together.
+      candidate_mask: [C] bool; candidates with False are excluded.
       candidate_ids: [C] ids of any comparable dtype, used with `positive_ids`.
-      positive_ids: [B] or [B, P] ids; candidates with a query's own positive id, or one of several,
-        are left out for that query.
-      log_weights: [C] float added to the scores.
-      max_scores: [B] float; candidates whose score, before `log_weights`, is higher are left out
-        for that query.
-      block_size: candidates scored at a time. Chosen from the shapes where None.
-      seed: an int or a pair of ints for the same draws at every call; fresh draws under
-        `tf.random.set_seed` where None.
+      positive_ids: [B] or [B, P] ids; candidates with a positive id of the query are excluded for
+        that query.
+      log_weights: [C] float, added to the scores.
+      max_scores: [B] float; candidates with a higher score, before `log_weights` are added, are
+        excluded for that query.
+      block_size: number of candidates scored at a time; chosen from the shapes if None.
+      seed: an int or a pair of ints gives the same draws at every call. None gives new draws at
+        every call, which follow `tf.random.set_seed`.
 
     Returns:
       A `SoftmaxSample`.
 
     Raises:
-      ValueError: where a rank, a dimension or a dtype does not fit.
+      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` or `block_size` is
+        not positive, or two arguments exclude each other.
     """
     sample, _ = sample_softmax_with_gradient(
         query_embeddings,
@@ -130,28 +132,30 @@ def sample_softmax_with_gradient(
     log_zero: float = -math.inf,
     **scoring: Unpack[ScoringOptions],
 ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-    """`sample_softmax`, and in the same pass the exact gradient of log Z by the query.
+    """`sample_softmax`, and in the same pass the exact gradient of log Z with respect to the query.
 
     ∇_x log Z(x) = Σ_y P(y|x) s'(⟨x, y⟩) y, where s' is the derivative of `score_transform` and
-    y stands for the candidate's (transformed) embedding. It costs a second matrix product.
+    y is the candidate's (transformed) embedding. The gradient costs a second matrix product.
 
     Args:
       query_embeddings: [B, d] float.
       candidate_embeddings: [C, d] float, a tensor or a variable.
       num_samples: S, the number of draws per query.
-      block_size: candidates scored at a time. Chosen from the shapes where None.
+      block_size: number of candidates scored at a time; chosen from the shapes if None.
       seed: as in `sample_softmax`.
-      compute_gradient: whether the gradient is wanted.
-      log_zero: what stands for the logarithm of zero in the sample: a number below -1e29 for those
-        who check that all numbers are finite.
-      **scoring: the further arguments of `sample_softmax`.
+      compute_gradient: whether to compute the gradient.
+      log_zero: used in the sample as the logarithm of zero. A number below -1e29 keeps all values
+        finite, for `tf.debugging.enable_check_numerics`.
+      **scoring: the arguments of `sample_softmax` from `score_transform` to `max_scores`.
 
     Returns:
-      The `SoftmaxSample`, and [B, d] float32, zero where a query has no admissible candidate; None
-      where it is not wanted.
+      sample: a `SoftmaxSample`.
+      gradient: [B, d] float32, zero if a query has no admissible candidate. None if
+        `compute_gradient` is False.
 
     Raises:
-      ValueError: where a rank, a dimension or a dtype does not fit.
+      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` or `block_size` is
+        not positive, or two arguments exclude each other.
     """
     scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
     if num_samples < 1:
@@ -173,7 +177,7 @@ def sample_softmax_with_gradient(
     indices, scores, log_partition, gradient = _execution.as_constant(
         draw, seed, like=like, may_compile=scorer.has_known_size
     )
-    # Not the opposite of "is admissible": what is NaN must stay NaN.
+    # Not `~is_admissible(log_partition)`: NaN must stay NaN.
     is_empty = log_partition <= 0.5 * INADMISSIBLE
     sample = SoftmaxSample(
         tf.cast(indices, tf.int64), scores, tf.where(is_empty, log_zero, log_partition)
@@ -188,19 +192,19 @@ def merge_samples(
     """Merges samples over disjoint candidate sets A, B, … into one sample over their union.
 
     log Z = logaddexp(log Z_A, log Z_B), and A's draw is kept with probability Z_A / Z,
-    independently for every query and draw. The result has the law of a sample drawn over the union
-    at once, and the merge is associative.
+    independently for every query and draw. The result has the same law as a sample drawn from the
+    union directly. The merge is associative.
 
     Args:
-      samples: `SoftmaxSample`s with the same B and S, whose indices are already those of the union.
-      seed: as in `sample_softmax`. Must differ from the seeds of the samples themselves.
-      log_zero: as in `sample_softmax_with_gradient`, which has given it to the samples too.
+      samples: `SoftmaxSample`s with the same B and S. Their indices must be those of the union.
+      seed: as in `sample_softmax`. It must differ from the seeds of the samples.
+      log_zero: as in `sample_softmax_with_gradient`. It must be the same as in the samples.
 
     Returns:
       A `SoftmaxSample` over the union.
 
     Raises:
-      ValueError: where there is no sample.
+      ValueError: if `samples` is empty.
     """
     samples = list(samples)
     if not samples:
@@ -238,7 +242,7 @@ def _sample_of_nothing(
 def _without_draws_from_nothing(
     sample: SoftmaxSample, log_zero: float = -math.inf
 ) -> SoftmaxSample:
-    # Nor from candidates of which one scores NaN or inf: there is no law to draw from.
+    # There is no law to draw from if there is no candidate, or if a score is NaN or inf.
     has_law = tf.math.is_finite(sample.log_partition) & is_admissible(sample.log_partition)
     has_law = has_law[:, tf.newaxis]
     return SoftmaxSample(
@@ -249,5 +253,5 @@ def _without_draws_from_nothing(
 
 
 def _or_zero(maxima: tf.Tensor) -> tf.Tensor:
-    """Replaces the -inf of an empty set, so that subtracting it leaves -inf and not NaN."""
+    """Replaces the -inf of an empty set by 0: -inf - (-inf) would be NaN."""
     return tf.where(maxima < tf.float32.min, 0.0, maxima)

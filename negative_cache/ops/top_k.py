@@ -1,4 +1,4 @@
-"""The k best candidates of each query, one block of candidates at a time."""
+"""The k candidates of highest score for each query, one block of candidates at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from negative_cache.ops._large_blocks import choose_blocks
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# On a CPU, a block at the most: see `softmax_sampling` for why it is bounded from both sides.
+# The largest block on a CPU; see `_small_blocks` for the reasons to bound it.
 _BLOCK_EMBEDDINGS, _BLOCK_SCORES = 2**21, 2**21
 
 
@@ -32,27 +32,29 @@ def top_k_scores(
     block_size: int | None = None,
     **scoring: Unpack[ScoringOptions],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Finds candidates of high score without an array of all scores.
+    """Finds the candidates of highest score without an array of all scores.
 
-    Exactly, or approximately as published with the negative cache (Lindgren et al., NeurIPS 2021):
-    the candidates form, in order, k runs of equal length, and each run's best is kept. The best
-    candidate of all always is among them. Of equal scores the smallest index is kept.
+    The approximate search is the one published with the negative cache (Lindgren et al., NeurIPS
+    2021): the candidates are divided, in order, into k runs of equal length, and the best candidate
+    of each run is kept. The best candidate of all is always among them. Among equal scores, the
+    smallest index is kept.
 
     Args:
       query_embeddings: [B, d] float.
-      candidate_embeddings: [C, d] float, a tensor or a variable; C must be known.
-      k: how many to keep. If `approximate` it must divide C.
-      approximate: whether to keep each run's best and not the best of all.
-      block_size: candidates scored at a time. Chosen from the shapes where None.
-      **scoring: what `sample_softmax` takes, from `score_transform` to `max_scores`.
+      candidate_embeddings: [C, d] float, a tensor or a variable; C must be known during tracing.
+      k: number of candidates to find. If `approximate` is True, it must divide C.
+      approximate: whether to return the best candidate of each run instead of the k best of all.
+      block_size: number of candidates scored at a time; chosen from the shapes if None.
+      **scoring: the arguments of `sample_softmax` from `score_transform` to `max_scores`.
 
     Returns:
       scores: [B, k] float32, in descending order if exact, in the order of the runs if approximate;
         -inf where there are too few admissible candidates.
-      indices: [B, k] int64, -1 where the score is -inf.
+      indices: [B, k] int64; -1 where the score is -inf.
 
     Raises:
-      ValueError: where a rank, a dimension or a dtype does not fit, or k does not.
+      ValueError: if a rank, a dimension or a dtype does not fit, C is not known, or `k` is out of
+        range or does not divide C as `approximate` needs.
     """
     scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
     num_candidates = scorer.num_candidates
@@ -109,10 +111,10 @@ def _best_of_all(scorer: BlockScorer, k: int, block_size: int) -> tuple[tf.Tenso
 
 
 def _best_of_runs(scorer: BlockScorer, k: int, block_size: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """Scores whole runs at a time, or a long run in parts.
+    """Scores several runs at a time, or a long run in several parts.
 
-    The last part of a long run is as long as the others and so may overlap the one before, which
-    does not change the best.
+    All parts of a long run have the same length. So the last part may overlap the one before, which
+    does not change the maximum.
     """
     run_size = scorer.num_candidates // k
     part_size = min(run_size, block_size)
@@ -148,7 +150,7 @@ def _best_of_runs(scorer: BlockScorer, k: int, block_size: int) -> tuple[tf.Tens
     scores, indices = (
         tf.reshape(tf.transpose(array.stack(), [1, 0, 2]), shape) for array in arrays
     )
-    # Of parts that tie, the first holds the smallest index.
+    # Among parts with equal maxima, the first holds the smallest index.
     best_part = tf.argmax(scores, axis=2)[..., tf.newaxis]
     scores, indices = (
         tf.gather(values, best_part, batch_dims=2)[..., 0] for values in (scores, indices)

@@ -1,1 +1,1 @@
-"""The state of a `Cache` and how it is written; the mathematics is in `ops.cache_rows`."""
+"""The state of a `Cache` and its updates. `ops.cache_rows` has the functions of tensors."""

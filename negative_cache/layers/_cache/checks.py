@@ -1,4 +1,4 @@
-"""Checks of what a caller hands to a `Cache`."""
+"""Checks of the arguments of a `Cache`."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,18 @@ def check_index(
     saved: bool,
     is_filled_at_once: bool,
 ) -> None:
-    """Checks that `index` is for rows of a cache."""
+    """Checks that `index` fits the rows of a cache.
+
+    Args:
+      index: the index.
+      cache_size: C, the number of rows.
+      embedding: the spec of the embedding.
+      saved: whether files hold the rows of the cache.
+      is_filled_at_once: whether the cache covers a corpus.
+
+    Raises:
+      ValueError: if it does not fit.
+    """
     if not isinstance(index, TreeIndex):
         raise ValueError(f"`index` must be a `TreeIndex`. Received: {index!r}.")
     wanted, received = (cache_size, embedding.shape[0]), (index.capacity, index.embedding_dim)
@@ -26,20 +37,20 @@ def check_index(
         )
     if not index.store_embeddings and not is_filled_at_once:
         raise ValueError(
-            "An index over the rows of a cache that streams must store embeddings: without, it"
-            " cannot grow from an empty cache. Received an index with store_embeddings=False."
+            "An index over the rows of a cache that streams must store embeddings. Without them, it"
+            " cannot start empty. Received an index with store_embeddings=False."
         )
     if index.get_config()["saved"] != saved:
         raise ValueError(
-            "`index` must be saved if, and only if, the cache is: a tree of other rows is of no"
-            f" use. Received an index with saved={not saved} and a cache with saved={saved}."
+            "`index` must be saved if and only if the cache is, because a tree is useless without"
+            f" its rows. Received an index with saved={not saved} and a cache with saved={saved}."
         )
 
 
 def check_on_host(on_host: Sequence[str], embedding_key: str, index: TreeIndex | None) -> None:
-    """Checks that the embeddings are not on the host where every step needs all of them."""
+    """Checks that the embeddings are not on the host if every step reads all of them."""
     if embedding_key in on_host and index is None:
         raise ValueError(
-            "Without an `index` the embeddings are all read at every step, and cannot be"
-            f" `on_host`. Received: {on_host!r}."
+            "Without an `index`, every step reads all embeddings, so they cannot be `on_host`."
+            f" Received: {on_host!r}."
         )

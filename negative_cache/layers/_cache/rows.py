@@ -1,4 +1,4 @@
-"""The features of a cache's rows as variables, each where it belongs."""
+"""The features of a cache's rows as variables, on a device or on the host."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -16,15 +16,19 @@ Items = Mapping[str, tf.Tensor]
 
 
 class CacheRows:
-    """Variables [C, ...] of the features, in host memory or where the layer computes.
+    """Variables [C, ...] of the features, in host memory or on the device that the layer uses.
 
     Args:
       specs: feature name -> spec.
       num_rows: C.
-      on_host: features that stay in host memory. Strings always do.
+      on_host: names of features that stay in host memory. Strings always do.
+
+    Attributes:
+      host_keys: names of the features in host memory.
+      variables: feature name -> variable [C, ...].
 
     Raises:
-      ValueError: where `on_host` names something else, or there is a `tf.distribute` strategy.
+      ValueError: if `on_host` contains another name, or is used under a `tf.distribute` strategy.
     """
 
     def __init__(
@@ -32,7 +36,7 @@ class CacheRows:
     ):
         if isinstance(on_host, str) or not set(on_host) <= set(specs):
             raise ValueError(
-                f"`on_host` must be names of features in `specs`, {sorted(specs)}. Received:"
+                f"`on_host` must contain names of features in `specs`, {sorted(specs)}. Received:"
                 f" {on_host!r}."
             )
         if on_host and tf.distribute.has_strategy():
@@ -49,15 +53,15 @@ class CacheRows:
 
     @staticmethod
     def for_device(items: Items) -> Items:
-        """What of `items` a device can be given, whatever it keeps of them."""
+        """The `items` without strings, which a device cannot hold."""
         return {key: values for key, values in items.items() if not is_on_host(values.dtype)}
 
     def write_on_device(self, rows: MaskedRows, items: Items) -> None:
-        """Writes what of `items` is kept where the layer computes."""
+        """Writes those of `items` that are not kept in host memory."""
         self._write(rows, items, set(items) - self.host_keys)
 
     def write_on_host(self, rows: MaskedRows, items: Items) -> None:
-        """Writes what of `items` is kept in host memory."""
+        """Writes those of `items` that are kept in host memory."""
         self._write(rows, items, self.host_keys.intersection(items))
 
     def write(self, rows: MaskedRows, items: Items) -> None:

@@ -1,4 +1,4 @@
-"""When the rows of a cache were last touched, which of them are filled, and which are oldest."""
+"""The times when the rows of a cache were last touched, and which rows are filled or oldest."""
 
 from collections.abc import Callable, Iterator
 
@@ -13,19 +13,23 @@ from negative_cache.layers._variables import (
 from negative_cache.ops import OldestRows, _execution, cache_rows, oldest_rows
 from negative_cache.ops.cache_rows import MaskedRows, times_of
 
-# On a CPU a larger cache keeps a queue of its oldest rows. Making the queue anew takes a pass over
-# all rows, once in about (queue size / batch size) updates; using it takes a pass over the queue.
+# On a CPU, a cache with more rows keeps a queue of its oldest rows. The queue is made again about
+# every (queue size / batch size) updates, which takes a pass over all rows. Each use takes a pass
+# over the queue.
 _QUEUE_SIZE = 2**15
 
 
 class RowTimes:
-    """The state of a cache's rows that is not theirs: times, and what follows from them.
+    """The variables that say when each row was last touched, and whether it is filled.
 
-    Whether a row is filled and when it was last touched are one number, its stamp; see
-    `ops.cache_rows`. Time is the number of updates.
+    One number, the stamp of a row, says both; see `ops.cache_rows`. Time is the number of updates.
 
     Args:
       num_rows: C.
+
+    Attributes:
+      step: scalar int64 variable, the number of updates so far.
+      num_filled: scalar int64 variable, the number of filled rows.
     """
 
     def __init__(self, num_rows: int):
@@ -36,7 +40,7 @@ class RowTimes:
 
     @property
     def variables(self) -> dict:
-        """What a file holds."""
+        """The variables that files hold."""
         return {
             "stamps": self._stamps,
             "step": self.step,
@@ -50,7 +54,7 @@ class RowTimes:
         return self._stamps.shape[0]
 
     def limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
-        """As of `StateLayer`."""
+        """Yields the valid range of each variable; see `StateLayer`."""
         num_rows = self._stamps.shape[0]
         yield "the number of steps", self.step, 0, tf.int32.max
         yield "the number of filled rows", self.num_filled, 0, num_rows
@@ -59,21 +63,21 @@ class RowTimes:
 
     @property
     def stamps(self) -> Int32Variable:
-        """[C] int32."""
+        """[C] int32, the stamps of the rows."""
         return self._stamps
 
     @property
     def now(self) -> tf.Tensor:
-        """Scalar int32, the time."""
+        """Scalar int32, the current time."""
         return tf.cast(self.step, tf.int32)
 
     @property
     def filled(self) -> tf.Tensor:
-        """[C] bool."""
+        """[C] bool, whether each row is filled."""
         return cache_rows.is_filled(tf.convert_to_tensor(self._stamps))
 
     def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
-        """[n] bool, `filled` of `rows` [n]."""
+        """[n] bool, whether each of `rows` [n] is filled."""
         return cache_rows.is_filled(tf.gather(self._stamps, rows))
 
     @property
@@ -82,33 +86,34 @@ class RowTimes:
         return self._on_device(lambda: self._age(tf.convert_to_tensor(self._stamps)))
 
     def age_of(self, rows: tf.Tensor) -> tf.Tensor:
-        """[n] int32, `age` of `rows` [n]."""
+        """[n] int32, the number of updates since each of `rows` [n] was touched."""
         return self._on_device(lambda: self._age(tf.gather(self._stamps, rows)))
 
     def touch(self, rows: MaskedRows) -> None:
-        """Makes rows young; those that are empty stay so."""
+        """Sets the age of rows to 0. Empty rows stay empty."""
         self._write(rows, cache_rows.touched_at(self.now, tf.gather(self._stamps, rows.rows)))
 
     def fill(self, rows: MaskedRows, is_first: tf.Tensor) -> None:
-        """Makes rows young and filled.
+        """Sets the age of rows to 0 and marks them as filled.
 
         Args:
-          rows: n of them.
-          is_first: [n] bool, False where an entry is none, or its row's second.
+          rows: the n rows.
+          is_first: [n] bool; False for a masked entry, or if an earlier entry has the same row.
         """
         is_more = is_first & ~self.is_filled(rows.rows)
         self.num_filled.assign_add(tf.math.count_nonzero(is_more))
         self._write(rows, tf.fill(tf.shape(rows.rows), self.now))
 
     def forget(self) -> None:
-        """Makes all rows empty."""
+        """Marks all rows as empty."""
         self.num_filled.assign(0)
-        # What is not there is not to be encoded again, however long it waits: its time never comes.
+        # This is the stamp of an empty row that was touched at the latest possible time. So empty
+        # rows never count as the oldest, and are never refreshed.
         self._stamps.assign(tf.fill(self._stamps.shape, tf.int32.min))
 
     def oldest(self, count: int | tf.Tensor) -> tf.Tensor:
-        """[count] int64, the rows touched longest ago, the smallest first among equals."""
-        # One sort is nothing to an accelerator. A queue would have to tell the host how full it is.
+        """[count] int64, the rows touched longest ago; the smaller index first among equals."""
+        # An accelerator sorts fast, and a queue would have to send its state to the host.
         if not self._queue or _execution.is_on_accelerator(self._stamps):
             return self._on_device(
                 lambda: oldest_rows(self._age(tf.convert_to_tensor(self._stamps)), count)
@@ -125,15 +130,15 @@ class RowTimes:
                 tf.maximum(_QUEUE_SIZE, count) if tf.is_tensor(count) else max(_QUEUE_SIZE, count)
             )
             new = OldestRows.of(times_of(tf.convert_to_tensor(self._stamps)), size)
-            # Rows touched in this very update may be needed now, but tie with rows that it is yet
-            # to touch: they are not kept.
+            # Rows touched in this update may be needed now, but tie with rows that it touches
+            # later. So they must not stay in the queue.
             is_old = new.last_touched < self.now
             rows.assign(new.rows[:_QUEUE_SIZE])
             touched.assign(tf.where(is_old, new.last_touched, -1)[:_QUEUE_SIZE])
             return new.rows[:count]
 
         if not tf.is_tensor(count) and count > _QUEUE_SIZE:
-            # A branch that could not run could not be traced either.
+            # `tf.cond` traces both branches, and `from_queue` would fail.
             return from_new_queue()
         num_usable = tf.math.count_nonzero(usable, dtype=tf.int32)
         return tf.cond(num_usable >= count, from_queue, from_new_queue)
@@ -142,7 +147,7 @@ class RowTimes:
         return self.now - times_of(stamps)
 
     def _on_device(self, function: Callable[[], tf.Tensor]) -> tf.Tensor:
-        """Arithmetic of int32, which TensorFlow itself does on the host."""
+        """Runs int32 arithmetic on the device of the stamps. TensorFlow would use the host."""
         return _execution.as_constant(function, like=self._stamps)
 
     def _write(self, rows: MaskedRows, stamps: tf.Tensor) -> None:
@@ -150,7 +155,7 @@ class RowTimes:
 
 
 def _make_queue() -> dict[str, StateVariable]:
-    """Variables of an `OldestRows` without a usable entry."""
+    """Makes the variables of an `OldestRows` without usable entries."""
     size = [_QUEUE_SIZE]
     return {
         "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),

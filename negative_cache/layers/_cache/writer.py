@@ -1,4 +1,4 @@
-"""How the rows of a `Cache` are written, on one replica: they arrive, change, and start over."""
+"""Writes the rows of a `Cache` on one replica: insertions, updates and filling."""
 
 import functools
 from collections.abc import Mapping
@@ -34,18 +34,18 @@ class RowUpdates(NamedTuple):
 
 
 class CacheWriter:
-    """Writes rows with their times, counts what it refuses, and keeps the index in step.
+    """Writes rows and their times, counts refused rows, and updates the index.
 
     Args:
       rows: the features of the rows.
-      times: when they were touched.
-      num_skipped: scalar int64 variable, the rows refused so far.
-      embedding_key: which feature is the embedding.
-      use_lru: whether updating a row makes it young again.
-      index: over the rows, if there is one.
-      row_key: the feature whose value says which row a candidate has; None if the oldest rows are
-        replaced.
-      rows_by_id: the variables of `RowsById`, if there is a `row_key`.
+      times: the times when the rows were touched.
+      num_skipped: scalar int64 variable, the number of rows refused so far.
+      embedding_key: name of the feature that is the embedding.
+      use_lru: whether updating a row resets its age.
+      index: the index over the rows, or None.
+      row_key: name of the feature that identifies a candidate and so its row; None if new items
+        replace the oldest rows.
+      rows_by_id: the variables of `RowsById` if there is a `row_key`, else empty.
     """
 
     def __init__(
@@ -70,12 +70,12 @@ class CacheWriter:
         self._rows_by_id = rows_by_id
 
     def update(self, new_items: Items, mask: tf.Tensor, updates: RowUpdates | None) -> None:
-        """`Cache.update` of `new_items` with True in `mask`, with arguments that were checked."""
+        """`Cache.update` with checked arguments, for the `new_items` with True in `mask` [n]."""
         with tf.control_dependencies(self._assert_fits(mask)):
             self._times.step.assign_add(1)
         rows = None
         if self._row_key is not None:
-            # Looked up here: of strings, an accelerator knows nothing.
+            # Ids are looked up here, because they may be strings, which an accelerator cannot hold.
             rows = RowsById.find(self._rows_by_id, new_items[self._row_key])
         known = None
         if updates is not None:
@@ -94,7 +94,7 @@ class CacheWriter:
         self._follow(changed)
 
     def rewrite(self, updates: RowUpdates) -> None:
-        """`Cache.rewrite`."""
+        """`Cache.rewrite` with checked arguments."""
         mask = self._admit(updates.items, updates.mask)
         written = masked_rows(updates.rows, mask)
         self._rows.write(written, updates.items)
@@ -102,7 +102,7 @@ class CacheWriter:
         self._follow([(updates.rows, mask)])
 
     def fill(self, start: tf.Tensor, items: Items) -> None:
-        """Writes `items` to the rows from `start` on; the index is not told."""
+        """Writes `items` to the rows beginning at `start`. It does not update the index."""
         embeddings = items[self._embedding_key]
         mask = self._admit(items, tf.ones(tf.shape(embeddings)[:1], tf.bool))
         rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
@@ -110,21 +110,21 @@ class CacheWriter:
         self._times.fill(rows, mask)
 
     def forget(self) -> None:
-        """Makes all rows of a cache that has a `row_key` empty; the index is not told."""
+        """Empties all rows of a cache with a `row_key`. It does not update the index."""
         self._times.forget()
         RowsById.clear(self._rows_by_id)
 
     def _assert_fits(self, mask: tf.Tensor) -> list[tf.Operation]:
-        """Refuses a batch whose size was unknown until now, before anything changes."""
+        """Asserts that a batch of unknown size fits into the cache, before anything changes."""
         if self._row_key is not None or mask.shape[0] is not None:
             return []
         fits = tf.debugging.assert_less_equal(
             tf.size(mask),
             self._times.num_rows,
-            "A batch must fit into the cache: it has more candidates than `cache_size`. Raise"
-            " `cache_size`, or make the batches smaller.",
+            "A batch must fit into the cache. Received a batch with more than `cache_size`"
+            " candidates. Increase `cache_size`, or make the batches smaller.",
         )
-        # In eager execution there is nothing to wait for.
+        # In eager execution the assertion has already run and returns None.
         return [] if fits is None else [fits]
 
     def _update_device(
@@ -134,11 +134,18 @@ class CacheWriter:
         rows: tf.Tensor | None,
         updates: RowUpdates | None,
     ) -> tuple[MaskedRows, MaskedRows | None, Changed]:
-        """An update but for what is on the host, and the index.
+        """The part of an update that runs on the device, without host features and the index.
+
+        Args:
+          new_items: feature name -> [n, ...], without strings.
+          new_mask: [n] bool, the items to write.
+          rows: [n] int64, the rows of the items by their ids; None if they replace the oldest rows.
+          updates: new values of existing rows, or None.
 
         Returns:
-          The `MaskedRows` of new items and of updates; and pairs of rows and masks, those whose
-          embeddings have changed.
+          inserted: the `MaskedRows` of the new items.
+          updated: the `MaskedRows` of the updates, or None.
+          changed: pairs of rows and masks, the rows whose embeddings have changed.
         """
         changed, updated = [], None
         if updates is not None:
@@ -160,15 +167,23 @@ class CacheWriter:
         return inserted, updated, [*changed, (inserted.rows, mask)]
 
     def _known_rows(self, rows: tf.Tensor, mask: tf.Tensor) -> tuple[MaskedRows, tf.Tensor]:
-        """Where new items are written whose ids have `rows` [n], and which of them are, [n]."""
+        """Selects the new items that are written to their own rows, and counts unknown ids.
+
+        Args:
+          rows: [n] int64, the rows of the items; -1 for unknown ids.
+          mask: [n] bool, the items to write.
+
+        Returns:
+          The `MaskedRows` of the items, and [n] bool, whether each item is written.
+        """
         is_known = mask & (rows >= 0)
         self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
-        # A batch may bring a candidate several times, which is one write.
+        # If a batch has a candidate several times, it is written once.
         is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
         return masked_rows(rows, is_known), is_known
 
     def _admit(self, items: Items, mask: tf.Tensor) -> tf.Tensor:
-        """Leaves out entries with a non-finite embedding, and counts them."""
+        """`mask` [n] without entries with a non-finite embedding, which are counted."""
         if self._embedding_key not in items:
             return mask
         finite = tf.reduce_all(tf.math.is_finite(items[self._embedding_key]), axis=1)
@@ -176,14 +191,14 @@ class CacheWriter:
         return mask & finite
 
     def _follow(self, changed: Changed) -> None:
-        """Brings the index up to date with pairs of rows [n] and masks [n], changed embeddings."""
+        """Updates the index with the rows whose embeddings have changed."""
         index = self._index
         if index is None:
             return
         mask = tf.concat([mask for _, mask in changed], axis=0)
         rows = tf.concat([tf.cast(rows, tf.int64) for rows, _ in changed], axis=0)
         rows = tf.where(mask, rows, 0)
-        # Read here: they may be on the host, where the index is not.
+        # Read outside the compiled function, because the embeddings may be on the host.
         embeddings = tf.gather(self._rows.variables[self._embedding_key], rows)
         update = functools.partial(self._update_index, index)
         _execution.as_constant(update, rows, embeddings, mask, like=index.state_variable)
@@ -192,7 +207,7 @@ class CacheWriter:
         self, index: TreeIndex, rows: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor
     ) -> None:
         numbers = tf.cast(rows, tf.int32)
-        # A row may come several times.
+        # A row may occur several times.
         mask &= Groups.of(numbers, mask).rank == 0
         mask &= self._times.is_filled(rows)
         index.update(numbers, embeddings, mask)

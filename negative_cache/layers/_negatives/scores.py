@@ -1,4 +1,4 @@
-"""How a query and a candidate are scored: inner products, divided by a temperature and transformed."""
+"""How pairs are scored: inner products, divided by a temperature and transformed."""
 
 from collections.abc import Callable
 

@@ -1,1 +1,1 @@
-"""The state of a `TreeIndex` and its upkeep; the mathematics is in `negative_cache.ops.tree`."""
+"""The state of a `TreeIndex` and its maintenance. `ops.tree` has the functions of tensors."""

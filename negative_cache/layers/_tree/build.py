@@ -1,4 +1,4 @@
-"""A tree built at once over embeddings, on the host."""
+"""Construction of a tree over given embeddings, on the host."""
 
 from typing import NamedTuple
 
@@ -16,9 +16,9 @@ class BuiltTree(NamedTuple):
     """A tree over some of the rows of an array.
 
     Attributes:
-      topology: of the tree, whose members are the rows' numbers.
-      max_norm: of the embeddings in it, the largest norm.
-      num_left_out: the number of rows that are not finite, or too long.
+      topology: the topology of the tree. Its members are numbers of rows.
+      max_norm: the largest norm of an embedding in the tree.
+      num_left_out: the number of rows that are not finite or too long.
     """
 
     topology: Topology
@@ -29,7 +29,15 @@ class BuiltTree(NamedTuple):
 def build_tree(
     embeddings: np.ndarray, shape: TreeShape, dtype: tf.DType, *, seed: int, verbose: int
 ) -> BuiltTree:
-    """Clusters `embeddings` [n, d], which will be stored in `dtype`, into leaves and nodes."""
+    """Clusters embeddings into leaves and nodes.
+
+    Args:
+      embeddings: [n, d] float.
+      shape: the sizes of the tree.
+      dtype: the dtype that the embeddings will be stored in.
+      seed: seed of the clustering.
+      verbose: 1 for a progress bar, 0 for none.
+    """
     ids, max_norm = usable_rows(embeddings, dtype)
     points = embeddings if len(ids) == len(embeddings) else embeddings[ids]
     progress = keras.utils.Progbar(len(ids), unit_name="candidate", verbose=verbose)

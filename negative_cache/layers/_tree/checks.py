@@ -1,4 +1,4 @@
-"""Checks of what a caller hands to a `TreeIndex`."""
+"""Checks of the arguments of a `TreeIndex`."""
 
 import math
 
@@ -8,12 +8,12 @@ import tensorflow as tf
 from negative_cache import _validation
 
 _READ_AT_ONCE = 2**16
-# Of the squares of longer embeddings, sums are not finite any more.
+# The largest squared length of an embedding: sums of larger squares overflow float32.
 _LONGEST_SQUARED = 1e30
 
 
 def check_residual_bytes(residual_bytes: int, dim: int) -> None:
-    """Checks that embeddings [d] can be divided into as many parts."""
+    """Checks that `residual_bytes` divides `dim`, so that there is one byte per part."""
     if residual_bytes and dim % residual_bytes:
         raise ValueError(
             "`residual_bytes` must divide `embedding_dim`. Received: residual_bytes ="
@@ -22,7 +22,7 @@ def check_residual_bytes(residual_bytes: int, dim: int) -> None:
 
 
 def check_dtype(dtype: str | tf.DType) -> tf.DType:
-    """Returns the dtype of stored embeddings."""
+    """Checks the dtype of stored embeddings, and returns it."""
     try:
         received = tf.as_dtype(dtype)
     except TypeError:
@@ -37,7 +37,7 @@ def check_dtype(dtype: str | tf.DType) -> tf.DType:
 def check_embeddings(
     embeddings: np.ndarray | tf.Tensor, dim: int, name: str
 ) -> np.ndarray | tf.Tensor:
-    """Returns `embeddings` [rows, d]: floats, as an array if they are one, else as a tensor."""
+    """Checks `embeddings` [rows, d] float. Returns an array as it is, anything else as a tensor."""
     if not isinstance(embeddings, np.ndarray):
         embeddings = tf.convert_to_tensor(embeddings)
     shape = tf.TensorShape(embeddings.shape)
@@ -52,7 +52,7 @@ def check_embeddings(
 def scaled_queries(
     queries: tf.Tensor, temperature: float | tf.Tensor | None, dim: int
 ) -> tf.Tensor:
-    """Returns `queries` [B, d] as float32, divided by the temperature; no gradient comes back."""
+    """Returns `queries` [B, d] as float32, divided by the temperature, without gradient."""
     queries = check_embeddings(queries, dim, "query_embeddings")
     queries = tf.ensure_shape(tf.cast(queries, tf.float32), [None, dim])
     queries = tf.stop_gradient(queries)
@@ -62,7 +62,7 @@ def scaled_queries(
 
 
 def check_corpus(embeddings: np.ndarray | tf.Tensor, capacity: int, dim: int) -> np.ndarray:
-    """Returns `embeddings` [n, d] as an array of no more rows than there is room for."""
+    """Checks `embeddings` [n, d] with n <= `capacity`, and returns them as an array."""
     if not isinstance(embeddings, np.ndarray):
         embeddings = tf.convert_to_tensor(embeddings).numpy()
     embeddings = check_embeddings(embeddings, dim, "embeddings")
@@ -77,9 +77,17 @@ def check_corpus(embeddings: np.ndarray | tf.Tensor, capacity: int, dim: int) ->
 def check_indices(
     indices: tf.Tensor, like: tf.Tensor, mask: tf.Tensor | None, capacity: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Returns indices [m] as int32 and their mask [m]; -1 or N for those that are out of range.
+    """Checks the indices of an update. Outside a `tf.function` it checks their values too.
 
-    Outside of a `tf.function` their values are checked too.
+    Args:
+      indices: [m] int, the candidates.
+      like: [m, ...], the tensor that they belong to.
+      mask: [m] bool, or None.
+      capacity: N.
+
+    Returns:
+      indices: [m] int32; -1 or N if out of range.
+      mask: [m] bool.
     """
     indices = _validation.check_indices(indices, like, what="indices", needed_by="embeddings")
     mask = _validation.check_mask(mask, like, what="mask")
@@ -98,13 +106,17 @@ def check_indices(
 
 
 def is_usable(embeddings: tf.Tensor) -> tf.Tensor:
-    """[n] bool, which of [n, d] are finite and not so long that their squares are not."""
-    # What is NaN is not smaller either.
+    """[n] bool, whether each of `embeddings` [n, d] is finite and not too long."""
+    # False for NaN.
     return tf.reduce_sum(embeddings**2, axis=1) < _LONGEST_SQUARED
 
 
 def usable_rows(embeddings: np.ndarray, dtype: tf.DType) -> tuple[np.ndarray, float]:
-    """The rows [n] that are usable as `dtype` stores them, and the largest norm of one."""
+    """The rows of `embeddings` that are finite and not too long when they are stored as `dtype`.
+
+    Returns:
+      The numbers of the rows, int64, and the largest norm of these rows.
+    """
     usable, longest = [np.zeros([0], np.int64)], 0.0
     for start in range(0, len(embeddings), _READ_AT_ONCE):
         rows = np.asarray(embeddings[start : start + _READ_AT_ONCE], np.float32)

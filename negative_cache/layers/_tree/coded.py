@@ -1,4 +1,4 @@
-"""Candidates of a `TreeIndex` that keeps no embeddings, but residuals coded by a few bytes."""
+"""The candidates of a `TreeIndex` without embeddings: residuals coded in a few bytes."""
 
 from typing import NoReturn, TypeAlias
 
@@ -26,35 +26,37 @@ from negative_cache.ops.tree.statistics import (
 )
 
 _NUM_CODES = 256
-# Residuals that the codebooks are trained on, and how long.
+# The number of residuals that codebooks are trained on, and of k-means iterations.
 _TRAINED_ON, _ITERATIONS = 2**15, 10
-# Directions that are coded: most of what residuals are, in a third of the memory at d = 768.
+# The largest number of principal directions that are coded. They hold most of the residuals'
+# variance, in a third of the memory at d = 768.
 _MAX_DIRECTIONS = 256
-# Floats of embeddings that are coded at a time.
+# The number of coordinates of embeddings that are coded at a time.
 _CODED_AT_ONCE = 2**22
 
 
 class CodedResiduals:
-    """A candidate is the centre of its leaf and a product-quantised residual, or no residual.
+    """Represents a candidate as the centre of its leaf plus a product-quantised residual.
 
-    The centre of a leaf stays where it is until the leaf splits, so that codes keep their meaning.
-    What it misses the mean by goes to the node's error.
+    The centre of a leaf stays fixed until the leaf splits, so that codes stay valid. The distance
+    between the centre and the exact mean is part of the node's error.
 
-    Parts of a code are told apart by principal directions of the residuals, each part's spread over
-    large and small variances (after Ge et al., CVPR 2013): of neighbouring coordinates every part
-    may say the same, where embeddings fill a subspace.
+    Before coding, residuals are rotated to their principal directions, which are divided among the
+    parts of a code so that each part gets large and small variances (after Ge et al., CVPR 2013).
+    Without the rotation, a part would consist of neighbouring coordinates. If the embeddings fill
+    only a subspace, several parts might then code the same information.
 
     Args:
-      shape: the tree's.
-      num_bytes: m, of a candidate's code; 0 for none, where a candidate is as good as the centre
-        of its leaf.
-      leaf_means: [blocks, width, d] variable, the centres.
-      leaf_stats: [blocks, width, 4] variable.
+      shape: the sizes of the tree.
+      num_bytes: m, the bytes of a candidate's code. If 0, there are no residuals, and a candidate
+        is represented by the centre of its leaf alone.
+      leaf_means: [blocks, width, d] variable, the centres of the leaves.
+      leaf_stats: [blocks, width, 4] variable, the statistics of the leaves' nodes.
     """
 
     leaf_means_move = False
     leaf_mean_dtype = tf.bfloat16
-    # Memory is all that matters: leaves are large, and filled.
+    # To save memory, leaves are large and full.
     leaves = LeafPlan(size=1024, fill=0.9, spare=1.15)
 
     def __init__(
@@ -90,8 +92,11 @@ class CodedResiduals:
         }
 
     def transformed(self, row_transform: RowTransform) -> NoReturn:
-        """There are no vectors that a function could be applied to."""
-        raise ValueError("`row_transform` needs an index with store_embeddings=True.")
+        """Raises a `ValueError`: there are no embeddings to apply a function to."""
+        raise ValueError(
+            "`row_transform` needs an index with store_embeddings=True. Received an index with"
+            " store_embeddings=False."
+        )
 
     def products(
         self, queries: tf.Tensor, members: tf.Tensor, node_products: tf.Tensor
@@ -107,13 +112,19 @@ class CodedResiduals:
         return products + tf.reshape(residual_products, [-1, num_leaves, size])
 
     def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
-        """`vectors` as they are: they count for the statistics before they are coded."""
+        """Returns `vectors` unchanged: the statistics use them before they are coded."""
         return vectors
 
     def read(self, ids: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """[n, d] float32 vectors of candidates `ids` [n], and how far off they may be [n].
+        """Reads vectors of candidates.
 
-        `node` [n] are the nodes of their leaves.
+        Args:
+          ids: [n] int32, the candidates.
+          node: [n] int32, the nodes of their leaves.
+
+        Returns:
+          vectors: [n, d] float32.
+          errors: [n] float32, bounds on the errors of the vectors.
         """
         vectors = self._centres(node)
         if not self._has_codes:
@@ -121,7 +132,10 @@ class CodedResiduals:
         return vectors + self._decode(tf.gather(self._codes, ids)), take_nodes(self._off, node)
 
     def read_members(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
+        """`read` for the members [n, leaf_size] of leaves, given the leaves' nodes [n].
+
+        The results for empty slots are arbitrary.
+        """
         size = self._shape.leaf_size
         vectors, errors = self.read(tf.reshape(tf.maximum(members, 0), [-1]), tf.repeat(node, size))
         vectors = tf.reshape(vectors, [-1, size, self._shape.dim])
@@ -130,7 +144,17 @@ class CodedResiduals:
     def write(
         self, ids: tf.Tensor, vectors: tf.Tensor, node: tf.Tensor, mask: tf.Tensor
     ) -> tf.Tensor:
-        """Codes `vectors` [n, d] where `mask` [n] is True; how far off they are now, nothing."""
+        """Codes and stores vectors.
+
+        Args:
+          ids: [n] int32, the candidates.
+          vectors: [n, d] float32.
+          node: [n] int32, the nodes of their leaves.
+          mask: [n] bool, which entries to store.
+
+        Returns:
+          [n] float32, the errors of `vectors`, for the statistics: zero.
+        """
         if self._has_codes:
             residuals = vectors - self._centres(node)
             codes, off = self._encode(residuals)
@@ -151,20 +175,24 @@ class CodedResiduals:
         node: tf.Tensor,
         mask: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Centres and statistics of leaves after a split, about which candidates are coded anew.
+        """Computes centres and statistics of leaves after a split, and codes residuals again.
 
         Args:
-          ids: [n, leaf_size] int32.
-          vectors: [n, leaf_size, d], as `read` gave them.
-          errors: [n, leaf_size], likewise.
-          is_there: [n, leaf_size] bool, which belong to the leaf.
-          old_node: [n] int32, of the leaf that was split.
-          node: [n] int32, of the leaf.
-          mask: [n] bool, which entries to apply.
+          ids: [n, leaf_size] int32, the candidates.
+          vectors: [n, leaf_size, d] float32, the vectors from `read`.
+          errors: [n, leaf_size] float32, the errors from `read`.
+          is_there: [n, leaf_size] bool, whether each candidate belongs to the leaf.
+          old_node: [n] int32, the node of the leaf that was split.
+          node: [n] int32, the node of the leaf.
+          mask: [n] bool, which leaves to write.
+
+        Returns:
+          mean: [n, d] float32, the centres.
+          stats: [n, 4] float32.
         """
         mean, stats = combine(vectors, candidate_stats(is_there, errors))
         if not self._has_codes:
-            # The candidates stand on one point, and yet are as far apart as they were.
+            # All candidates are read as one point, so their spread is taken from the old node.
             stats += take_nodes(self._stats, old_node) * tf.one_hot(SPREAD, stats.shape[-1])
             return round_means(mean, stats, self.leaf_mean_dtype)
         mean, stats = round_means(mean, stats, self.leaf_mean_dtype)
@@ -177,23 +205,29 @@ class CodedResiduals:
         return mean, stats
 
     def copy_nodes(self, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor) -> None:
-        """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
+        """Copies the values stored per node of the last level from `blocks` to `new_blocks`.
+
+        Args:
+          blocks: [n] int32.
+          new_blocks: [n] int32. A node keeps its row within the block.
+          mask: [n] bool, which blocks to copy.
+        """
         if self._has_codes:
             write_rows(self._off, new_blocks, tf.gather(self._off, blocks), mask)
 
     def clear(self) -> None:
-        """Forgets what no candidate is left for."""
+        """Resets the state when all candidates have been removed."""
         self._is_indexed.assign(False)
         if self._has_codes:
             self._off.assign(tf.zeros_like(self._off))
 
     @property
     def accepts_updates(self) -> tf.Tensor:
-        """Scalar bool: without centres and codebooks all candidates would be one."""
+        """Scalar bool, whether `load` has been called: codes need centres and codebooks."""
         return tf.convert_to_tensor(self._is_indexed)
 
     def summary(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """The centres of leaves as they are, and bounds no looser than before."""
+        """Returns the unchanged centres of leaves, and bounds no looser than before."""
         vectors, errors = self.read_members(members, node)
         centre, stats = self._centres(node), take_nodes(self._stats, node)
         there = tf.cast(members >= 0, tf.float32)
@@ -213,12 +247,12 @@ class CodedResiduals:
         owners: np.ndarray,
         rng: np.random.Generator,
     ) -> None:
-        """Keeps all candidates of a topology: exact statistics of leaves, then the codes.
+        """Stores all candidates of a topology: computes the leaves' statistics, then the codes.
 
         Args:
-          embeddings: [n, d] float, the rows by id.
-          members: [num_leaves, leaf_size] int32.
-          owners: [num_leaves] int32.
+          embeddings: [n, d] float; candidate i is row i.
+          members: [num_leaves, leaf_size] int32, the candidate in each slot; -1 in empty slots.
+          owners: [num_leaves] int32, the node of each leaf; -1 if the leaf is unused.
           rng: chooses the residuals that the codebooks are trained on.
         """
         self._is_indexed.assign(bool(np.any(members >= 0)))
@@ -261,14 +295,14 @@ class CodedResiduals:
         write_nodes(self._stats, node, stats, everywhere)
 
     def _encode(self, residuals: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Codes [..., m] of residuals [..., d], and the distances of what they stand for."""
+        """Returns codes [..., m] of residuals [..., d], and bounds [...] on the coding errors."""
         codes = quantize(self._along_basis(residuals), self._codebooks())
         off = tf.norm(residuals - self._decode(codes), axis=-1)
-        # Also of the sums with a centre.
+        # The second term bounds the rounding of the sum with a centre.
         return codes, off * distances_round_up(residuals) + 1e-6 * tf.norm(residuals, axis=-1)
 
     def _decode(self, codes: tf.Tensor) -> tf.Tensor:
-        """Residuals [..., d] that codes [..., m] stand for."""
+        """Returns the residuals [..., d] that codes [..., m] represent."""
         return tf.matmul(
             dequantize(codes, self._codebooks()),
             tf.cast(tf.convert_to_tensor(self._basis), tf.float32),
@@ -285,12 +319,16 @@ class CodedResiduals:
         return tf.cast(tf.convert_to_tensor(self._books), tf.float32)
 
 
-# What a tree keeps of its candidates, in either form.
+# The candidates of a tree, in either representation.
 TreeCandidates: TypeAlias = StoredEmbeddings | CodedResiduals
 
 
 def _principal_directions(residuals: np.ndarray, count: int, num_parts: int) -> np.ndarray:
-    """[d, count], those of the largest variances of residuals [n, d], dealt out to the parts."""
+    """[d, count] float, the principal directions of residuals [n, d] with the largest variances.
+
+    They are dealt out to the parts of a code in turn, so that each part gets large and small
+    variances.
+    """
     _, directions = np.linalg.eigh(residuals.T @ residuals)
     by_variance = directions[:, ::-1][:, :count]
     return by_variance[:, np.argsort(np.arange(count) % num_parts, kind="stable")]

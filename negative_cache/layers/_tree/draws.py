@@ -1,4 +1,4 @@
-"""Draws from a tree, and bounds of the log partition, as the methods of `TreeIndex` take them."""
+"""Draws from a tree and bounds on the log partition, behind the methods of `TreeIndex`."""
 
 import functools
 import math
@@ -16,7 +16,7 @@ from negative_cache.ops.tree.sampling import sample_tree
 
 
 class ScoreOptions(TypedDict, total=False):
-    """What draws of a tree score candidates by; see `DrawOptions`."""
+    """The keyword arguments of `draw`; see `DrawOptions`."""
 
     score_transform: TensorFn | None
     candidate_ids: tf.Tensor | None
@@ -26,7 +26,7 @@ class ScoreOptions(TypedDict, total=False):
 
 
 class DrawOptions(ScoreOptions, total=False):
-    """Keyword arguments of draws; `TreeIndex.sample_with_log_probability` says what they do."""
+    """Keyword arguments of draws. `TreeIndex.sample_with_log_probability` documents them."""
 
     temperature: float | tf.Tensor | None
     beam: int | None
@@ -34,7 +34,7 @@ class DrawOptions(ScoreOptions, total=False):
 
 
 def transformed(tree: Tree, candidates: TreeCandidates, row_transform: RowTransform | None) -> Tree:
-    """The tree as draws see it whose candidates, and means of them, are corrected."""
+    """The tree with `row_transform` applied to candidates and means of nodes before scoring."""
     if row_transform is None:
         return tree
     return tree._replace(
@@ -59,9 +59,9 @@ def draw(
     compute_gradient: bool = False,
     log_zero: float = -math.inf,
 ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
-    """`ops.tree.sampling.sample_tree` where the variable `like` is, seen by no gradient tape."""
+    """`ops.tree.sampling.sample_tree` on the device of `like`, hidden from gradient tapes."""
     if candidate_ids is not None and positive_ids is None:
-        raise ValueError("`candidate_ids` are used together with `positive_ids`.")
+        raise ValueError("`candidate_ids` needs `positive_ids`. Received only `candidate_ids`.")
     scoring = Scoring(
         queries,
         score_transform,
@@ -92,10 +92,23 @@ def bound(
     open_leaves: bool,
     max_norm: tf.Variable,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Lower and upper bound [B] of the log partition, for candidates no longer than `max_norm`."""
+    """Bounds the log partition from below and above.
+
+    Args:
+      tree: the tree.
+      queries: [B, d] float32.
+      score_transform: elementwise, nondecreasing function of the inner products, or None.
+      beam: number of leaves to open.
+      open_leaves: whether leaves are opened, into single candidates.
+      max_norm: scalar variable, at least the norm of every candidate.
+
+    Returns:
+      lower: [B] float32.
+      upper: [B] float32.
+    """
     scoring = Scoring(queries, score_transform)
     cut = make_cut(tree, scoring, beam, open_leaves=open_leaves)
-    # The worst case of a sum of d products.
+    # The worst-case rounding error of a sum of d products.
     rounding = ROUNDING * (2 * tree.shape.dim + 8)
     if _execution.rounds_factors(max_norm):
         rounding += 2.0 * _execution.FACTOR_ROUNDING

@@ -1,10 +1,13 @@
-"""How a `TreeIndex` follows its candidates: they move, come and go, and its blocks split.
+"""Updates of a `TreeIndex`: candidates move, are added and removed, and blocks split.
 
-A candidate that stays inside the ball of its leaf, has not moved far, and is not too far from the
-centre for what the leaf was when it was made, only changes the statistics of its path. Otherwise it
-leaves, and is routed from the root again. Candidates are placed in chunks: what does not fit into
-its leaf waits until the leaf has split. A block that is left empty is given up and used again. No
-work grows with the size of the tree, unless no block is left to split into.
+A moved candidate stays in its leaf if it is inside the leaf's ball and its distance to the centre
+is below a limit. The limit is set by the spread of the leaf when it was made, and is lower if the
+candidate has moved far. Then only the statistics of its path change. Otherwise the candidate leaves
+the leaf and is routed again from the root.
+
+Candidates are placed in chunks. If a candidate does not fit into its leaf, it waits until the leaf
+has split. An empty block is released and used again. No work grows with the size of the tree,
+unless no block is left to split into.
 """
 
 import functools
@@ -24,14 +27,14 @@ from negative_cache.ops.tree.statistics import (
     combine,
 )
 
-# Candidates placed, and blocks of a level split, in one round.
+# The number of candidates placed, and of blocks of a level split, in one round.
 _PLACED_AT_ONCE, _SPLIT_AT_ONCE = 512, 32
-# The part of a leaf that goes to either half. Nodes are halved, so that no level runs out of blocks
-# while candidates only come.
+# The smallest fraction of a block that each half gets in a split. Blocks of nodes are split evenly,
+# so that no level runs out of blocks if candidates are only added.
 _SMALLEST_HALF_OF_LEAF, _SMALLEST_HALF_OF_NODES = 0.25, 0.5
-# The squared distance from a leaf's centre beyond which candidates leave it, and that which is a
-# move of some length, after which they leave it sooner; in units of the candidates' mean squared
-# distance when the leaf was made.
+# Limits of squared distances, in units of the candidates' mean squared distance to the centre when
+# the leaf was made. Candidates farther from the centre than the first limit leave the leaf. If they
+# have moved farther than the third, they leave it beyond the second.
 _FARTHEST, _FARTHEST_MOVED, _FAR_MOVE = 4.0, 1.0, 0.1
 
 
@@ -39,9 +42,9 @@ class TreeMaintenance:
     """Changes the variables of a tree.
 
     Args:
-      shape: the tree's.
-      state: its variables, see `make_tree_variables`.
-      candidates: what holds the candidates' vectors, see `stored` and `coded`.
+      shape: the sizes of the tree.
+      state: its variables; see `make_tree_variables`.
+      candidates: the storage of the candidates' vectors; see `stored` and `coded`.
     """
 
     def __init__(
@@ -57,20 +60,19 @@ class TreeMaintenance:
 
     @property
     def tree(self) -> Tree:
-        """The tree as it is."""
+        """The tree, made of the variables."""
         return Tree(self._shape, tree_levels(self._state), self._state.members, self._candidates)
 
     def update(self, ids: tf.Tensor, vectors: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
         """Moves candidates to new vectors, or adds them.
 
         Args:
-          ids: [m] int32 in [0, capacity); those with True in `mask` differ from each other.
-          vectors: [m, d] float32, as the candidates are kept.
+          ids: [m] int32 in [0, capacity), distinct among entries with True in `mask`.
+          vectors: [m, d] float32, rounded to the dtype in which they are stored.
           mask: [m] bool, which entries to apply.
 
         Returns:
-          Scalar int32, the number of candidates for which there was no room, which are no longer in
-          the tree.
+          Scalar int32, the number of candidates without room. They are not in the tree any more.
         """
         is_known, position, node = self._locate(ids, mask)
         old_vectors, old_errors = self._candidates.read(ids, node)
@@ -78,7 +80,7 @@ class TreeMaintenance:
         means = tf.cast(take_nodes(level.mean, node), tf.float32)
         radius = take_nodes(level.stats, node)[:, RADIUS]
         distance = tf.norm(vectors - means, axis=1)
-        # The ball itself grows as its candidates scatter, and would hold them for ever.
+        # The ball alone is no limit: it grows as its candidates scatter.
         spread = take_nodes(self._state.first_spread, node)
         has_moved = tf.reduce_sum((vectors - old_vectors) ** 2, axis=1) > _FAR_MOVE * spread
         limit = tf.where(has_moved, _FARTHEST_MOVED, _FARTHEST) * spread
@@ -94,21 +96,30 @@ class TreeMaintenance:
         return self._insert(ids, vectors, mask & ~stays)
 
     def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
-        """Takes candidates `ids` [m] out of the tree where `mask` [m] is True."""
+        """Removes the candidates `ids` [m] with True in `mask` [m] from the tree."""
         is_known, position, node = self._locate(ids, mask)
         vectors, errors = self._candidates.read(ids, node)
         self._change_paths(node, vectors, -tf.cast(is_known, tf.float32), errors)
         self._take_out(ids, position, is_known)
 
     def _locate(self, ids: tf.Tensor, mask: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Which of `ids` are in the tree, their slots, and their leaves' nodes: [m] each, or 0."""
+        """Finds candidates `ids` [m] in the tree.
+
+        Returns:
+          is_known: [m] bool, whether the candidate is in the tree and has True in `mask`.
+          position: [m] int32, its slot, or 0.
+          node: [m] int32, the node of its leaf, or that of leaf 0.
+        """
         position = tf.gather(self._state.position, ids)
         is_known = mask & (position >= 0)
         position = tf.maximum(position, 0)
         return is_known, position, self._owner(self._last + 1, position // self._shape.leaf_size)
 
     def _insert(self, ids: tf.Tensor, vectors: tf.Tensor, pending: tf.Tensor) -> tf.Tensor:
-        """Places the `pending` [m] candidates; returns how many there was no room for."""
+        """Places the candidates with True in `pending` [m].
+
+        Returns the number of candidates without room.
+        """
 
         def place_some(
             pending: tf.Tensor, is_stuck: tf.Tensor, num_refused: tf.Tensor
@@ -125,7 +136,7 @@ class TreeMaintenance:
                 lambda: self._split_leaves(leaf, waiting),
                 lambda: tf.constant(False),
             )
-            # Where no block is left to split into, any leaf with room will do, if there is one.
+            # If no block is left to split into, the next round takes any leaf with room.
             is_now_stuck = ~tf.reduce_any(placed) & ~has_split
             refused = waiting & is_stuck & is_now_stuck
             num_refused += tf.math.count_nonzero(refused, dtype=tf.int32)
@@ -144,7 +155,10 @@ class TreeMaintenance:
     def _place(
         self, ids: tf.Tensor, vectors: tf.Tensor, leaf: tf.Tensor, mask: tf.Tensor
     ) -> tf.Tensor:
-        """Puts those with True in `mask` into free slots of their leaves; which have fitted."""
+        """Puts candidates with True in `mask` into free slots of their leaves.
+
+        Returns [n] bool, whether each candidate has been placed.
+        """
         rank = Groups.of(leaf, mask).rank
         slot, placed = _free_place(tf.gather(self._state.members, leaf), rank)
         placed &= mask
@@ -157,7 +171,7 @@ class TreeMaintenance:
         return placed
 
     def _nearest_with_room(self, vectors: tf.Tensor) -> tf.Tensor:
-        """[n] int32, for each of `vectors` the nearest of the leaves that have most room."""
+        """[n] int32, for each of `vectors` [n, d] the nearest of the leaves with the most room."""
         occupied = tf.convert_to_tensor(self._state.members) >= 0
         room = self._shape.leaf_size - tf.math.count_nonzero(occupied, axis=1, dtype=tf.int32)
         is_owned = tf.convert_to_tensor(self._state.owners[str(self._last + 1)]) >= 0
@@ -168,7 +182,10 @@ class TreeMaintenance:
         return tf.gather(leaves, choice)
 
     def _take_out(self, ids: tf.Tensor, position: tf.Tensor, mask: tf.Tensor) -> None:
-        """Empties slots whose candidates the statistics of their paths count no longer."""
+        """Empties the slots of candidates that have been removed from the statistics already.
+
+        It also releases leaves that become empty, except leaf 0.
+        """
         write_nodes(self._state.members, position, tf.fill(tf.shape(ids), -1), mask)
         write_rows(self._state.position, ids, tf.fill(tf.shape(ids), -1), mask)
         leaves = Groups.of(position // self._shape.leaf_size, mask)
@@ -183,7 +200,7 @@ class TreeMaintenance:
         )
 
     def _give_up(self, depth: int, blocks: tf.Tensor, mask: tf.Tensor) -> None:
-        """Makes empty blocks free, and those that owned them if they are empty now."""
+        """Releases empty blocks of level `depth`, and then blocks above that become empty."""
         level = str(depth)
         node = self._owner(depth, blocks)
         write_nodes(self._state.children[str(depth - 1)], node, tf.fill(tf.shape(node), -1), mask)
@@ -201,7 +218,10 @@ class TreeMaintenance:
         )
 
     def _split_leaves(self, leaf: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """Splits leaves with True in `mask`, and full blocks above them; whether any was split."""
+        """Splits leaves with True in `mask`, after full blocks above them.
+
+        Returns a scalar bool, whether any block or leaf was split.
+        """
         groups = Groups.of(leaf, mask)
         requests = [_first(groups.numbers, groups.is_some)]
         for depth in range(self._last, 0, -1):
@@ -221,9 +241,10 @@ class TreeMaintenance:
         return has_split
 
     def _split(self, depth: int, blocks: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """Finds each block of level `depth` a free one, and a node to own it; moves half there.
+        """Splits blocks of level `depth`: half of each moves to a free block with a new owner.
 
-        Returns whether that worked for any.
+        A block without a free block, or without a free row for its owner, is not split. Returns a
+        scalar bool, whether any block was split.
         """
         level, above = str(depth), str(depth - 1)
         width = self._shape.widths[depth - 1]
@@ -257,7 +278,16 @@ class TreeMaintenance:
         nodes: tuple[tf.Tensor, tf.Tensor],
         mask: tf.Tensor,
     ) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Moves candidates of the old leaves to the new ones; mean and statistics of both."""
+        """Moves candidates from old to new leaves.
+
+        Args:
+          leaves: the old and the new leaves, [n] int32 each.
+          nodes: their nodes, [n] int32 each.
+          mask: [n] bool, which leaves to split.
+
+        Returns:
+          The means [n, d] and statistics [n, 4] of the old and of the new leaves.
+        """
         size = self._shape.leaf_size
         members = tf.gather(self._state.members, leaves[0])
         ids = tf.maximum(members, 0)
@@ -279,7 +309,10 @@ class TreeMaintenance:
     def _halve_nodes(
         self, depth: int, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor
     ) -> list[tuple[tf.Tensor, tf.Tensor]]:
-        """Moves nodes of `blocks` of level `depth` to `new_blocks`, likewise."""
+        """Moves nodes from `blocks` [n] of level `depth` to `new_blocks` [n].
+
+        Returns the means [n, d] and statistics [n, 4] of the old and of the new blocks.
+        """
         level, below = str(depth), str(depth + 1)
         children = tf.gather(self._state.children[level], blocks)
         means = tf.gather(self._state.mean[level], blocks)
@@ -309,7 +342,14 @@ class TreeMaintenance:
     def _change_paths(
         self, address: tf.Tensor, vectors: tf.Tensor, signs: tf.Tensor, errors: tf.Tensor
     ) -> None:
-        """Counts candidates in (sign 1) and out (-1) at nodes of the last level and above them."""
+        """Updates the statistics of nodes and their ancestors after candidates enter or leave.
+
+        Args:
+          address: [n] int32, nodes of the last level.
+          vectors: [n, d] float32, the candidates.
+          signs: [n] float32, 1 if the candidate enters, -1 if it leaves, 0 for no change.
+          errors: [n] float32, bounds on the errors of `vectors`.
+        """
         for depth in range(self._last, -1, -1):
             level = str(depth)
             groups = Groups.of(address, signs != 0.0)
@@ -323,22 +363,34 @@ class TreeMaintenance:
                 address = self._owner(depth, address // self._shape.widths[depth])
 
     def _owner(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
-        """The addresses of the nodes of level `depth` - 1 that own blocks; 0 where none does."""
+        """The addresses of the nodes, on level `depth` - 1, that own `blocks`; 0 if none does."""
         return tf.maximum(tf.gather(self._state.owners[str(depth)], blocks), 0)
 
 
 def _first_pending(pending: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Places of the first few True in `pending` [m], and which of them are of one."""
+    """The positions of the first few True in `pending` [m].
+
+    In XLA, which needs fixed shapes, other positions follow if there are too few. Returns the
+    positions [k] int32, and [k] bool, whether each position has True.
+    """
     if _execution.is_in_xla():
-        # Its shapes are fixed.
         return _first(tf.range(tf.size(pending)), pending, _PLACED_AT_ONCE)
-    # As many as there are: to route them is what takes longest.
+    # No other positions: routing is the slowest part.
     chosen = tf.cast(tf.where(pending)[:_PLACED_AT_ONCE, 0], tf.int32)
     return chosen, tf.ones_like(chosen, tf.bool)
 
 
 def _free_place(taken: tf.Tensor, rank: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The `rank`-th [n] place of each block [n, width] that holds -1, and whether there is one."""
+    """Finds a free row in each block.
+
+    Args:
+      taken: [n, width] int32, the rows of each block; -1 for free ones.
+      rank: [n] int32; 0 for the first free row of a block, 1 for the second, and so on.
+
+    Returns:
+      place: [n] int32, the row.
+      has_place: [n] bool, whether there is one.
+    """
     is_free = taken < 0
     order = tf.cumsum(tf.cast(is_free, tf.int32), axis=1) - 1
     is_it = is_free & (order == rank[:, tf.newaxis])
@@ -348,6 +400,9 @@ def _free_place(taken: tf.Tensor, rank: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor
 def _first(
     numbers: tf.Tensor, mask: tf.Tensor, count: int = _SPLIT_AT_ONCE
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The first few of the numbers with True in `mask`, then others, and what is which."""
+    """The first `count` numbers: those with True in `mask` [m] first, then others.
+
+    Returns the numbers [k] int32, and [k] bool, whether each has True in `mask`.
+    """
     chosen = tf.argsort(tf.cast(~mask, tf.int32), stable=True)[:count]
     return tf.gather(numbers, chosen), tf.gather(mask, chosen)

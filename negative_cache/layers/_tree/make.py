@@ -1,4 +1,4 @@
-"""The parts of a new `TreeIndex`."""
+"""Makes the parts of a new `TreeIndex`."""
 
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from negative_cache.layers._tree.state import make_tree_variables
 from negative_cache.layers._tree.stored import StoredEmbeddings
 from negative_cache.ops.tree.shape import TreeShape
 
-# A product with this many means takes about as long as opening a few dozen blocks.
+# A matrix product with this many means takes about as long as opening a few dozen blocks.
 _MAX_ROOT_WIDTH = 10_000
 
 
@@ -18,8 +18,8 @@ class TreeParts(NamedTuple):
     """A tree without candidates.
 
     Attributes:
-      shape: the sizes.
-      candidates: what will hold the candidates' vectors.
+      shape: the sizes of the tree.
+      candidates: the storage of the candidates' vectors.
       fields: all variables, as fields of a `StateLayer`.
     """
 
@@ -37,9 +37,15 @@ def make_tree(
     dtype: tf.DType | None,
     residual_bytes: int,
 ) -> TreeParts:
-    """Makes the variables of a tree; `dtype` is that of stored embeddings, None if there are none.
+    """Makes the variables of a tree.
 
-    The other arguments are those of `TreeIndex`.
+    Args:
+      capacity: N, the number of candidates.
+      dim: d.
+      leaf_size: the largest number of candidates in a leaf; chosen by the storage if None.
+      branching: the largest number of children of a node.
+      dtype: the dtype of stored embeddings; None if they are not stored.
+      residual_bytes: without embeddings, the bytes of a candidate's residual.
     """
     if dtype is None:
         check_residual_bytes(residual_bytes, dim)

@@ -1,4 +1,4 @@
-"""The variables of a `TreeIndex`, and how single nodes of them are written."""
+"""The variables of a `TreeIndex`, and functions that write single nodes of them."""
 
 import types
 from collections.abc import Iterator
@@ -18,17 +18,17 @@ from negative_cache.ops.tree.build import Topology
 from negative_cache.ops.tree.cut import NUM_STATS, TreeLevel, take_nodes
 from negative_cache.ops.tree.shape import TreeShape
 
-# The variables of a tree, named as `make_tree_variables` says.
+# The variables of a tree. `make_tree_variables` documents the names.
 TreeState: TypeAlias = types.SimpleNamespace
 
 
 class LeafPlan(NamedTuple):
-    """How large leaves are, and how many.
+    """The default size and number of leaves.
 
     Attributes:
-      size: candidates of a leaf at the most, unless the user says so.
-      fill: the part of a leaf that a tree built at once fills, on average.
-      spare: leaves, as a multiple of those that such a tree has.
+      size: the largest number of candidates in a leaf, if the user does not set it.
+      fill: the mean fraction of a leaf that is filled when a tree is built over a corpus.
+      spare: the number of leaves, as a multiple of those that such a tree fills.
     """
 
     size: int
@@ -37,20 +37,23 @@ class LeafPlan(NamedTuple):
 
 
 def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict[str, Any]:
-    """The variables of a tree, as fields of a `StateLayer`; empty as `empty_topology` says.
+    """Makes the variables of a tree, as fields of a `StateLayer`.
+
+    `assign_topology` gives them their first values.
 
     Returns:
-      mean, stats, children: by node level, as in `ops.tree.cut.TreeLevel`.
-      owners: by level from 1 to L, the leaves, int32: for each block the address of the node that
-        owns it, -1 where none does.
-      free: likewise, a stack of the blocks that no node owns; num_free: its height.
+      mean, stats, children: node level -> variable, as in `ops.tree.cut.TreeLevel`.
+      owners: level from 1 to L (the leaves) -> [num_blocks] int32, the address of the node that
+        owns each block, or -1.
+      free: level from 1 to L -> [num_blocks] int32, a stack of the blocks that no node owns.
+      num_free: level from 1 to L -> scalar int32, the height of that stack.
       first_spread: [blocks, width] float32, v_n of each node of the last level when its leaf was
         made.
-      members: [num_leaves, leaf_size] int32.
-      position: [capacity] int32, the slot of each candidate: leaf * leaf_size + place in it; -1
-        where the candidate is not in the tree.
-      max_norm: scalar float32, no less than the norm of any candidate.
-      num_skipped: scalar int64, rows of updates left out so far.
+      members: [num_leaves, leaf_size] int32, the candidate in each slot; -1 in empty slots.
+      position: [capacity] int32, the slot of each candidate, leaf · leaf_size + place in the leaf;
+        -1 if the candidate is not in the tree.
+      max_norm: scalar float32, at least the norm of every candidate.
+      num_skipped: scalar int64, the number of rows of updates left out so far.
     """
     last = shape.num_levels - 1
 
@@ -89,7 +92,7 @@ def make_tree_variables(shape: TreeShape, leaf_mean_dtype: tf.DType) -> dict[str
 def tree_limits(
     shape: TreeShape, state: TreeState
 ) -> Iterator[tuple[str, StateVariable, float, float]]:
-    """What the places that the variables hold may be, as of `StateLayer._limits`."""
+    """Yields the valid range of each variable, for `StateLayer._limits`."""
     for depth in range(shape.num_levels):
         level, below, num_owned = str(depth), str(depth + 1), shape.num_owned(depth)
         num_nodes = shape.num_blocks[depth] * shape.widths[depth]
@@ -105,7 +108,7 @@ def tree_limits(
 
 
 def tree_levels(state: TreeState) -> tuple[TreeLevel, ...]:
-    """The node levels of the variables."""
+    """The node levels, made of the variables."""
     return tuple(
         TreeLevel(state.mean[level], state.stats[level], state.children[level])
         for level in sorted(state.mean, key=int)
@@ -113,9 +116,9 @@ def tree_levels(state: TreeState) -> tuple[TreeLevel, ...]:
 
 
 def empty_topology(shape: TreeShape) -> Topology:
-    """A tree of one path without candidates.
+    """A tree with a single path and no candidates.
 
-    There always is a path, so that a candidate always can be routed: leaf 0 is never given up.
+    Routing needs a path, so leaf 0 is never released.
     """
     children = [
         np.full([blocks, width], -1, np.int32)
@@ -128,9 +131,9 @@ def empty_topology(shape: TreeShape) -> Topology:
 
 
 def assign_topology(state: TreeState, topology: Topology) -> None:
-    """Assigns a topology and what follows from it.
+    """Assigns a topology, with the slots and free blocks that follow from it.
 
-    The statistics are zero then.
+    It sets the means and statistics to zero.
     """
     for depth, (level, owner) in enumerate(zip(topology.children, topology.owners)):
         below = str(depth + 1)
@@ -155,14 +158,14 @@ def assign_topology(state: TreeState, topology: Topology) -> None:
 def write_nodes(
     variable: tf.Variable, addresses: tf.Tensor, values: tf.Tensor, mask: tf.Tensor
 ) -> None:
-    """Writes `values` [n, ...] to the nodes at `addresses` [n] where `mask` [n] is True.
+    """Writes `values` [n, ...] to the nodes at `addresses` [n] wherever `mask` [n] is True.
 
-    The addresses with True must differ from each other. The leaves' members are nodes in this
-    sense, with the slots as addresses.
+    The addresses with True must be distinct. The variable is [blocks, width, ...]. It can also be
+    `members` [num_leaves, leaf_size], with slots as addresses.
     """
     rows = masked_rows(addresses, mask)
     values = tf.cast(tf.gather(values, rows.sources), variable.dtype)
-    # Where nothing is to be written, all write what the first node has.
+    # If all entries are masked, they write the present value of the first node.
     values = tf.where(rows.any_written, values, take_nodes(variable, tf.zeros_like(rows.rows[:1])))
     width = variable.shape[1]
     indices = tf.stack([rows.rows // width, rows.rows % width], axis=-1)
@@ -170,6 +173,6 @@ def write_nodes(
 
 
 def write_rows(variable: tf.Variable, rows: tf.Tensor, values: tf.Tensor, mask: tf.Tensor) -> None:
-    """Writes `values` [n, ...] to `rows` [n] of a variable where `mask` [n] is True."""
+    """Writes `values` [n, ...] to `rows` [n] of a variable wherever `mask` [n] is True."""
     rows = masked_rows(rows, mask)
     scatter_rows(variable, rows.rows, rows.values(tf.cast(values, variable.dtype), variable))

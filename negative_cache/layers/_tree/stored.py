@@ -1,4 +1,4 @@
-"""What a `TreeIndex` keeps of single candidates: their embeddings, or codes of a few bytes."""
+"""The candidates of a `TreeIndex` with stored embeddings; `coded` is for one without."""
 
 from collections.abc import Callable
 
@@ -11,22 +11,24 @@ from negative_cache.ops.tree.statistics import candidate_stats, combine
 
 _WRITTEN_AT_ONCE = 2**16
 
-# (vectors [n, d] float32, ids [n], or None for means of candidates) -> vectors [n, d]
+# (vectors [n, d] float32, ids [n], or None if the vectors are means of nodes) -> vectors [n, d]
 RowTransform = Callable[[tf.Tensor, tf.Tensor | None], tf.Tensor]
 
 
 class StoredEmbeddings:
-    """The candidates' embeddings themselves: scores are exact.
+    """Stores the embeddings of the candidates, so that scores are exact.
+
+    The methods without further documentation are those of `CodedResiduals`.
 
     Args:
       capacity: the number of candidates.
       dim: d.
-      dtype: of the embeddings.
+      dtype: dtype of the stored embeddings.
     """
 
     leaf_means_move = True
     leaf_mean_dtype = tf.float32
-    # Leaves have room for candidates that come.
+    # Leaves have room for new candidates.
     leaves = LeafPlan(size=64, fill=0.66, spare=2.0)
 
     def __init__(self, capacity: int, dim: int, dtype: tf.DType):
@@ -34,12 +36,12 @@ class StoredEmbeddings:
         self.embeddings = make_state_variable(lambda: tf.zeros([capacity, dim], dtype), "rows")
 
     def transformed(self, row_transform: RowTransform) -> "TransformedCandidates":
-        """The candidates as `row_transform` makes them."""
+        """The candidates with `row_transform` applied before they are scored."""
         return TransformedCandidates(self.embeddings, row_transform)
 
     @property
     def variables(self) -> dict[str, tf.Variable]:
-        """What a file holds."""
+        """The variables that files hold."""
         return {"embeddings": self.embeddings}
 
     def products(
@@ -49,11 +51,11 @@ class StoredEmbeddings:
         return TransformedCandidates(self.embeddings).products(queries, members, node_products)
 
     def rounded(self, vectors: tf.Tensor) -> tf.Tensor:
-        """`vectors` [n, d] float32 as they are kept."""
+        """`vectors` [n, d] float32, rounded to the stored dtype."""
         return tf.cast(tf.cast(vectors, self._dtype), tf.float32)
 
     def read(self, ids: tf.Tensor, node: tf.Tensor | None) -> tuple[tf.Tensor, tf.Tensor]:
-        """[..., d] float32 vectors of candidates `ids` [...], and how far off they may be [...]."""
+        """Returns vectors [..., d] float32 of candidates `ids` [...], and their errors, zero."""
         del node
         vectors = tf.cast(tf.gather(self.embeddings, ids), tf.float32)
         return vectors, tf.zeros(tf.shape(ids))
@@ -61,13 +63,13 @@ class StoredEmbeddings:
     def write(
         self, ids: tf.Tensor, vectors: tf.Tensor, node: tf.Tensor, mask: tf.Tensor
     ) -> tf.Tensor:
-        """Keeps `vectors` [n, d] where `mask` [n] is True; how far off `read` is then, [n]."""
+        """Stores `vectors` [n, d] wherever `mask` [n] is True. Returns their errors [n], zero."""
         del node
         write_rows(self.embeddings, ids, vectors, mask)
         return tf.zeros(tf.shape(ids))
 
     def read_members(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """`read` of the members [n, leaf_size] of the leaves of nodes [n]; anything for -1."""
+        """`read` for the members [n, leaf_size] of leaves; arbitrary for empty slots."""
         del node
         return self.read(tf.maximum(members, 0), None)
 
@@ -81,20 +83,20 @@ class StoredEmbeddings:
         node: tf.Tensor,
         mask: tf.Tensor,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Means and statistics of leaves after a split; see `CodedResiduals.recentre`."""
+        """Computes means and statistics of leaves after a split; see `CodedResiduals.recentre`."""
         del ids, old_node, node, mask
         return combine(vectors, candidate_stats(is_there, errors))
 
     def copy_nodes(self, blocks: tf.Tensor, new_blocks: tf.Tensor, mask: tf.Tensor) -> None:
-        """Follows nodes of the last level from `blocks` [n] to the same rows of `new_blocks`."""
+        """Does nothing, because nothing is stored per node."""
 
     @property
     def accepts_updates(self) -> tf.Tensor:
-        """Scalar bool: embeddings may come one by one."""
+        """Scalar bool, True: updates need no earlier `load`."""
         return tf.constant(True)
 
     def clear(self) -> None:
-        """Forgets what no candidate is left for."""
+        """Does nothing, because old embeddings are never read."""
 
     def summary(self, members: tf.Tensor, node: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Mean [n, d] and statistics [n, 4] of leaves with `members` [n, leaf_size]."""
@@ -108,7 +110,7 @@ class StoredEmbeddings:
         owners: np.ndarray,
         rng: np.random.Generator,
     ) -> None:
-        """Keeps all candidates: `embeddings` [n, d] by id, those of them that are `members`."""
+        """Stores those of `embeddings` [n, d] whose row number is among `members`."""
         del owners, rng
         is_member = np.zeros(self._capacity, bool)
         is_member[members[members >= 0]] = True
@@ -119,11 +121,11 @@ class StoredEmbeddings:
 
 
 class TransformedCandidates:
-    """Stored embeddings as `ops.tree.cut.Candidates`, and what a function makes of them.
+    """`ops.tree.cut.Candidates` with stored embeddings and an optional transform.
 
     Args:
       embeddings: [capacity, d] variable.
-      row_transform: None leaves them as they are.
+      row_transform: applied to embeddings before they are scored; None for no transform.
     """
 
     def __init__(self, embeddings: tf.Variable, row_transform: RowTransform | None = None):

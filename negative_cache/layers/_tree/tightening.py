@@ -1,4 +1,4 @@
-"""Exact statistics for every node of a `TreeIndex`, by passes over its blocks."""
+"""Recomputes the statistics of every node of a `TreeIndex`, by passes over its blocks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,15 +11,15 @@ from negative_cache.ops.tree.cut import RADIUS, take_nodes
 from negative_cache.ops.tree.shape import TreeShape
 from negative_cache.ops.tree.statistics import combine, distances_round_up
 
-# Floats of candidates or means that are read at a time.
+# The number of coordinates of candidates or means that are read at a time.
 _READ_AT_ONCE = 2**22
 
 
 def tighten(shape: TreeShape, state: TreeState, candidates: TreeCandidates) -> None:
-    """Computes means, spreads, radii and errors anew, from the leaves up.
+    """Recomputes means, spreads, radii and errors, from the leaves up.
 
-    The radii are the distances of the farthest candidates themselves at every level, where those
-    that maintenance keeps have grown with every movement of a mean.
+    At every level, the radii are then distances of the farthest candidates. During maintenance they
+    grow with every movement of a mean.
     """
     last = shape.num_levels - 1
     leaf_owners = state.owners[str(last + 1)]
@@ -37,7 +37,7 @@ def tighten(shape: TreeShape, state: TreeState, candidates: TreeCandidates) -> N
     if last == 0:
         return
 
-    # Radii that were combined from radii are loose: these are of the candidates.
+    # Radii combined from the radii of children are loose. These are measured on the candidates.
     def measure(leaves: tf.Tensor, radii: list[tf.Tensor]) -> list[tf.Tensor]:
         members = tf.gather(state.members, leaves)
         node = tf.gather(leaf_owners, leaves)
@@ -79,9 +79,10 @@ def _combine_blocks(shape: TreeShape, state: TreeState, depth: int) -> None:
 def _for_blocks(
     num_blocks: int, block_size: int, function: Callable[..., Any], *values: Any
 ) -> Any:
-    """Calls `function(blocks, *values)` for all blocks, some at a time; it returns new values.
+    """Calls `function(blocks, *values)` for all blocks, several at a time.
 
-    The last call has as many blocks as the others, some of them for the second time.
+    The function returns new values for the next call. All calls get the same number of blocks, so
+    the last call gets some blocks again.
     """
     size = min(max(_READ_AT_ONCE // block_size, 1), num_blocks)
 

@@ -1,4 +1,4 @@
-"""All that changes the variables of a `TreeIndex`."""
+"""The operations that change the variables of a `TreeIndex`."""
 
 import functools
 from collections.abc import Callable
@@ -21,14 +21,14 @@ from negative_cache.ops.tree.shape import TreeShape
 
 
 class TreeUpkeep:
-    """Fills, empties and changes a tree, and leaves out and counts what cannot be applied.
+    """Fills, empties and updates a tree. It skips and counts rows that cannot be applied.
 
-    Called outside of the replicas of the strategy it was made under, it changes each of them.
+    A call outside the replicas of the strategy that it was made under applies to all replicas.
 
     Args:
-      shape: of the tree.
-      state: its variables, see `make_tree_variables`.
-      candidates: what holds the candidates' vectors.
+      shape: the sizes of the tree.
+      state: its variables; see `make_tree_variables`.
+      candidates: the storage of the candidates' vectors.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class TreeUpkeep:
         self._candidates = candidates
         self._strategy = tf.distribute.get_strategy()
         self._maintenance = TreeMaintenance(shape, state, candidates)
-        # Nothing here is for AutoGraph to convert, which would take longer than to trace it.
+        # AutoGraph has nothing to convert here, and would take longer than the tracing itself.
         compiled = functools.partial(
             tf.function,
             autograph=False,
@@ -55,31 +55,31 @@ class TreeUpkeep:
 
     @property
     def tree(self) -> Tree:
-        """The tree as it is."""
+        """The tree, made of the variables."""
         return self._maintenance.tree
 
     def clear(self) -> None:
-        """Takes all candidates out."""
+        """Removes all candidates."""
         self._on_every_replica(self._clear)
 
     def load(self, built: BuiltTree, embeddings: np.ndarray, seed: int) -> None:
-        """Takes in a tree that was built over `embeddings` [n, d]."""
+        """Replaces the tree by one that was built over `embeddings` [n, d]."""
         self._on_every_replica(lambda: self._load(built, embeddings, seed))
 
     def update(self, ids: tf.Tensor, embeddings: tf.Tensor, mask: tf.Tensor) -> None:
-        """Moves or adds candidates `ids` [m] int32 with True in `mask` [m]."""
+        """Moves or adds the candidates `ids` [m] int32 with True in `mask` [m]."""
         self._on_every_replica(self._compiled_update, ids, embeddings, mask)
 
     def remove(self, ids: tf.Tensor, mask: tf.Tensor) -> None:
-        """Takes out candidates `ids` [m] int32 with True in `mask` [m]."""
+        """Removes the candidates `ids` [m] int32 with True in `mask` [m]."""
         self._on_every_replica(self._compiled_remove, ids, mask)
 
     def tighten(self) -> None:
-        """Computes all statistics anew."""
+        """Recomputes all statistics."""
         self._on_every_replica(self._compiled_tighten)
 
     def _on_every_replica(self, function: Callable[..., None], *args: Any) -> None:
-        # Outside of its scope a strategy is not known, and one replica alone would be changed.
+        # Outside the scope of the strategy, only one replica would be changed.
         if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
             with self._strategy.scope():
                 on_every_replica(function, *args)
@@ -122,13 +122,13 @@ class TreeUpkeep:
 
     def _tighten(self) -> None:
         tighten(self._shape, self._state, self._candidates)
-        # No embedding is longer than the farthest point of a node of the root can be.
+        # Every embedding is inside the ball of a node of the root block.
         root = self.tree.levels[0]
         norms = tf.norm(tf.cast(root.mean, tf.float32), axis=2)
         longest = tf.reduce_max(norms + root.stats[..., RADIUS]) * (1.0 + 1e-5)
         self._state.max_norm.assign(tf.minimum(self._state.max_norm, longest))
 
     def _usable(self, ids: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-        """[m] bool, in range and for the first time."""
+        """[m] bool, whether each id is in range, has True in `mask`, and does not occur earlier."""
         mask = mask & (ids >= 0) & (ids < self._shape.capacity)
         return mask & (Groups.of(ids, mask).rank == 0)

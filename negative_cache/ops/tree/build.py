@@ -1,8 +1,9 @@
-"""Which candidates share a leaf of a tree, and which nodes a parent, in NumPy on the host.
+"""Construction of a tree in NumPy on the host: which candidates share a leaf, which nodes a parent.
 
-A tree has node levels 0 to L - 1 and leaves below them. Nodes are rows of blocks: the children of
-one node are the rows of one block of the level below, or the slots of one leaf. Level 0 is a
-single block, the root. The address of a row is block · width + row.
+A tree has node levels 0 to L - 1, and leaves below them. The nodes of a level are the rows of its
+blocks. The children of a node are the rows of one block of the next level, or the slots of one leaf
+if the node is on the last level. Level 0 is a single block, the root block. The address of a row is
+block · width + row.
 """
 
 from collections.abc import Callable
@@ -13,19 +14,21 @@ import numpy as np
 from negative_cache.ops._clustering import max_groups, partition, read_rows
 from negative_cache.ops.tree.shape import TreeShape
 
-# Coordinates read at a time where means are taken.
+# Coordinates that are read at a time to compute means.
 _BLOCK_ENTRIES = 2**22
 
 
 class Topology(NamedTuple):
-    """Who is whose child. The used blocks and leaves of a level are the first; so are used rows.
+    """The children and parents of a tree.
+
+    The used blocks and leaves of a level come first, and so do the used rows of a block.
 
     Attributes:
-      children: for each node level, [num_blocks, width] int32: the block of the level below, or at
-        the last level the leaf, under each row; -1 in an empty row.
-      owners: for each node level but the root's, and then for the leaves, [num_blocks] int32: the
-        address in the level above of the row that each block or leaf is under; -1 if unused.
-      members: [num_leaves, leaf_size] int32, the point in each slot; -1 in an empty slot.
+      children: for each node level, [num_blocks, width] int32: the block of the next level that
+        each row owns, or the leaf if it is the last level; -1 in an empty row.
+      owners: for each node level except level 0, and then for the leaves, [num_blocks] int32: the
+        address, one level up, of the row that owns each block or leaf; -1 if it is unused.
+      members: [num_leaves, leaf_size] int32, the candidate in each slot; -1 in an empty slot.
     """
 
     children: list[np.ndarray]
@@ -42,21 +45,22 @@ def build_topology(
 ) -> Topology:
     """Builds a tree over points from its leaves to its root.
 
-    Neighbouring points form leaves, leaves of neighbouring means form blocks, and so on until the
-    blocks of a level are the rows of the root. Fills are those of the shape where there is room
-    for them, else higher.
+    Neighbouring points form leaves, leaves with neighbouring means form blocks, and so on up to the
+    root block. Leaves and blocks are filled as the shape says, or more if there is not enough room.
 
     Args:
-      points: [n, d] float, finite, of any dtype and memory-mapped or not; never copied whole.
+      points: [n, d] float, finite, of any floating dtype. They may be memory-mapped, and are not
+        copied as a whole.
       shape: the sizes of the tree.
       rng: makes all random choices.
-      on_progress: called with a number of points, whenever so many more have their leaf.
+      on_progress: function of a number of points, called each time that so many more points have
+        been assigned to leaves.
 
     Returns:
-      The `Topology`, in which the candidates are the row numbers 0 to n - 1 of `points`.
+      The `Topology`. Candidate i is row i of `points`.
 
     Raises:
-      ValueError: where the points do not fit into the tree.
+      ValueError: if the points do not fit into the tree.
     """
     levels = len(shape.widths)
     available = _available(shape)
@@ -86,7 +90,10 @@ def build_topology(
 
 
 def _available(shape: TreeShape) -> list[int]:
-    """Blocks of each node level, then leaves, that there are and that can be under a row."""
+    """The number of usable blocks of each node level, and then of usable leaves.
+
+    A block is usable if a row of the level above can own it.
+    """
     available = [1]
     for width, num_below in zip(shape.widths, [*shape.num_blocks[1:], shape.num_leaves]):
         available.append(min(num_below, available[-1] * width))
@@ -94,15 +101,15 @@ def _available(shape: TreeShape) -> list[int]:
 
 
 def _fitting_fill(count: int, size: int, fill: float, available: int, name: str) -> float:
-    """The smallest fill from `fill` up with which `count` things need no more than `available`."""
+    """The smallest fill >= `fill` with which `count` points or blocks fit `available` blocks."""
     if count > available * size:
         raise ValueError(
-            f"A level of the tree must hold all that is below it. Received: {count} points or"
-            f" blocks for {available} blocks with {name} = {size}."
+            "A level of the tree must have room for all points or blocks of the level below."
+            f" Received: {count} points or blocks for {available} blocks with {name} = {size}."
         )
     if max_groups(count, size, fill) <= available:
         return fill
-    # A little more than the quotient, which may have been rounded down.
+    # The quotient may have been rounded down, so it is raised slightly.
     return min(count / (available * size) * (1.0 + 1e-9), 1.0)
 
 
@@ -110,11 +117,11 @@ def _tabulate(groups: np.ndarray, num_blocks: int, width: int) -> tuple[np.ndarr
     """Gives every entry of `groups` [n] a row in the block of its group.
 
     Returns:
-      table: [num_blocks, width] int32, the entry in each row, in ascending order; -1 where empty.
+      table: [num_blocks, width] int32, the entry in each row, in ascending order; -1 if empty.
       addresses: [n] int32, the row of each entry.
     """
     sizes = np.bincount(groups, minlength=num_blocks)
-    # From the place of an entry in the order of the groups to its address.
+    # Added to an entry's position in the order of the groups, this gives its address.
     shifts = np.arange(num_blocks) * width - (np.cumsum(sizes) - sizes)
     order = np.argsort(groups, kind="stable")
     addresses = np.arange(order.size) + shifts[groups[order]]
@@ -130,7 +137,7 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
 
 
 def _means(points: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """The mean point of each used block of a `table` [num_blocks, width]: [used, d] float32."""
+    """[used, d] float32, the mean point of each used block of a `table` [num_blocks, width]."""
     num_used = np.count_nonzero(table[:, 0] >= 0)
     dim = points.shape[1]
     means = np.empty([num_used, dim], np.float32)

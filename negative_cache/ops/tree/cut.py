@@ -1,18 +1,19 @@
-"""The arrays of a tree index, and cuts through it that are finest where a query's mass is.
+"""The arrays of a tree index, and cuts through it that are fine where a query's mass is.
 
-A node n covers |n| candidates with mean c_n, mean squared distance v_n to it, and radius r_n. For a
-query x (divided by the temperature) the sum Z_n of exp⟨x, y⟩ over them is estimated to second order
-as |n| exp(⟨x, c_n⟩ + ‖x‖² v_n / 2d), and bounded by
+A node n covers |n| candidates. c_n is their mean, v_n their mean squared distance to c_n, and r_n
+their radius, a bound on their distances to c_n. For a query x (divided by the temperature), the
+mass of the node is Z_n = Σ exp⟨x, y⟩ over its candidates. To second order it is estimated as
+|n| exp(⟨x, c_n⟩ + ‖x‖² v_n / 2d). It is bounded by
 
-    |n| exp⟨x, c_n⟩ <= Z_n <= |n| exp⟨x, c_n⟩ cosh(‖x‖ r_n),
+    |n| exp⟨x, c_n⟩ <= Z_n <= |n| exp⟨x, c_n⟩ cosh(‖x‖ r_n).
 
-from below by Jensen's inequality, from above because the convex function exp lies below its chord
-over the range of the scores, whose mean is ⟨x, c_n⟩ (after Monath et al., arXiv 2303.15311, who
-bound by exp(‖x‖ r_n)).
+The lower bound is Jensen's inequality. The upper bound holds because the convex function exp lies
+below its chord over the range of the scores, whose mean is ⟨x, c_n⟩. (It is tighter than the bound
+exp(‖x‖ r_n) of Monath et al., arXiv 2303.15311.)
 
-A *cut* is a set of nodes and candidates that cover every candidate once. It starts as all nodes of
-the root block, and at every level a fixed number of nodes, the heaviest, are replaced by their
-children. All shapes are fixed.
+A *cut* is a set of nodes and candidates that cover every candidate exactly once. It starts as all
+nodes of the root block. At each level, a fixed number of nodes, those with the largest mass, are
+*opened*: they are replaced by their children. All shapes are fixed.
 """
 
 import math
@@ -27,25 +28,25 @@ from negative_cache.ops.tree.shape import TreeShape
 # The columns of `TreeLevel.stats`.
 COUNT, SPREAD, RADIUS, ERROR = range(4)
 NUM_STATS = 4
-# Rounding of one float32 operation.
+# Relative rounding error of one float32 operation.
 ROUNDING = 2.0**-24
-# Of the logarithm of a sum of exponentials.
+# Relative rounding error of the logarithm of a sum of exponentials.
 _SUM_ROUNDING = 64 * ROUNDING
-# Inner nodes opened for each leaf that is: their blocks are smaller than leaves, and opening them
-# is the cheaper way to finer masses.
+# Inner nodes opened per opened leaf. Their blocks are smaller than leaves, so opening them is the
+# cheaper way to more precise masses.
 _INNER_BEAM = 2
 
 
 class TreeLevel(NamedTuple):
-    """The nodes of one level, in blocks; tensors or variables.
+    """The nodes of one level, in blocks, as tensors or variables.
 
     Attributes:
       mean: [blocks, width, d] float, c_n.
-      stats: [blocks, width, 4] float32: |n|; v_n; r_n, no smaller than the distance of any
-        candidate to c_n; and a bound of the distance of c_n to the exact mean, which rounding
-        moves it away from.
+      stats: [blocks, width, 4] float32, with four columns. `COUNT`: |n|. `SPREAD`: v_n. `RADIUS`:
+        r_n, at least the distance of every candidate to c_n. `ERROR`: a bound on the distance
+        between c_n and the exact mean, from which c_n differs by rounding.
       children: [blocks, width] int32, the block of the next level, or the leaf, that holds the
-        node's children; -1 where there is no node.
+        node's children; -1 if there is no node.
     """
 
     mean: tf.Tensor
@@ -54,28 +55,31 @@ class TreeLevel(NamedTuple):
 
 
 class Candidates(Protocol):
-    """What is known of the candidates themselves."""
+    """The stored candidates, in any representation that inner products can be computed from."""
 
     def products(
         self, queries: tf.Tensor, members: tf.Tensor, node_products: tf.Tensor
     ) -> tf.Tensor:
-        """[B, n, leaf_size] inner products of queries [B, d] with members of n leaves for each.
+        """Inner products of each query with the members of n leaves of its own.
 
         Args:
           queries: [B, d] float32.
-          members: [B, n, leaf_size] int32, ids; any value of -1 may be returned for -1.
+          members: [B, n, leaf_size] int32, the ids in the leaves; -1 for empty slots.
           node_products: [B, n] inner products with the means of the leaves.
+
+        Returns:
+          [B, n, leaf_size] float32; arbitrary for empty slots.
         """
 
 
 class Tree(NamedTuple):
-    """A tree index as arrays, tensors or variables.
+    """A tree index as tensors or variables.
 
     Attributes:
-      shape: their sizes.
-      levels: the node levels.
+      shape: the sizes of the arrays.
+      levels: the node levels, from the root down.
       members: [num_leaves, leaf_size] int32, the ids in each leaf; -1 in empty slots.
-      candidates: what scores them.
+      candidates: the stored candidates.
       mean_transform: function [n, d] -> [n, d] applied to means before they are scored.
     """
 
@@ -86,7 +90,7 @@ class Tree(NamedTuple):
     mean_transform: TensorFn | None = None
 
     def means_of_blocks(self, depth: int, blocks: tf.Tensor) -> tf.Tensor:
-        """[..., width, d] float32, the (transformed) means of the nodes of blocks [...]."""
+        """[..., width, d] float32, the (transformed) means of the nodes in `blocks` [...]."""
         return self._transformed(tf.gather(self.levels[depth].mean, blocks))
 
     def means_of_nodes(self, depth: int, addresses: tf.Tensor) -> tf.Tensor:
@@ -106,11 +110,12 @@ class Scoring:
 
     Args:
       queries: [B, d] float32.
-      transform: elementwise, nondecreasing function of the inner products.
-      candidate_ids: [capacity] ids, compared with `positive_ids`; candidates are their own ids
-        where None.
-      positive_ids: [B] or [B, P]; candidates with an id of a query's own are left out for it.
-      max_scores: [B]; candidates that score higher are left out.
+      transform: elementwise, nondecreasing function of the inner products; None for the identity.
+      candidate_ids: [capacity] ids of the candidates, compared with `positive_ids`. If None, the id
+        of a candidate is its index.
+      positive_ids: [B] or [B, P]; candidates with a positive id of the query are excluded for that
+        query.
+      max_scores: [B]; candidates with a higher score are excluded for that query.
     """
 
     def __init__(
@@ -136,17 +141,24 @@ class Scoring:
         self._max_scores = None if max_scores is None else tf.cast(max_scores, tf.float32)
 
     def log_masses(self, products: tf.Tensor, stats: tf.Tensor) -> tf.Tensor:
-        """Estimates of log Z_n [B, ...] from inner products with the means.
+        """Estimates log Z_n to second order; `INADMISSIBLE` for empty nodes.
 
-        They are `INADMISSIBLE` for empty nodes. The second-order term is at most ‖x‖ r_n. Where
-        candidates of high scores are left out, it is as if the node's scores were normal: of their
-        exponentials' sum the part Φ(z), z = (max - ⟨x, c_n⟩ - σ²) / σ, is left, with their variance
-        σ². The gradient by the query then is that of a limit which leaves the same candidates out
-        wherever the query goes, as it does: the mean c_n + (1 - φ(z) / σ Φ(z)) v_n x / d of those
-        that are left, under their softmax.
+        The second-order term ‖x‖² v_n / 2d is limited to ‖x‖ r_n.
+
+        With `max_scores`, the scores in a node are assumed to be normal with variance σ². Then the
+        share Φ(z), z = (max - ⟨x, c_n⟩ - σ²) / σ, of the mass remains. The gradient with respect to
+        the query treats the set of excluded candidates as fixed. It is the mean of the remaining
+        candidates under their softmax: c_n + (1 - φ(z) / σ Φ(z)) v_n x / d.
+
+        Args:
+          products: [B, ...] inner products with the means.
+          stats: [..., 4], the statistics of the nodes.
+
+        Returns:
+          [B, ...] float32.
         """
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
-        # The derivative of a square root has to be kept from zero.
+        # The derivative of the square root is infinite at zero.
         squares = tf.reduce_sum(tf.square(self.queries), axis=1)
         norms = self._like(tf.sqrt(tf.maximum(squares, 1e-30)), products)
         scores, slopes = self._transformed(products)
@@ -167,16 +179,21 @@ class Scoring:
     def bounds(
         self, products: tf.Tensor, stats: tf.Tensor, rounding: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Bounds of log Z_n [B, ...] from below and above; `INADMISSIBLE` for empty nodes.
+        """Bounds log Z_n from below and above; `INADMISSIBLE` for empty nodes.
 
-        With a transform, |n| times its values at ⟨x, c_n⟩ ± ‖x‖ r_n bound Z_n. The centre may miss
-        the exact mean of the scores by up to `e`: the lower bound is that of the smallest possible
-        mean, and the chord of exp at the largest one is the upper.
+        Without a transform, the bounds are those of the module's docstring, adjusted for the error
+        e of the mean score. With R = ‖x‖ r_n, the lower bound takes the smallest possible mean
+        ⟨x, c_n⟩ - e. The upper bound is the chord of exp at the largest possible mean ⟨x, c_n⟩ + e.
+        With a transform t, |n| exp t(⟨x, c_n⟩ ± R) bound Z_n. R and e include `rounding`.
 
         Args:
           products: [B, ...] inner products with the means.
-          stats: [..., 4].
-          rounding: [B], what an inner product may be off by.
+          stats: [..., 4], the statistics of the nodes.
+          rounding: [B], the largest error of an inner product.
+
+        Returns:
+          lower: [B, ...] float32.
+          upper: [B, ...] float32.
         """
         count, _, radius, error = tf.unstack(stats, axis=-1)
         norms = self._like(tf.norm(self.queries, axis=1), products)
@@ -197,7 +214,12 @@ class Scoring:
         )
 
     def of_candidates(self, products: tf.Tensor, ids: tf.Tensor) -> tf.Tensor:
-        """Scores [B, ...] of candidates; `INADMISSIBLE` for ids of -1 and for those left out."""
+        """[B, ...] scores of candidates; `INADMISSIBLE` if the id is -1 or excluded.
+
+        Args:
+          products: [B, ...] inner products with the candidates.
+          ids: [B, ...] int32, the candidates.
+        """
         scores = products if self._transform is None else self._transform(products)
         admissible = ids >= 0
         if self._positive_ids is not None:
@@ -210,7 +232,7 @@ class Scoring:
         return tf.where(admissible, scores, INADMISSIBLE)
 
     def _transformed(self, products: tf.Tensor) -> tf.Tensor:
-        """Scores, and their derivatives by the inner product."""
+        """The scores, and their derivatives with respect to the inner products."""
         if self._transform is None:
             return products, 1.0
         with tf.GradientTape() as tape:
@@ -220,20 +242,20 @@ class Scoring:
         return scores, tf.stop_gradient(tf.where(tf.math.is_finite(slopes), slopes, 0.0))
 
     def _like(self, values: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-        """[B, 1, ...], of the rank of `other`."""
+        """`values` [B] reshaped to [B, 1, ...], with the rank of `other`."""
         return tf.reshape(values, [-1] + [1] * (other.shape.rank - 1))
 
 
 class CutNodes(NamedTuple):
-    """The nodes of one level that were scored, for each query.
+    """The nodes of one level that were scored for each query.
 
     Attributes:
       products: [B, n] inner products with the means.
-      stats: [B or 1, n, 4].
-      log_mass: [B, n]; `INADMISSIBLE` for nodes that are empty, or that were opened and so are
-        not in the cut.
-      first: [B or 1, n / width], the addresses of the first node of each block.
-      opened: [B, k] int32, which of the nodes were opened; None where none was.
+      stats: [B or 1, n, 4], the statistics of the nodes.
+      log_mass: [B, n], the estimates of log Z_n. `INADMISSIBLE` for nodes that are empty, and for
+        opened nodes, which are not in the cut.
+      first: [B or 1, n / width], the address of the first node of each block.
+      opened: [B, k] int32, the positions of the opened nodes; None if no node was opened.
     """
 
     products: tf.Tensor
@@ -247,11 +269,11 @@ class Cut(NamedTuple):
     """A cut for each query.
 
     Attributes:
-      nodes: for each node level, its nodes.
-      ids: [B, n] int32, the candidates of the opened leaves, -1 for empty slots; None where no
-        leaf was opened.
-      products: [B, n] float32, their inner products.
-      scores: [B, n] float32, their scores; `INADMISSIBLE` where they are left out.
+      nodes: for each node level, the nodes that were scored.
+      ids: [B, n] int32, the candidates of the opened leaves, -1 for empty slots; None if no leaf
+        was opened.
+      products: [B, n] float32, the candidates' inner products with the query.
+      scores: [B, n] float32, the candidates' scores; `INADMISSIBLE` if they are excluded.
     """
 
     nodes: tuple[CutNodes, ...]
@@ -261,7 +283,7 @@ class Cut(NamedTuple):
 
     @property
     def log_masses(self) -> tf.Tensor:
-        """[B, n], level by level, and the candidates last."""
+        """[B, n], the log mass of each part of the cut: nodes level by level, then candidates."""
         parts = [nodes.log_mass for nodes in self.nodes]
         return tf.concat(parts if self.scores is None else [*parts, self.scores], axis=1)
 
@@ -271,13 +293,16 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
 
     Args:
       tree: the tree.
-      scoring: of the queries [B, d].
-      beam: leaves to open, or all where there are fewer; of inner nodes twice as many are opened
-        at each level.
-      open_leaves: whether leaves are opened at all, to single candidates.
+      scoring: scores queries [B, d].
+      beam: number of leaves to open. On each level above, twice as many nodes are opened. If there
+        are fewer, all are opened.
+      open_leaves: whether leaves are opened, into single candidates.
+
+    Returns:
+      The `Cut`.
     """
     level = tree.levels[0]
-    # The means of the root block as the dense matrix that they are.
+    # All queries share the means of the root block, so one matrix product scores them.
     products = tf.matmul(scoring.queries, tree.means_of_blocks(0, 0), transpose_b=True)
     stats = tf.convert_to_tensor(level.stats)
     first = tf.zeros([1, 1], tf.int32)
@@ -294,7 +319,7 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
         in_cut = _leave_out(log_mass, nodes)
         all_nodes.append(CutNodes(products, stats, in_cut, first, nodes))
         address = _take(first, nodes // width) + nodes % width
-        # Of empty nodes, -1.
+        # -1 for empty nodes.
         block = tf.where(heaviest > INADMISSIBLE, take_nodes(level.children, address), -1)
         if is_last:
             members = tf.gather(tree.members, tf.maximum(block, 0))
@@ -311,12 +336,16 @@ def make_cut(tree: Tree, scoring: Scoring, beam: int, *, open_leaves: bool = Tru
 def log_partition_bounds(
     cut: Cut, scoring: Scoring, rounding: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """[B] bounds of log Z from below and above: the sums of those of the cut's parts.
+    """Bounds log Z from below and above: Z is the sum of the masses of the cut's parts.
 
     Args:
-      cut: of the queries of `scoring`.
-      scoring: without candidates left out, of which the bounds of nodes know nothing.
-      rounding: [B], what an inner product may be off by.
+      cut: a cut for the queries of `scoring`.
+      scoring: must not exclude candidates, because the bounds of nodes do not consider that.
+      rounding: [B], the largest error of an inner product.
+
+    Returns:
+      lower: [B] float32; -inf if there are no candidates.
+      upper: [B] float32; -inf if there are no candidates.
     """
     lower: list[tf.Tensor] = []
     upper: list[tf.Tensor] = []
@@ -339,20 +368,21 @@ def log_partition_bounds(
 
 
 def _log_normal_cdf(values: tf.Tensor) -> tf.Tensor:
-    """Logarithm of Φ, no less than about -70."""
+    """Returns log Φ, but at least about -70."""
     return tf.math.log(0.5 * tf.math.erfc(-values / math.sqrt(2.0)) + 1e-30)
 
 
 def without_nothing(log_partition: tf.Tensor, log_zero: float = -math.inf) -> tf.Tensor:
-    """`log_zero` where there is no candidate. What is NaN stays NaN."""
+    """Replaces the log partition of an empty set by `log_zero`. NaN stays NaN."""
     return tf.where(log_partition <= 0.5 * INADMISSIBLE, log_zero, log_partition)
 
 
 def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:
-    """The values [blocks, width, ...] of the nodes at `addresses`, whatever their shape."""
+    """The entries of `values` [blocks, width, ...] of the nodes at `addresses`, of any shape."""
     width = values.shape[1]
     if _execution.is_in_xla():
-        # It has no kernel for the nodes of a variable, and reads a tensor of it without a copy.
+        # XLA has no kernel for `tf.gather_nd` of a variable. The conversion to a tensor does not
+        # copy in XLA.
         values = tf.convert_to_tensor(values)
     return tf.gather_nd(values, tf.stack([addresses // width, addresses % width], axis=-1))
 
@@ -360,7 +390,18 @@ def take_nodes(values: tf.Tensor, addresses: tf.Tensor) -> tf.Tensor:
 def _score_blocks(
     tree: Tree, depth: int, queries: tf.Tensor, block: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Products [B, n * width] with the nodes of blocks [B, n], and their stats; -1 is empty."""
+    """Inner products with the nodes of blocks.
+
+    Args:
+      tree: the tree.
+      depth: the level of the nodes.
+      queries: [B, d] float32.
+      block: [B, n] int32, the blocks; -1 for none, whose nodes count as empty.
+
+    Returns:
+      products: [B, n · width] float32.
+      stats: [B, n · width, 4] float32.
+    """
     level, dim = tree.levels[depth], queries.shape[1]
     held = tf.maximum(block, 0)
     means = tree.means_of_blocks(depth, held)
@@ -374,14 +415,14 @@ def _score_blocks(
 
 
 def _take(values: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-    """values[b, positions[b, i]]; `values` may have one row for all b."""
+    """values[b, positions[b, i]], or values[0, 0] if `values` is [1, 1]."""
     if values.shape[0] == 1 and values.shape[1] == 1:
         return tf.zeros_like(positions) + values
     return tf.gather(values, positions, batch_dims=1)
 
 
 def _leave_out(log_mass: tf.Tensor, positions: tf.Tensor) -> tf.Tensor:
-    """`log_mass` [B, n] with `INADMISSIBLE` at `positions` [B, k]."""
+    """`log_mass` [B, n], set to `INADMISSIBLE` at `positions` [B, k]."""
     rows = tf.range(tf.shape(positions)[0])[:, tf.newaxis] + tf.zeros_like(positions)
     where = tf.stack([rows, positions], axis=-1)
     return tf.tensor_scatter_nd_update(log_mass, where, tf.fill(tf.shape(positions), INADMISSIBLE))

@@ -1,6 +1,6 @@
-"""The exact law of a tree's draws, for those who check it: all candidates, for a few queries.
+"""The exact law of a tree's draws over all candidates, for tests with a few queries.
 
-Nothing here is used in training. Arrays are of size [B, capacity].
+Training does not use this module. Arrays have shape [B, capacity].
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from negative_cache.ops.tree.cut import Scoring, Tree, TreeLevel, make_cut
 
 
 def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
-    """[B, capacity] float64 log q(y|x), of draws without correction; -inf where q is zero.
+    """[B, capacity] float64, log q(y|x) of draws without correction; -inf where q is zero.
 
     Args:
       tree: the tree.
-      scoring: of the queries [B, d].
-      beam: leaves opened.
+      scoring: scores queries [B, d].
+      beam: number of leaves to open.
     """
     cut = make_cut(tree, scoring, beam)
     log_partition = tf.reduce_logsumexp(cut.log_masses, axis=1).numpy().astype(np.float64)
@@ -32,7 +32,7 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
         )
         _put(law, addresses, _log(nodes.log_mass) - log_partition[:, np.newaxis])
         children = tf.reshape(level.children, [-1]).numpy()
-        # -1 is one more, the last.
+        # Empty rows have -1, which is the additional last column. It is dropped.
         from_above = np.full([len(law), tree.shape.num_owned(depth) + 1], -np.inf)
         from_above[:, children] = law
         from_above = from_above[:, :-1]
@@ -57,18 +57,19 @@ def proposal_log_law(tree: Tree, scoring: Scoring, beam: int) -> np.ndarray:
 
 
 def law_after_correction(proposal: np.ndarray, target: np.ndarray, steps: int) -> np.ndarray:
-    """The law of an independent Metropolis-Hastings chain that starts with a proposal.
+    """The law of an independent Metropolis-Hastings chain that starts at a draw from the proposal.
 
-    With w = target / proposal, a step from x goes to y with probability
-    proposal(y) min(1, w(y) / w(x)). Sums over x are sums over those of smaller and of larger w.
+    With w = target / proposal, a step goes from x to y with probability
+    proposal(y) min(1, w(y) / w(x)). The states are sorted by w, so that each sum over x is the sum
+    of two partial sums, over smaller and over larger w.
 
     Args:
-      proposal: [N], sums to one.
-      target: [N], likewise; zero where the proposal is.
-      steps: K.
+      proposal: [N] float, sums to one.
+      target: [N] float, sums to one; zero where `proposal` is zero.
+      steps: K, the number of steps.
 
     Returns:
-      [N].
+      [N] float, the law after K steps.
     """
     weight = np.divide(target, proposal, out=np.zeros_like(target), where=proposal > 0)
     order = np.argsort(weight, kind="stable")
@@ -91,12 +92,12 @@ def law_after_correction(proposal: np.ndarray, target: np.ndarray, steps: int) -
 
 
 def total_variation(law: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """½ Σ |law - target| over the last axis."""
+    """[...], the total variation ½ Σ |law - target| over the last axis of two arrays [..., N]."""
     return 0.5 * np.abs(law - target).sum(axis=-1)
 
 
 def _within_blocks(level: TreeLevel, means: tf.Tensor, scoring: Scoring) -> np.ndarray:
-    """[B, blocks, width], log probability of each node among those of its block."""
+    """[B, blocks, width] float64, the log probability of each node within its block."""
     num_blocks, width = level.children.shape
     means = tf.reshape(means, [num_blocks * width, -1])
     stats = tf.reshape(level.stats, [1, num_blocks * width, -1])
@@ -106,13 +107,13 @@ def _within_blocks(level: TreeLevel, means: tf.Tensor, scoring: Scoring) -> np.n
 
 
 def _log(values: tf.Tensor) -> np.ndarray:
-    """As float64, with -inf for what is inadmissible."""
+    """`values` as float64, with -inf for inadmissible ones."""
     values = values.numpy().astype(np.float64)
     return np.where(values <= -1e29, -np.inf, values)
 
 
 def _logsumexp(values: np.ndarray) -> np.ndarray:
-    """Over the last axis, kept; 0 where all are -inf."""
+    """Log-sum-exp over the last axis, which is kept with size 1; 0 if all values are -inf."""
     largest = np.max(values, axis=-1, keepdims=True)
     largest = np.where(np.isfinite(largest), largest, 0.0)
     total = np.exp(values - largest).sum(axis=-1, keepdims=True)
@@ -120,7 +121,7 @@ def _logsumexp(values: np.ndarray) -> np.ndarray:
 
 
 def _put(law: np.ndarray, places: np.ndarray, values: np.ndarray) -> None:
-    """law[b, places[b, i]] = values[b, i] where that is finite."""
+    """Sets law[b, places[b, i]] = values[b, i] for all finite values."""
     places = np.broadcast_to(places, values.shape)
     query, position = np.nonzero(np.isfinite(values))
     law[query, places[query, position]] = values[query, position]

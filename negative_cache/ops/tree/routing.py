@@ -1,4 +1,4 @@
-"""Where in a tree index a vector belongs."""
+"""Finds the leaf of a tree index that a vector belongs to."""
 
 import tensorflow as tf
 
@@ -6,14 +6,14 @@ from negative_cache.ops.tree.cut import Tree, take_nodes
 
 
 def route(tree: Tree, vectors: tf.Tensor) -> tf.Tensor:
-    """Goes down from the root to the nearest child at each level.
+    """Descends from the root to the nearest child at each level.
 
     Args:
-      tree: the tree, in which every block that a node owns has a node.
+      tree: the tree. Every block that a node owns must have at least one node.
       vectors: [n, d] float32.
 
     Returns:
-      [n] int32, a leaf for each.
+      [n] int32, the leaf of each vector.
     """
     level = tree.levels[0]
     is_node = tf.convert_to_tensor(level.children)[0] >= 0
@@ -31,7 +31,13 @@ def route(tree: Tree, vectors: tf.Tensor) -> tf.Tensor:
 
 
 def nearest(vectors: tf.Tensor, means: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
-    """[n] int32, which of `means` [m, d] with True in `mask` [m] is nearest to each [n, d]."""
-    # The squared distance less that of the vector to the origin, and negative.
+    """[n] int32, the nearest mean of each vector.
+
+    Args:
+      vectors: [n, d] float32.
+      means: [m, d] float32.
+      mask: [m] bool, the means to consider.
+    """
+    # ‖x‖² - ‖x - c‖² = 2⟨x, c⟩ - ‖c‖²
     nearness = tf.matmul(vectors, 2.0 * means, transpose_b=True) - tf.reduce_sum(means**2, axis=1)
     return tf.argmax(tf.where(mask, nearness, -tf.float32.max), axis=1, output_type=tf.int32)

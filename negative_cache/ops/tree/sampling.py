@@ -1,11 +1,12 @@
-"""Draws from a softmax by way of a tree index, and search for the best candidates in it.
+"""Draws from a softmax through a tree index, and search for the best candidates in it.
 
-A draw takes a part of the query's cut in proportion to its mass. Where that is a node, the draw
-goes on down: at each level it takes a child in proportion to the children's masses, and in the leaf
-a candidate in proportion to the exponential of its score. So inside of a leaf the law is exact, and
-what differs from the softmax is how much goes to each of the nodes that were not opened. The
-probability q(y) of every draw is known. Independent Metropolis-Hastings steps with q as proposal
-bring the law to the softmax itself: a new draw y' replaces y with probability
+A draw takes a part of the query's cut in proportion to its mass. If that part is a node, the draw
+descends: at each level it takes a child in proportion to the children's masses. In the leaf it
+takes a candidate in proportion to exp(score). So the law within a leaf is exact. The law as a whole
+differs from the softmax only in the mass that each node gets, because that is an estimate.
+
+The probability q(y) of every draw is known. Independent Metropolis-Hastings steps with q as the
+proposal bring the law towards the softmax: a new draw y' replaces y with probability
 min(1, w(y') / w(y)), where w = exp(score) / q.
 """
 
@@ -28,12 +29,12 @@ from negative_cache.ops.tree.cut import (
 
 
 class TreeDraws(NamedTuple):
-    """Draws from the proposal.
+    """Draws from the proposal q.
 
     Attributes:
-      ids: [B, T] int32.
-      scores: [B, T] float32; `INADMISSIBLE` for a candidate that is left out.
-      log_probability: [B, T] float32, log q.
+      ids: [B, T] int32, the drawn candidates.
+      scores: [B, T] float32, their scores; `INADMISSIBLE` for an excluded candidate.
+      log_probability: [B, T] float32, log q of the candidates.
     """
 
     ids: tf.Tensor
@@ -56,24 +57,27 @@ def sample_tree(
 
     Args:
       tree: the tree.
-      scoring: of the queries [B, d].
-      num_samples: S, draws for each query.
-      beam: leaves to open.
-      correction_steps: K, Metropolis-Hastings steps for each draw.
+      scoring: scores queries [B, d].
+      num_samples: S, the number of draws per query.
+      beam: number of leaves to open.
+      correction_steps: K, the number of Metropolis-Hastings steps per draw.
       seed: as in `sample_softmax`.
-      compute_gradient: whether the gradient is wanted.
+      compute_gradient: whether to compute the gradient.
       log_zero: as in `sample_softmax_with_gradient`.
 
     Returns:
-      A `SoftmaxSample` with exact scores and the cut's estimate of log Z; the proposal's
-      log probability of each draw [B, S], which is that of the draw itself where K = 0; and the
-      gradient of the estimate by the query [B, d], or None where it is not wanted.
+      sample: a `SoftmaxSample`, with the scores of the draws and the cut's estimate of log Z.
+      log_probability: [B, S] float32, log q of each draw. If K = 0, it is the log probability of
+        the draw itself.
+      gradient: [B, d] float32, the gradient of the estimate of log Z with respect to the query;
+        None if `compute_gradient` is False.
     """
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(scoring.queries)
         cut = make_cut(tree, scoring, beam)
         log_masses = cut.log_masses
-    # The softmax is one fused operation: log Z follows from it, as log mass - log P of any part.
+    # The softmax is one fused operation. log Z follows from it: log Z = log mass - log P of any
+    # part.
     probability = tf.nn.softmax(log_masses)
     heaviest = tf.maximum(tf.reduce_max(log_masses, axis=1), INADMISSIBLE)
     log_partition = heaviest - tf.math.log(tf.reduce_max(probability, axis=1))
@@ -103,14 +107,24 @@ def sample_tree(
 
 
 def search_tree(tree: Tree, queries: tf.Tensor, k: int, beam: int) -> tuple[tf.Tensor, tf.Tensor]:
-    """The k best candidates of the leaves that a cut opens: scores and ids [B, k], best first.
+    """Finds the k best candidates in the leaves that a cut opens.
 
-    The nodes opened are those that promise the best candidate, not the heaviest: see `_ByBest`.
-    Where there are fewer than k candidates, scores are -inf and ids -1.
+    The cut opens the nodes that are expected to have the highest scores, not those with the largest
+    mass; see `_ByBest`.
+
+    Args:
+      tree: the tree.
+      queries: [B, d] float32.
+      k: number of candidates to find.
+      beam: number of leaves to open.
+
+    Returns:
+      scores: [B, k] float32, inner products in descending order; -inf for missing candidates.
+      ids: [B, k] int64; -1 where the score is -inf.
     """
     cut = make_cut(tree, _ByBest(queries), beam)
     assert cut.scores is not None and cut.ids is not None, "leaves are opened"
-    # The leaves may have fewer slots than k.
+    # The opened leaves may have fewer than k slots.
     missing = [[0, 0], [0, max(k - cut.scores.shape[1], 0)]]
     best = tf.math.top_k(tf.pad(cut.scores, missing, constant_values=INADMISSIBLE), k=k)
     ids = tf.gather(tf.pad(cut.ids, missing, constant_values=-1), best.indices, batch_dims=1)
@@ -123,15 +137,15 @@ def search_tree(tree: Tree, queries: tf.Tensor, k: int, beam: int) -> tuple[tf.T
 
 
 class _ByBest(Scoring):
-    """Scores whose "mass" of a node is the largest score that it may be expected to have.
+    """Scoring in which the "log mass" of a node is the expected largest score of its candidates.
 
-    Of |n| scores of mean ⟨x, c_n⟩ and variance σ² = ‖x‖² v_n / d, if they are normal, that is about
-    ⟨x, c_n⟩ + σ √(2 log |n|). It is also the least that (log Z_n) / β is, as estimated to second
-    order, over all inverse temperatures β.
+    For |n| normal scores with mean ⟨x, c_n⟩ and variance σ² = ‖x‖² v_n / d, that is about
+    ⟨x, c_n⟩ + σ √(2 log |n|). It is also the minimum, over all inverse temperatures β, of
+    (log Z_n) / β with Z_n estimated to second order.
     """
 
     def log_masses(self, products: tf.Tensor, stats: tf.Tensor) -> tf.Tensor:
-        """As of `Scoring`: [B, ...], `INADMISSIBLE` for empty nodes."""
+        """[B, ...], the expected largest score of each node; `INADMISSIBLE` for empty nodes."""
         count, spread, radius, _ = tf.unstack(stats, axis=-1)
         norms = self._like(tf.norm(self.queries, axis=1), products)
         deviations = tf.sqrt(2.0 * tf.math.log(tf.maximum(count, 1.0)))
@@ -147,15 +161,18 @@ def _descend(
     log_probability: tf.Tensor,
     random: tf.Tensor,
 ) -> TreeDraws:
-    """Goes down from parts of the cut to candidates.
+    """Descends from parts of the cut to candidates.
 
     Args:
       tree: the tree.
-      scoring: of the queries.
-      cut: of the tree.
-      position: [B, T] int32, which part of the cut each draw has taken.
-      log_probability: [B, T], of that.
-      random: [L, B, T] uniforms.
+      scoring: scores queries [B, d].
+      cut: a cut for these queries.
+      position: [B, T] int32, the part of the cut that each draw has taken.
+      log_probability: [B, T] float32, the log probability of that part.
+      random: [L, B, T] uniform random numbers.
+
+    Returns:
+      The `TreeDraws`.
     """
     num_levels = tree.shape.num_levels
     depth_of_part, address, num_nodes = _locate(tree, cut, position)
@@ -182,7 +199,7 @@ def _descend(
             ids = tf.gather(members, slot, batch_dims=2)
         log_probability += tf.where(is_here, its_log_probability, 0.0)
 
-    # What the cut holds as single candidates is drawn already.
+    # If the part is a single candidate, no descent is needed.
     assert cut.scores is not None and cut.ids is not None, "leaves are opened"
     in_cut = depth_of_part == num_levels
     candidate = tf.clip_by_value(position - num_nodes, 0, cut.ids.shape[1] - 1)
@@ -194,12 +211,12 @@ def _descend(
 
 
 def _locate(tree: Tree, cut: Cut, position: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, int]:
-    """Where the parts of a cut at `position` [B, T] are.
+    """Finds the parts of a cut at `position` [B, T] in the tree.
 
     Returns:
-      depth: [B, T] int32, the level of a part that is a node; the number of levels for others.
-      address: [B, T] int32, of a node.
-      num_nodes: how many parts of the cut are nodes. They come first.
+      depth: [B, T] int32, the level of the node; L, the number of levels, for a candidate.
+      address: [B, T] int32, the address of the node; 0 for a candidate.
+      num_nodes: the number of parts of the cut that are nodes. They come before the candidates.
     """
     address = tf.zeros_like(position)
     start = 0
@@ -219,18 +236,37 @@ def _locate(tree: Tree, cut: Cut, position: tf.Tensor) -> tuple[tf.Tensor, tf.Te
 
 
 def _pick(log_masses: tf.Tensor, random: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Positions [B, T] drawn in proportion to the masses [B, T, n], and their log probability."""
+    """Draws positions in proportion to masses.
+
+    Args:
+      log_masses: [B, T, n] float32.
+      random: [B, T] uniform random numbers.
+
+    Returns:
+      position: [B, T] int32.
+      log_probability: [B, T] float32, of the drawn positions.
+    """
     position = inverse_cdf(tf.nn.softmax(log_masses), random[..., tf.newaxis])[..., 0]
     log_mass = tf.gather(log_masses, position, batch_dims=2)
     return position, log_mass - tf.reduce_logsumexp(log_masses, axis=2)
 
 
 def _correct(draws: TreeDraws, random: tf.Tensor, num_samples: int, steps: int) -> TreeDraws:
-    """The states [B, S] of S independent chains after `steps` steps, out of B x S(K + 1) draws."""
-    # Of the same shape: the draws of one chain, step by step.
+    """Runs S independent Metropolis-Hastings chains of K steps per query.
+
+    Args:
+      draws: [B, S · (K + 1)] draws from the proposal.
+      random: [B, S · (K + 1)] uniform random numbers.
+      num_samples: S.
+      steps: K.
+
+    Returns:
+      The last states of the chains [B, S], as `TreeDraws`.
+    """
+    # The last axis holds the draws of one chain, step by step.
     parts = [
         tf.reshape(part, [-1, num_samples, 1 + steps])
-        # A random number may be zero.
+        # A uniform random number may be zero.
         for part in (*draws, tf.math.log(tf.maximum(random, 1e-30)))
     ]
     ids, scores, log_probability, log_uniform = parts

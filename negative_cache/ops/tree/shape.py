@@ -1,9 +1,9 @@
-"""How large the arrays of a tree index are: its levels, and the blocks of each."""
+"""The sizes of the arrays of a tree index: its levels, and the blocks of each level."""
 
 import dataclasses
 import math
 
-# How full the blocks of nodes must be, on average, for all leaves to be used.
+# The mean fill of the blocks of nodes that is needed to use all leaves.
 _WORST_NODE_FILL = 0.75
 
 
@@ -11,20 +11,20 @@ _WORST_NODE_FILL = 0.75
 class TreeShape:
     """The sizes of a tree, all fixed when it is made.
 
-    A tree has node levels 0, …, L-1 and below them its leaves. The nodes of a level lie in blocks
-    of equal width, and a node owns one block of the next level, which holds its children; level 0
-    is one block, the root block. A node of the last level owns a leaf, a block of candidates. There
-    are at least as many nodes as there are blocks for them to own.
+    A tree has node levels 0, …, L - 1, and leaves below them. The nodes of a level lie in blocks of
+    equal width. A node owns one block of the next level, which holds its children. Level 0 is a
+    single block, the root block. A node of the last level owns a leaf, a block of candidates. Each
+    level has at least as many nodes as there are blocks for them to own.
 
     Attributes:
-      capacity: the number of candidates, whose ids are 0, …, capacity - 1.
+      capacity: N, the number of candidates, whose ids are 0, …, N - 1.
       dim: d.
-      leaf_size: candidates of a leaf at the most.
-      num_leaves: leaves.
-      widths: for each node level, the nodes of a block.
-      num_blocks: for each node level, the blocks; one at level 0.
-      leaf_fill: the part of a leaf that a tree built at once fills, on average.
-      node_fill: likewise of a block of nodes.
+      leaf_size: the largest number of candidates in a leaf.
+      num_leaves: the number of leaves.
+      widths: for each node level, the number of nodes in a block.
+      num_blocks: for each node level, the number of blocks; 1 for level 0.
+      leaf_fill: the mean fraction of a leaf that is filled when a tree is built over a corpus.
+      node_fill: the mean fraction of a block of nodes that is filled then.
     """
 
     capacity: int
@@ -49,10 +49,18 @@ class TreeShape:
         node_fill: float = 0.66,
         spare: float,
     ) -> "TreeShape":
-        """The shape with the fewest levels whose root block is at most `max_root_width` wide.
+        """The shape with the fewest levels for which the root block has <= `max_root_width` nodes.
 
-        It has `spare` times as many leaves as a tree that is built at once fills, so that one that
-        grows, or whose candidates move, finds leaves to split into.
+        Args:
+          capacity: N, the number of candidates.
+          dim: d.
+          leaf_size: the largest number of candidates in a leaf.
+          branching: the number of nodes in a block below level 0.
+          max_root_width: the largest number of nodes in the root block.
+          leaf_fill: see `TreeShape`.
+          node_fill: see `TreeShape`.
+          spare: the number of leaves, as a multiple of those that a tree built over a full corpus
+            fills. The additional leaves are there to split into when candidates move or are added.
         """
         num_leaves = math.ceil(spare * capacity / (leaf_fill * leaf_size)) + 2
         widths: list[int] = []
@@ -79,5 +87,5 @@ class TreeShape:
         return len(self.widths)
 
     def num_owned(self, level: int) -> int:
-        """The number of blocks, or of leaves, that nodes of `level` may own."""
+        """The number of blocks, or of leaves, that the nodes of `level` can own."""
         return self.num_leaves if level == self.num_levels - 1 else self.num_blocks[level + 1]

@@ -1,6 +1,7 @@
-"""What a node of a tree index keeps of its candidates: count, mean, spread, radius and error.
+"""The statistics of a node of a tree index: count, mean, spread, radius and error.
 
-The statistics change with the candidates, and never by a pass over those that stay.
+`cut.TreeLevel` defines them. They are updated when candidates enter or leave a node, without a pass
+over the candidates that stay.
 """
 
 import tensorflow as tf
@@ -22,28 +23,30 @@ def change_nodes(
     *,
     moves: bool = True,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Means and statistics of nodes that candidates have entered and left.
+    """Updates the means and statistics of nodes after candidates have entered and left.
 
-    With δ the movement of the mean, the radius of those that stay grows by at most ‖δ‖, and what
-    has entered is measured. The spread is that of mean squares about the old mean, less ‖δ‖².
+    Let δ be the movement of the mean. The distances of the candidates that stay grow by at most
+    ‖δ‖, and those of the candidates that enter are measured: the new radius is the larger bound.
+    The new spread is the mean squared distance to the old mean, minus ‖δ‖².
 
     Args:
-      means: [n, d] float32, of the node of each group.
-      stats: [n, 4].
-      groups: of the entries by node.
+      means: [n, d] float32, the mean of the node of each group.
+      stats: [n, 4] float32, the statistics of the node of each group.
+      groups: the entries, grouped by node.
       vectors: [n, d] float32, the candidate of each entry.
-      signs: [n] float32, 1 where it enters, -1 where it leaves; 0 for an entry in no group.
-      errors: [n], how far off `vectors` may be.
-      moves: whether the means move. Where they do not, the errors grow.
+      signs: [n] float32, 1 if the candidate enters, -1 if it leaves, 0 for an entry in no group.
+      errors: [n] float32, bounds on the errors of `vectors`.
+      moves: whether the means move. If they do not, the errors grow instead.
 
     Returns:
-      The same for the nodes' candidates after the change.
+      new_means: [n, d] float32.
+      new_stats: [n, 4] float32.
     """
     count, spread, radius, error = tf.unstack(stats, axis=1)
     remaining = count - groups.sum(tf.maximum(-signs, 0.0))
     new_count = remaining + groups.sum(tf.maximum(signs, 0.0))
     divisor = tf.maximum(new_count, 1.0)
-    # Where none stays, the mean is of those that enter alone, without what was off before.
+    # If no candidate stays, the mean is that of the entering candidates, free of former errors.
     any_stays = remaining > 0.0
     signs = tf.where(tf.gather(any_stays, groups.group), signs, tf.maximum(signs, 0.0))
     count = tf.where(any_stays, count, 0.0)
@@ -56,7 +59,7 @@ def change_nodes(
         missed, shift = tf.norm(shift, axis=1), tf.zeros_like(shift)
     new_means = means + shift
     moved = tf.norm(shift, axis=1)
-    # What is added makes up for the rounding of the sums, by the worst-case bound.
+    # A worst-case bound on the rounding errors of the sums.
     rounding = ROUNDING * (
         4.0 * (tf.norm(new_means, axis=1) + moved)
         + (2.0 + groups.sum(tf.abs(signs))) * groups.sum(tf.sqrt(squares)) / divisor
@@ -76,11 +79,15 @@ def change_nodes(
 
 
 def combine(means: tf.Tensor, stats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Mean [..., d] and statistics [..., 4] of the union of nodes, or of single candidates.
+    """Computes the mean and the statistics of the union of n nodes or candidates.
 
     Args:
       means: [..., n, d] float32.
-      stats: [..., n, 4]; of what is not there 0.
+      stats: [..., n, 4] float32; zero for empty nodes and slots.
+
+    Returns:
+      mean: [..., d] float32.
+      stats: [..., 4] float32.
     """
     count = stats[..., COUNT]
     total = tf.reduce_sum(count, axis=-1)
@@ -99,13 +106,16 @@ def combine(means: tf.Tensor, stats: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def bisect(vectors: tf.Tensor, is_there: tf.Tensor, smallest_part: float) -> tf.Tensor:
-    """Splits sets of vectors in two, by 2-means from two far points: [Q, n] bool, one of the parts.
+    """Splits sets of vectors in two, by 2-means starting from two distant points.
 
     Args:
-      vectors: [Q, n, d] float32.
-      is_there: [Q, n] bool; the others are in neither part.
-      smallest_part: the part of a set that each half has at least, and at least one vector where
-        the set has two.
+      vectors: [Q, n, d] float32, Q sets.
+      is_there: [Q, n] bool, whether each vector is in its set.
+      smallest_part: the smallest fraction of a set that each half gets. Each half gets at least one
+        vector if the set has two.
+
+    Returns:
+      [Q, n] bool, whether each vector is in the first half of its set.
     """
     weights = tf.cast(is_there, tf.float32)[..., tf.newaxis]
     count = tf.reduce_sum(weights, axis=1)
@@ -128,7 +138,17 @@ def bisect(vectors: tf.Tensor, is_there: tf.Tensor, smallest_part: float) -> tf.
 
 
 def round_means(means: tf.Tensor, stats: tf.Tensor, dtype: tf.DType) -> tuple[tf.Tensor, tf.Tensor]:
-    """Means [..., d] as `dtype` holds them, in float32, and the statistics about those."""
+    """Rounds means to `dtype` and adjusts the statistics to the rounded means.
+
+    Args:
+      means: [..., d] float32.
+      stats: [..., 4] float32.
+      dtype: the dtype that the means are stored in.
+
+    Returns:
+      rounded: [..., d] float32.
+      stats: [..., 4] float32.
+    """
     rounded = tf.cast(tf.cast(means, dtype), tf.float32)
     off = tf.norm(rounded - means, axis=-1)
     count, spread, radius, error = tf.unstack(stats, axis=-1)
@@ -140,18 +160,21 @@ def round_means(means: tf.Tensor, stats: tf.Tensor, dtype: tf.DType) -> tuple[tf
 
 
 def candidate_stats(is_there: tf.Tensor, errors: tf.Tensor) -> tf.Tensor:
-    """[..., 4] statistics of single candidates, whose vectors may be off by `errors` [...]."""
+    """[..., 4] statistics of single candidates; zero where `is_there` [...] is False.
+
+    `errors` [...] are bounds on the errors of the candidates' vectors.
+    """
     there = tf.cast(is_there, tf.float32)
     return tf.stack([there, tf.zeros_like(there), there * errors, there * errors], axis=-1)
 
 
 def distances_round_up(vectors: tf.Tensor) -> float:
-    """A factor that makes a computed distance of `vectors` [..., d] an upper bound of it."""
+    """The factor that turns a computed distance between `vectors` [..., d] into an upper bound."""
     return 1.0 + (vectors.shape[-1] + 4) * ROUNDING
 
 
 def _nearer(vectors: tf.Tensor, one: tf.Tensor, other: tf.Tensor) -> tf.Tensor:
-    """[Q, n], positive for vectors that are nearer to `one` [Q, d] than to `other`."""
+    """[Q, n] float32, positive for vectors nearer to `one` [Q, d] than to `other` [Q, d]."""
     middle = 0.5 * (one + other)
     return tf.einsum("qnd,qd->qn", vectors - middle[:, tf.newaxis], one - other)
 

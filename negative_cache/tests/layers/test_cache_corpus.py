@@ -198,8 +198,12 @@ def ones(features):
             "id of its own.* id b'a' for rows 0 and 2",
         ),
         (lambda: corpus_of(13), {"cache_size": 12}, "at least 13 candidates .*`cache_size` of 12"),
-        (lambda: corpus_of(13).take(0), {}, "no candidates in the dataset"),
-        (lambda: corpus_of(13).take(0), {"cache_size": 4}, "no candidates to fill the cache with"),
+        (lambda: corpus_of(13).take(0), {}, "The dataset must have candidates"),
+        (
+            lambda: corpus_of(13).take(0),
+            {"cache_size": 4},
+            "candidates to fill the cache with. Received none",
+        ),
         (lambda: corpus_of(13), {"candidate_id_key": None}, "needs a `candidate_id_key`"),
         (lambda: corpus_of(13), {"candidate_id_key": "title"}, "one of the features.* 'title'"),
         (
@@ -216,12 +220,12 @@ def ones(features):
         (
             lambda: iter([{"id": np.arange(3)}]),
             {"feature_specs": {"id": INT_ID}},
-            "read only once needs .* `cache_size`",
+            "read only once, `cache_size` must be its",
         ),
         (
             lambda: corpus_of(13).map(lambda f: {**f, "embedding": f["id"]}),
             {},
-            "'embedding' is the name of the cached embedding",
+            "'embedding' is reserved for the cached embedding",
         ),
         (
             lambda: corpus_of(13).map(

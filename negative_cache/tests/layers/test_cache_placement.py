@@ -101,9 +101,9 @@ def test_a_task_trains_with_all_of_a_corpus_on_the_host():
 @pytest.mark.parametrize(
     ["kwargs", "message"],
     [
-        ({"on_host": ["titel"]}, "must be names of features .*titel"),
-        ({"on_host": "tokens"}, "must be names of features .*'tokens'"),
-        ({"on_host": ["embedding"]}, "Without an `index` the embeddings are all read"),
+        ({"on_host": ["titel"]}, "must contain names of features .*titel"),
+        ({"on_host": "tokens"}, "must contain names of features .*'tokens'"),
+        ({"on_host": ["embedding"]}, "Without an `index`, every step reads all embeddings"),
     ],
 )
 def test_refuses(kwargs, message):

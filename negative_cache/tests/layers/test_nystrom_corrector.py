@@ -146,7 +146,7 @@ def test_configuration_round_trip():
         ({"kernel": "cubic"}, "`kernel` must be one of .* Received: 'cubic'"),
         ({"bandwidth": 0.0}, "`bandwidth` must be positive. Received: 0.0"),
         ({"ridge": -1.0}, "`ridge` must be at least 0.001.* Received: -1.0"),
-        ({"num_encoded": 3}, "`num_encoded` .* chosen. Received: num_encoded=3"),
+        ({"num_encoded": 3}, "`num_encoded` .* cannot be used with .* Received: num_encoded=3"),
         (
             {"num_landmarks": 4, "landmarks": "uniform", "num_encoded": 5},
             "at most `num_landmarks`.* num_encoded=5, num_landmarks=4",

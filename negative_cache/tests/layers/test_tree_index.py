@@ -379,11 +379,11 @@ def test_constructor_refuses(arguments, message):
         (lambda index: index.top_k(np.zeros([2, DIM], np.float32), 301), "`k`"),
         (
             lambda index: index.sample(np.zeros([2, DIM], np.float32), candidate_ids=[1, 2]),
-            "together",
+            "needs `positive_ids`",
         ),
         (
             lambda index: tf.function(index.index)(np.zeros([3, DIM], np.float32)),
-            "`index` builds",
+            "`index` runs on the host",
         ),
     ],
 )
