@@ -1,4 +1,4 @@
-"""Keras metrics that Keras does not have."""
+"""Metrics that Keras lacks: a mean that may be empty, and the latest value."""
 
 import tensorflow as tf
 
@@ -7,9 +7,9 @@ from negative_cache._compat import RunningMean, keras
 
 @keras.utils.register_keras_serializable("negative_cache")
 class MeanIfAny(RunningMean):
-    """A mean over an epoch; NaN if there was nothing to take it of.
+    """A mean over an epoch, or NaN if the epoch had no values.
 
-    What only training measures must not look like a measurement of zero in an evaluation.
+    Some values are only measured in training. In an evaluation they must not look like zeros.
     """
 
     def result(self) -> tf.Tensor:
@@ -18,10 +18,10 @@ class MeanIfAny(RunningMean):
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class Latest(RunningMean):
-    """The last value it was given, for quantities whose average over an epoch says nothing.
+class LatestValue(RunningMean):
+    """The latest value, for quantities whose mean over an epoch is meaningless.
 
-    It outlasts the end of an epoch, until there is a new one.
+    The value is kept across epochs, until there is a new one.
     """
 
     def update_state(
