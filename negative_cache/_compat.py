@@ -94,7 +94,7 @@ if IS_KERAS_2:
         """Creates the variables that must exist before TensorFlow can restore them: none."""
 
     def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
-        """Makes the next `fit` start with `epoch`; None undoes it."""
+        """Makes the next `fit` start with `epoch`, or as usual if `epoch` is None."""
         counters = types.SimpleNamespace(
             maybe_load_initial_counters_from_ckpt=lambda *args, **kwargs: (epoch, 0)
         )
@@ -142,7 +142,7 @@ else:
             model.optimizer.build(model.trainable_variables)
 
     def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
-        """Makes the next `fit` start with `epoch`; None undoes it."""
+        """Makes the next `fit` start with `epoch`, or as usual if `epoch` is None."""
         model._initial_epoch = epoch
 
     def all_variables(model: keras.Model) -> list[tf.Variable]:
@@ -190,7 +190,7 @@ def deserialize(config: Any) -> Any:
 
 @contextlib.contextmanager
 def kept_losses(network: Callable) -> Iterator[None]:
-    """Restores the losses that a layer has added, so that the layer can be called in between.
+    """Makes a context in which calls of a layer do not change the losses that it has added.
 
     Keras clears the losses of a layer and of all layers inside it when the layer is called from
     outside, and each call adds new losses.

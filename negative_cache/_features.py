@@ -72,7 +72,7 @@ def id_feature(
 
 
 def fingerprint(ids: tf.Tensor) -> tf.Tensor:
-    """Returns [n] int64 numbers that stand for `ids`, so that comparing strings is cheap too."""
+    """Converts `ids` to [n] int64, so that ids of every dtype are compared as integers."""
     return (
         tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
         if ids.dtype == tf.string
@@ -133,7 +133,7 @@ def specs_of_any_size(features: Features) -> Specs:
 
 
 def take(features: Features, rows: np.ndarray) -> Features:
-    """Returns rows of features as tensors; features are a nest of arrays and tensors."""
+    """Returns rows of a nest of arrays and tensors, as tensors."""
     return tf.nest.map_structure(
         lambda values: (
             tf.convert_to_tensor(values[rows])

@@ -220,7 +220,7 @@ def weights_differ(fingerprint: list[int], other: list[int] | None) -> bool:
 
 
 def known_output_dim(network: Tower) -> int | None:
-    """Returns the embedding dimension if the tower's output shape is known before a call.
+    """Returns the embedding dimension if it is known before a call of the tower, else None.
 
     Raises:
       ValueError: if the tower does not return one tensor [n, dim].

@@ -30,7 +30,7 @@ class CorpusMetrics(keras.callbacks.Callback):
     """Adds `val_recall_at_{k}` and `val_mrr` over the whole corpus to the logs of an epoch.
 
     `evaluation.evaluate` defines the metrics and the validation batches, in which a query may have
-    several positives and excluded candidates. It can also be called without this callback.
+    several positives and excluded candidates. It also works without this callback.
 
     Place this callback before callbacks that read its logs, such as `EarlyStopping` or
     `ModelCheckpoint`. Under a `tf.distribute` strategy the first replica evaluates.

@@ -267,7 +267,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--seed", type=int, default=defaults.seed)
     add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
-    add("--query", action="append", metavar="TEXT", help="a query of your own; may be repeated")
+    add("--query", action="append", metavar="TEXT", help="your own query (may be repeated)")
     parsed = parser.parse_args(arguments)
     for name in ("steps", "num_negatives"):
         if getattr(parsed, name) < 1:

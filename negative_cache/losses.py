@@ -148,7 +148,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
 
       ŷ ~ exp ŝ(x, y) / Ẑ(x),  Ẑ(x) = Σ_y exp ŝ(x, y)            over the cached y
       p⁺ = exp s(x, y⁺) / (exp s(x, y⁺) + Ẑ(x))                   held constant
-      training loss = (1 − p⁺) (s(x, ŷ) − s(x, y⁺))               ŷ encoded afresh
+      training loss = (1 − p⁺) (s(x, ŷ) − s(x, y⁺))               ŷ encoded again
 
     If the cached embeddings are fresh, the expected gradient of the training loss is the gradient
     of −log p⁺. No gradient flows into the cache. Rows that were never filled are candidates too.

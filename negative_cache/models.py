@@ -20,7 +20,7 @@ _INPUTS = "inputs"
 class DualEncoder(_compat.Model):
     """A two-tower model that `fit` trains on pairs of a query and its positive candidate.
 
-    A batch is a dictionary, alone or as x of (x, y, sample_weight). A y is ignored. It has:
+    A batch is a dictionary, alone or as x of (x, y, sample_weight). The model ignores y. Entries:
 
     * `"query"`: features of B queries for `query_network`.
     * `"candidate"`: features of N >= B candidates. Row i is the positive of query i.
@@ -46,8 +46,8 @@ class DualEncoder(_compat.Model):
 
     Args:
       query_network: layer or model, query features -> [B, d].
-      candidate_network: layer or model, candidate features -> [N, d]. It must be the candidate
-        network of `task`.
+      candidate_network: layer or model, candidate features -> [N, d]. It is the candidate network
+        of `task`.
       task: a `CachedRetrieval` or `Retrieval` whose `reduction` is not "none".
 
     Raises:

@@ -43,9 +43,9 @@ def approximate_top_k_with_indices(
 def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) -> tf.Tensor:
     """Concatenates the tensors of all replicas, in the order of the replicas.
 
-    Outside a replica context, or with one replica, it returns `tensor`. The gradient of a replica's
-    part flows back to this replica, summed over all replicas. Sizes along `axis` may differ between
-    replicas.
+    Outside a replica context, or with one replica, it returns `tensor`. Gradients of a
+    part flow back to its replica, summed over the replicas that used it. Sizes along `axis` may
+    differ between replicas.
 
     Args:
       tensor: a tensor of known rank and any dtype, including string.

@@ -239,7 +239,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
           A dataset of batches, re-iterable.
 
         Raises:
-          ValueError: if an argument is out of range, or an element is not such a pair.
+          ValueError: if an argument is out of range, or `dataset` does not hold such pairs.
         """
         candidate_id_key = candidate_id_key or _task_key(model)
         spec = check_dataset(dataset, query_id_key, candidate_id_key)
@@ -320,7 +320,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                 # There was no training, so the batches are still unused.
                 return
             self._has_trained = True
-            # With `steps_per_epoch` Keras 3 goes on reading batches, Keras 2 starts again.
+            # With `steps_per_epoch` Keras 3 continues its iterator, Keras 2 makes a new one.
             self._epoch_is_due = IS_KERAS_2 or not self._unread_batches
 
     def restart(self) -> None:

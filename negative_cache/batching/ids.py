@@ -1,4 +1,4 @@
-"""Ids of queries and candidates, which say what pairs may share a batch."""
+"""Ids of queries and candidates, which decide whether pairs may share a batch."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -146,7 +146,7 @@ def neighbor_graph(
     candidates = check_embeddings(candidate_embeddings, "`candidate_embeddings`")
     if queries.shape != candidates.shape:
         raise ValueError(
-            "`query_embeddings` and `candidate_embeddings` must have the same shape, a row a pair."
+            "`query_embeddings` and `candidate_embeddings` must have the same shape."
             f" Received shapes: {queries.shape} and {candidates.shape}."
         )
     num_pairs = len(queries)
@@ -254,10 +254,10 @@ class _Positives:
         """
         return self._are_known(self._queries[rows, np.newaxis] * self.num_candidates + found)
 
-    def are_of(self, others: np.ndarray) -> np.ndarray:
-        """Returns [N, k] bool, whether a pair's candidate is a positive of the `others`' query."""
+    def are_of(self, pairs: np.ndarray) -> np.ndarray:
+        """Returns [N, k] bool, whether a row's candidate is a positive of the queries of pairs."""
         candidates = self._candidates[:, np.newaxis]
-        return self._are_known(self._queries[others] * self.num_candidates + candidates)
+        return self._are_known(self._queries[pairs] * self.num_candidates + candidates)
 
     def _are_known(self, keys: np.ndarray) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)

@@ -16,7 +16,7 @@ def check_pairs(pairs: Mapping[str, Features]) -> tuple[dict[str, Features], int
     """Checks features of pairs. Returns them as arrays or tensors, and the number of pairs."""
     if isinstance(pairs, tf.data.Dataset):
         raise ValueError(
-            "`pairs` must be features in memory; `GlobalContrastiveBatches.from_dataset` takes a"
+            "`pairs` must be features in memory. `GlobalContrastiveBatches.from_dataset` takes a"
             f" `tf.data.Dataset`. Received: {pairs!r}."
         )
     if not isinstance(pairs, Mapping) or not {"query", "candidate"} <= set(pairs):

@@ -156,7 +156,7 @@ def read_records(source: SourceFile) -> list[Record]:
 
 
 def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Function]]:
-    """Yields functions and methods, but no nested functions: they are in the code of the outer one."""
+    """Yields functions and methods. Nested functions are part of the code around them."""
     # A stack replaces recursion, because generated code has `elif` chains of a thousand branches.
     stack: list[tuple[str, ast.AST]] = [(module, tree)]
     while stack:

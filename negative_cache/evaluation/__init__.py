@@ -5,7 +5,7 @@ higher. Counting these block by block costs one matmul and one comparison, and n
 matrix. The ranks give recall@k for every k, and the MRR.
 
 `evaluate` computes metrics from towers and datasets. The callback `CorpusMetrics` calls it at the
-end of an epoch. Its two steps are `positive_ranks` and `retrieval_metrics`, which work on
+end of an epoch. Its two steps, `positive_ranks` and `retrieval_metrics`, work on
 embeddings. All three are in `ranks`. `validation_set` reads the validation batches.
 
 Shapes: Q queries, C candidates (the corpus), M positives (one or several for each query),

@@ -59,8 +59,8 @@ class Pairs:
         keys = np.unique(self.keys[self.rows >= 0])
         return Pairs(keys >> 32, keys & 0xFFFFFFFF)
 
-    def without(self, others: "Pairs") -> "Pairs":
-        kept = ~np.isin(self.keys, others.keys)
+    def without(self, excluded: "Pairs") -> "Pairs":
+        kept = ~np.isin(self.keys, excluded.keys)
         return Pairs(self.queries[kept], self.rows[kept])
 
 
@@ -272,6 +272,6 @@ def _check_found(ids: np.ndarray, rows: np.ndarray, name: str) -> None:
     unknown = ids[rows < 0]
     if unknown.size:
         raise ValueError(
-            f"The ids of {name!r} must be those of candidates in the corpus. Not in it:"
+            f"The ids of {name!r} must be ids of candidates in the corpus. Not in it:"
             f" {unknown[:5].tolist()} ({unknown.size} of {ids.size} ids)."
         )
