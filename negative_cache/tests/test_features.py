@@ -21,8 +21,8 @@ def test_a_single_tensor_has_the_name_of_its_side():
 @pytest.mark.parametrize(
     "features, key, side, message",
     [
-        ([0], "id", "candidate", r"`candidate_id_key` .* \['candidate'\], as .* 'id'"),
-        ([0], "candidate", "query", r"`query_id_key` .* a query, \['query'\], as .* 'candidate'"),
+        ([0], "id", "candidate", r"`candidate_id_key` .* \['candidate'\], .* 'id'"),
+        ([0], "candidate", "query", r"`query_id_key` .* a query, \['query'\], .* 'candidate'"),
         ({"id": [0]}, "candidate", "candidate", r"a candidate, \['id'\]. Received: 'candidate'"),
         ({"id": [0]}, None, "candidate", r"a candidate, \['id'\]. Received: None"),
     ],
