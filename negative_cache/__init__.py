@@ -1,11 +1,11 @@
 """Drop-in losses and layers that train dual encoders against enormous pools of negatives.
 
-What most users need is here, flat. The modules of the published Google Research API keep their
-names and places, and are attributes of the package: `negative_cache`, `losses`, `handlers`,
-`retrieval_fns`, `filter_fns` and `util`.
+Everything that most users need can be imported from this package. The modules of the published
+Google Research API keep their names and places, and are attributes of the package:
+`negative_cache`, `losses`, `handlers`, `retrieval_fns`, `filter_fns` and `util`.
 """
 
-# `_compat` is first, because it refuses what the others would fail on.
+# `_compat` comes first: it rejects an environment in which the other imports would fail.
 from negative_cache import (  # noqa: F401
     _compat,
     batching,

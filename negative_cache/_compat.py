@@ -1,7 +1,7 @@
-"""The one place that knows which Keras is running.
+"""The one module that knows which Keras is running.
 
-`tf.keras` is Keras 3, or Keras 2 (the `tf_keras` package) where `TF_USE_LEGACY_KERAS=1`. The rest
-of the package imports `keras` from here and never branches on the version itself.
+`tf.keras` is Keras 3, or Keras 2 (the `tf_keras` package) if `TF_USE_LEGACY_KERAS=1`. The rest of
+the package imports `keras` from here. What differs between the two versions belongs here.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
 
 @keras.utils.register_keras_serializable("negative_cache")
 class RunningMean(keras.metrics.Mean):
-    """A mean over an epoch that no Keras file holds: the next epoch begins it anew.
+    """A mean over an epoch that is not saved in Keras files: each epoch starts a new mean.
 
-    Keras 2 could not read it back under a strategy with several replicas.
+    Keras 2 cannot load the saved mean under a strategy with several replicas.
     """
 
     def save_own_variables(self, store: Mapping[str, Any]) -> None:
@@ -54,17 +54,17 @@ _IN_HDF5 = (
 if IS_KERAS_2:
 
     def _refuse_jit(model: keras.Model) -> None:
-        # Keras 3 does without XLA, and says so.
+        # Keras 3 trains such a model without XLA and warns. Keras 2 does not check.
         for layer in model._flatten_layers():
             if not getattr(layer, "supports_jit", True):
                 raise ValueError(
-                    f"The layer {layer.name!r} is not for XLA: it has strings, features that are"
-                    " kept `on_host`, or a `TreeIndex` on a CPU. Compile without"
+                    f"XLA cannot compile the layer {layer.name!r}: it has strings, features that"
+                    " are kept `on_host`, or a `TreeIndex` on a CPU. Compile without"
                     " `jit_compile=True`, or look strings up before they enter the model."
                 )
 
     class Model(keras.Model):
-        """`keras.Model` whose `compute_loss` is told whether it trains, and whose loss is logged.
+        """`keras.Model` that passes `training` to `compute_loss` and logs the loss.
 
         Keras 3 does both by itself.
         """
@@ -137,25 +137,25 @@ if IS_KERAS_2:
         return tf.shape(tf.nest.flatten(x)[0])[0]
 
     def prepare_to_restore(model: keras.Model) -> None:
-        """Makes the variables that TensorFlow can only restore once they are there: none."""
+        """Creates the variables that must exist before TensorFlow can restore them: none."""
 
     def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
-        """Lets the `fit` that is about to begin start with an epoch; None undoes it."""
+        """Makes the next `fit` start with `epoch`, or as usual if `epoch` is None."""
         counters = types.SimpleNamespace(
             maybe_load_initial_counters_from_ckpt=lambda *args, **kwargs: (epoch, 0)
         )
         model._training_state = None if epoch is None else counters
 
     def all_variables(model: keras.Model) -> list[tf.Variable]:
-        """Variables of a model that TensorFlow does not find by itself: none."""
+        """Returns the variables that TensorFlow does not find in the model by itself: none."""
         return []
 
     def metric_variables(model: keras.Model) -> list[tf.Variable]:
-        """The variables of the metrics that are reset with every epoch."""
+        """Returns the variables of the metrics that every epoch resets."""
         return [variable for metric in model.metrics for variable in metric.variables]
 
     def steps_per_execution(model: keras.Model) -> int:
-        """The number of batches that a call of `model.train_function` reads."""
+        """Returns the number of batches that one call of `model.train_function` reads."""
         return int(tf.convert_to_tensor(model._steps_per_execution))
 
 else:
@@ -166,7 +166,8 @@ else:
         def _maybe_symbolic_build(
             self, iterator: Iterator | None = None, data_batch: Any = None
         ) -> None:
-            # To know the shape of a batch, Keras averages those of the replicas.
+            # Keras would average the replicas' batches to get one of the right shape, and strings
+            # have no average.
             if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
                 _, _, batches = next(iter(iterator))
                 data_batch = tf.nest.map_structure(
@@ -185,7 +186,7 @@ else:
         """Raises an error if Keras would not load what it writes: it writes no folders."""
 
     def prepare_to_restore(model: keras.Model) -> None:
-        """Makes the variables that TensorFlow can only restore once they are there: all."""
+        """Creates the variables that must exist before TensorFlow can restore them: all."""
         if not model.built:
             raise ValueError(
                 "The model must be built before `fit`, so that it can be restored: call it on a"
@@ -195,37 +196,46 @@ else:
             model.optimizer.build(model.trainable_variables)
 
     def set_first_epoch(model: keras.Model, epoch: int | None) -> None:
-        """Lets the `fit` that is about to begin start with an epoch; None undoes it."""
+        """Makes the next `fit` start with `epoch`, or as usual if `epoch` is None."""
         model._initial_epoch = epoch
 
     def all_variables(model: keras.Model) -> list[tf.Variable]:
-        """Variables of a model that TensorFlow does not find by itself: metrics, random states."""
+        """Returns the variables that TensorFlow does not find in the model by itself.
+
+        These are the variables of metrics and the states of random generators.
+        """
         return [variable.value for variable in model.variables + model.metrics_variables]
 
     def metric_variables(model: keras.Model) -> list[tf.Variable]:
-        """The variables of the metrics that are reset with every epoch."""
+        """Returns the variables of the metrics that every epoch resets."""
         return [variable.value for metric in model.metrics for variable in metric.variables]
 
     def steps_per_execution(model: keras.Model) -> int:
-        """The number of batches that a call of `model.train_function` reads."""
+        """Returns the number of batches that one call of `model.train_function` reads."""
         return model.steps_per_execution
 
 
 def deserialize(config: Any) -> Any:
-    """`keras.utils.deserialize_keras_object` of what a file says, which may be anything.
+    """Calls `keras.utils.deserialize_keras_object` on a config that comes from an untrusted file.
 
-    Keras 2 would import whatever module a function's description names, and so call any function
-    there is. A function comes from Keras itself, or is one that is registered as serializable or
-    given as a custom object.
+    Keras 2 imports any module that the config of a function names, so a file could call any
+    function. Here a function must belong to Keras, be registered as serializable, or be given as a
+    custom object.
+
+    Args:
+      config: the config of an object.
+
+    Returns:
+      The object.
 
     Raises:
-      ValueError: where it is another one.
+      ValueError: if `config` names any other function.
     """
     if isinstance(config, dict) and config.get("class_name") == "function":
         module = config.get("module") or "builtins"
         if module != "builtins" and module.split(".")[0] not in ("keras", "tf_keras"):
             raise ValueError(
-                "A file can name functions that are registered"
+                "A file can only name functions that are registered"
                 " (`keras.utils.register_keras_serializable`) or given as custom objects. Received:"
                 f" {config.get('config')!r} of the module {module!r}."
             )
@@ -234,10 +244,13 @@ def deserialize(config: Any) -> Any:
 
 @contextlib.contextmanager
 def kept_losses(network: Callable) -> Iterator[None]:
-    """In it, a layer may be called, and the losses that it has added remain those from before.
+    """Makes a context in which calls of a layer do not change the losses that it has added.
 
-    Keras forgets the losses of all layers inside of one that it calls from the outside, and adds
-    those of every call after that. A function has none.
+    Keras clears the losses of a layer and of all layers inside it when the layer is called from
+    outside, and each call adds new losses.
+
+    Args:
+      network: a layer, or a function, which has no losses.
     """
     layers = network._flatten_layers() if isinstance(network, keras.layers.Layer) else ()
     names = ("_losses", "_eager_losses") if IS_KERAS_2 else ("_losses",)
@@ -254,5 +267,5 @@ def _num_replicas() -> int:
 
 
 def scale_loss_for_distribution(loss: tf.Tensor) -> tf.Tensor:
-    """Divides a replica's mean loss by the number of replicas: the optimizer sums gradients."""
+    """Divides a replica's mean loss by the number of replicas, as the optimizer sums gradients."""
     return loss / tf.cast(_num_replicas(), loss.dtype)

@@ -1,10 +1,10 @@
-"""What the features of queries and candidates are: one tensor, or a dictionary of tensors.
+"""Features of queries and candidates: one tensor, or a dictionary of tensors.
 
-A batch of n rows is one tensor [n, ...], or a dictionary of such tensors. A single tensor is the
-feature that is called as its side is, "candidate" or "query". Under that name a cache holds it, and
-under that name `candidate_id_key` and `query_id_key` find it.
+A batch of n rows is one tensor [n, ...], or a dictionary of such tensors. A single tensor has the
+name of its side, "candidate" or "query". A cache holds the tensor under this name, and
+`candidate_id_key` and `query_id_key` refer to it by this name.
 
-Batches are structures of arrays, or of tensors that may be ragged or sparse. Nothing here calls a
+Tensors may be ragged or sparse, and most functions also take NumPy arrays. This module calls no
 tower.
 """
 
@@ -23,12 +23,12 @@ Specs: TypeAlias = Spec | Mapping[str, Spec]
 _Part = TypeVar("_Part")
 _FeaturesT = TypeVar("_FeaturesT", bound=Features)
 
-# The name of a candidate's only feature, where its features are a single tensor.
+# The name of a candidate's only feature if its features are a single tensor.
 ONE_FEATURE = "candidate"
 
 
-def named(features: _Part | Mapping[str, _Part], side: str = ONE_FEATURE) -> Mapping[str, _Part]:
-    """The features, or specs of features, as a dictionary: a single one has the name of its side.
+def as_dict(features: _Part | Mapping[str, _Part], side: str = ONE_FEATURE) -> Mapping[str, _Part]:
+    """Returns features or specs as a dictionary, in which a single one has the name of its side.
 
     Args:
       features: one tensor or spec, or a dictionary of them.
@@ -38,14 +38,20 @@ def named(features: _Part | Mapping[str, _Part], side: str = ONE_FEATURE) -> Map
 
 
 def id_key_of(features: Features | Specs, key: str | None, side: str = ONE_FEATURE) -> str | None:
-    """The argument `{side}_id_key`; if it is None, the name of the only feature of one tensor."""
+    """Returns `key`, or if it is None and the features are one tensor, the name of this tensor.
+
+    Args:
+      features: one tensor or spec, or a dictionary of them.
+      key: the argument `candidate_id_key` or `query_id_key`.
+      side: "candidate" or "query".
+    """
     return side if key is None and not isinstance(features, Mapping) else key
 
 
 def id_feature(
     features: _Part | Mapping[str, _Part], key: str | None, side: str = ONE_FEATURE
 ) -> _Part:
-    """The feature, or the spec of the feature, that the argument `{side}_id_key` names.
+    """Returns the feature, or its spec, that the argument `{side}_id_key` names.
 
     Args:
       features: one tensor or spec, or a dictionary of them.
@@ -53,11 +59,11 @@ def id_feature(
       side: "candidate" or "query".
 
     Raises:
-      ValueError: where `key` is not one of the features.
+      ValueError: if `key` is not the name of a feature.
     """
-    by_name, key = named(features, side), id_key_of(features, key, side)
+    by_name, key = as_dict(features, side), id_key_of(features, key, side)
     if key is None or key not in by_name:
-        note = "" if by_name is features else ", as a single tensor is called"
+        note = "" if by_name is features else ", the name of a single tensor"
         raise ValueError(
             f"`{side}_id_key` must be one of the features of a {side}, {sorted(by_name)}{note}."
             f" Received: {key!r}."
@@ -66,7 +72,7 @@ def id_feature(
 
 
 def fingerprint(ids: tf.Tensor) -> tf.Tensor:
-    """[n] int64 that stand for `ids`: ids of every dtype compare at the price of an integer."""
+    """Converts `ids` to [n] int64, so that ids of every dtype are compared as integers."""
     return (
         tf.strings.to_hash_bucket_fast(ids, 2**63 - 1)
         if ids.dtype == tf.string
@@ -77,13 +83,16 @@ def fingerprint(ids: tf.Tensor) -> tf.Tensor:
 def specs_of_rows(
     dataset: tf.data.Dataset,
 ) -> tf.io.FixedLenFeature | dict[str, tf.io.FixedLenFeature]:
-    """The spec of one row of a dataset of batches, as `feature_specs` are given.
+    """Reads `feature_specs`, the specs of one row, from a dataset of batches.
+
+    Args:
+      dataset: batches of features.
 
     Returns:
-      A dictionary of `tf.io.FixedLenFeature`, or one of them where a batch is a single tensor.
+      A dictionary of `tf.io.FixedLenFeature`, or a single one if a batch is a single tensor.
 
     Raises:
-      ValueError: where `dataset` does not say what its batches are, or a feature is not dense.
+      ValueError: if `dataset` has no `element_spec`, or a feature is not dense.
     """
     element = getattr(dataset, "element_spec", None)
     if element is None:
@@ -91,12 +100,12 @@ def specs_of_rows(
             "`feature_specs` can only be taken from a `tf.data.Dataset`. Received: None, and"
             f" {type(dataset).__name__}."
         )
-    parts: Mapping[str, tf.TypeSpec] = named(element)
+    parts: Mapping[str, tf.TypeSpec] = as_dict(element)
     for key, part in parts.items():
         is_tensor = isinstance(part, tf.TensorSpec) and part.shape.rank is not None
         if not is_tensor or part.shape.rank < 1 or not part.shape[1:].is_fully_defined():
             raise ValueError(
-                "Features must be tensors [n, ...] whose shape is known but for the batch. Received"
+                "Features must be tensors [n, ...] with only the batch dimension unknown. Received"
                 f" for {key!r}: {part!r}."
             )
     specs = {
@@ -106,7 +115,7 @@ def specs_of_rows(
 
 
 def example_of(specs: Mapping[str, Spec], num_rows: int = 1) -> dict[str, tf.Tensor]:
-    """Features of rows of zeros, or of empty strings, with the specs of features by name."""
+    """Returns features of `num_rows` rows of zeros or empty strings that match `specs`."""
     return {
         key: tf.zeros([num_rows, *spec.shape], spec.dtype)
         if tf.as_dtype(spec.dtype) != tf.string
@@ -116,15 +125,15 @@ def example_of(specs: Mapping[str, Spec], num_rows: int = 1) -> dict[str, tf.Ten
 
 
 def specs_of_any_size(features: Features) -> Specs:
-    """The specs of batches like `features` of any number of rows.
+    """Returns the specs of batches like `features`, with any number of rows.
 
-    What is not a tensor with rows, such as an array, stays as it is.
+    NumPy arrays and scalars are returned unchanged.
     """
     return tf.nest.map_structure(_spec_of_any_size, features)
 
 
 def take(features: Features, rows: np.ndarray) -> Features:
-    """Rows of features, a nest of arrays and tensors, as tensors."""
+    """Returns rows of a nest of arrays and tensors, as tensors."""
     return tf.nest.map_structure(
         lambda values: (
             tf.convert_to_tensor(values[rows])
@@ -136,17 +145,17 @@ def take(features: Features, rows: np.ndarray) -> Features:
 
 
 def first_rows(features: _FeaturesT, count: int) -> _FeaturesT:
-    """The first `count` rows of features."""
+    """Returns the first `count` rows of features."""
     return tf.nest.map_structure(lambda values: values[:count], features)
 
 
 def num_rows(features: Features) -> int:
-    """N, of features of N rows, arrays or tensors that are not symbolic."""
+    """Returns the number of rows of features that are arrays or tensors of known size."""
     return int(tf.nest.flatten(features)[0].shape[0])
 
 
 def concatenate(parts: Sequence[_Part]) -> _Part:
-    """Rows of all `parts`, nests of arrays, one after the other."""
+    """Concatenates the rows of all `parts`, which are nests of arrays."""
     return tf.nest.map_structure(lambda *values: np.concatenate(values), *parts)
 
 

@@ -1,10 +1,11 @@
-"""How a tower is called, compiled, and known again after training.
+"""Towers: how they are called and compiled, and how a change of their weights is found.
 
-A tower is a layer, a model or a function, features of n queries or candidates -> embeddings [n, d].
+A tower is a layer, a model or a function: features of n queries or candidates -> embeddings [n, d].
 
-* `embed` calls it, in training or not.
-* `compile_tower` makes a `tf.function` of it, in inference mode; `Encoder` embeds datasets with it.
-* `Towers` has both towers of a model, and a checksum of their weights.
+* `embed` calls a tower, in training or in inference mode.
+* `compile_tower` makes it a `tf.function` in inference mode.
+* `Encoder` embeds whole datasets with a compiled tower.
+* `Towers` holds both towers of a model, and computes checksums of their weights.
 """
 
 import inspect
@@ -26,7 +27,7 @@ TowerPair: TypeAlias = keras.Model | Sequence[Tower]
 
 
 def embed(network: Tower, features: Features, training: bool | None) -> tf.Tensor:
-    """Calls a tower, and checks that it returns embeddings [n, dim], dim known while tracing."""
+    """Calls a tower and checks that it returns embeddings [n, dim] with a static dim."""
     embeddings = _call(network, features, training)
     if embeddings.shape.rank is None or embeddings.shape[1] is None:
         raise _wrong_embeddings(network, embeddings.shape)
@@ -36,11 +37,15 @@ def embed(network: Tower, features: Features, training: bool | None) -> tf.Tenso
 def compile_tower(
     network: Tower, input_signature: Sequence[Specs] | None = None
 ) -> tf.types.experimental.PolymorphicFunction:
-    """A tower as a `tf.function` in inference mode, features -> [n, dim]; dim may be unknown.
+    """Makes a tower a `tf.function` in inference mode.
 
     Args:
       network: the tower.
-      input_signature: the specs of the features, in a list; or None for any.
+      input_signature: the specs of the features in a list of one. If None, the function takes any
+        features.
+
+    Returns:
+      A function of features that returns embeddings [n, dim], where dim may be unknown.
     """
     return tf.function(
         lambda features: _call(network, features, training=False),
@@ -50,7 +55,7 @@ def compile_tower(
 
 
 class Encoder:
-    """Embeds datasets with a network in inference mode, compiled once."""
+    """Embeds datasets with a tower in inference mode, which is compiled once."""
 
     def __init__(self, network: Tower):
         self._network = network
@@ -62,7 +67,7 @@ class Encoder:
         return self.embed_tensor(features).numpy()
 
     def embed_tensor(self, features: Features) -> tf.Tensor:
-        """The same as a tensor."""
+        """Embeds one batch of features: a tensor [n, d] float32."""
         if not self._is_traced:
             self._trace(features)
         embeddings = self._compiled(features)
@@ -71,10 +76,10 @@ class Encoder:
         return tf.cast(embeddings, tf.float32)
 
     def output_dim(self, example: Features) -> int:
-        """The embedding dimension, which `example`, a batch of features, is traced for."""
+        """Returns the embedding dimension of the tower, traced with `example`, a batch."""
         is_unbuilt = isinstance(self._network, keras.layers.Layer) and not self._network.built
         if is_unbuilt and tf.distribute.has_strategy():
-            # Variables of replicas that are first made in a graph cannot be lifted out of it.
+            # Replicas' variables cannot be lifted out of a graph that creates them.
             embed(self._network, example, training=False)
         shape = self._trace(example).output_shapes
         if shape.rank is None or shape[1] is None:
@@ -82,7 +87,7 @@ class Encoder:
         return shape[1]
 
     def _trace(self, features: Features) -> tf.types.experimental.ConcreteFunction:
-        """Traces the network once for batches of any size: the last one is smaller."""
+        """Traces the tower for batches of any size, because the last batch may be smaller."""
         self._is_traced = True
         return self._compiled.get_concrete_function(_features.specs_of_any_size(features))
 
@@ -91,7 +96,12 @@ class Encoder:
     ) -> np.ndarray:
         """Embeds all `batches` of features: [n, d] float32.
 
-        `after_batch(i)` is called after the i-th batch, counted from 1.
+        Args:
+          batches: batches of features.
+          after_batch: called after each batch with the number of batches so far.
+
+        Raises:
+          ValueError: if there are no batches.
         """
         embeddings = []
         for step, features in enumerate(batches):
@@ -104,23 +114,27 @@ class Encoder:
 
 
 def networks_of(model: TowerPair) -> tuple[Tower, Tower]:
-    """The query and the candidate network of a model, or of the pair of both."""
+    """Returns the query network and the candidate network of a model or of a pair.
+
+    Raises:
+      ValueError: if `model` has no such networks and is no pair of functions.
+    """
     if isinstance(model, (tuple, list)):
         networks = tuple(model)
     else:
         networks = tuple(getattr(model, f"{side}_network", None) for side in ("query", "candidate"))
     if len(networks) != 2 or not all(callable(network) for network in networks):
         raise ValueError(
-            "A model must have `query_network` and `candidate_network`, or be the pair of both, as"
-            f" `(model.query_model, model.candidate_model)` is. Received: {model!r}."
+            "A model must have `query_network` and `candidate_network`, or be a pair of networks,"
+            f" such as `(model.query_model, model.candidate_model)`. Received: {model!r}."
         )
     return networks
 
 
 def encoders_of(model: TowerPair) -> tuple[Encoder, Encoder]:
-    """The encoders of queries and of candidates, of what `networks_of` takes.
+    """Returns the encoders of queries and of candidates of a model or of a pair.
 
-    A pair may hold encoders already, which are then compiled once for many evaluations.
+    A pair may already hold encoders. Then they are compiled once for many evaluations.
     """
     query, candidate = (
         network if isinstance(network, Encoder) else Encoder(network)
@@ -130,12 +144,12 @@ def encoders_of(model: TowerPair) -> tuple[Encoder, Encoder]:
 
 
 class Towers:
-    """Query and candidate network of a model, in inference mode, compiled once.
+    """Both towers of a model in inference mode, compiled once.
 
     Args:
-      model: has `query_network` and `candidate_network`, or is the pair of both; then the strategy
-        is that of the scope in which this is made.
-      batch_size: features embedded at a time.
+      model: a model with `query_network` and `candidate_network`, or the pair of both. A pair
+        belongs to the distribution strategy in whose scope this object is created.
+      batch_size: the number of rows that are embedded at a time.
     """
 
     def __init__(self, model: TowerPair, batch_size: int):
@@ -146,7 +160,7 @@ class Towers:
         self._is_built = False
 
     def build(self, pairs: Mapping[str, Features]) -> None:
-        """Makes the variables of towers that have seen no features yet."""
+        """Creates the variables of towers that have not been called yet."""
         if not self._is_built:
             with self._strategy.scope():
                 for side, network in zip(("query", "candidate"), self._networks):
@@ -157,7 +171,16 @@ class Towers:
     def embed(
         self, pairs: Mapping[str, Features], num_pairs: int, verbose: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """[N, d] float32 embeddings of the queries and of the candidates."""
+        """Embeds all pairs.
+
+        Args:
+          pairs: features of N pairs, as "query" and "candidate".
+          num_pairs: N.
+          verbose: 1 shows a progress bar.
+
+        Returns:
+          [N, d] float32 embeddings of the queries, and of the candidates.
+        """
         starts = range(0, num_pairs, self._batch_size)
         bar = None
         if verbose:
@@ -176,7 +199,7 @@ class Towers:
         return queries, candidates
 
     def fingerprint(self) -> list[int]:
-        """A checksum of each weight that is trained."""
+        """Returns a checksum of each trainable weight."""
         return [
             zlib.crc32(tf.convert_to_tensor(weight).numpy().tobytes())
             for network in self._networks
@@ -184,22 +207,29 @@ class Towers:
         ]
 
     def have_changed(self, since: list[int] | None) -> bool:
-        """Whether the towers are not those of an earlier `fingerprint()`; True if there is none."""
-        return differ(self.fingerprint(), since)
+        """Whether the weights differ from those of an earlier `fingerprint()`.
+
+        True if `since` is None, or if the towers have no weights to compare.
+        """
+        return weights_differ(self.fingerprint(), since)
 
 
-def differ(fingerprint: list[int], other: list[int] | None) -> bool:
-    """Whether `Towers.fingerprint()` of two times differ; without weights it is taken so."""
+def weights_differ(fingerprint: list[int], other: list[int] | None) -> bool:
+    """Whether two fingerprints of towers differ. Towers without weights always count as changed."""
     return not fingerprint or fingerprint != other
 
 
 def known_output_dim(network: Tower) -> int | None:
-    """The embedding dimension of a tower whose output shape is known before it runs, else None."""
+    """Returns the embedding dimension if it is known before a call of the tower, else None.
+
+    Raises:
+      ValueError: if the tower does not return one tensor [n, dim].
+    """
     outputs = getattr(network, "outputs", None)
     if not outputs or outputs[0].shape is None:
         return None
     if isinstance(network, keras.Sequential) and len(outputs[0].shape) != 2:
-        # Keras 2 assumes that an `Embedding` which comes first is given sequences.
+        # Keras 2 assumes that the input of a first `Embedding` layer is a sequence.
         return None
     if len(outputs) != 1 or len(outputs[0].shape) != 2:
         raise ValueError(
@@ -210,8 +240,8 @@ def known_output_dim(network: Tower) -> int | None:
 
 
 def _call(network: Tower, features: Features, training: bool | None) -> tf.Tensor:
-    """What a tower returns, if it may be one tensor [n, dim]."""
-    kwargs = {"training": training} if _can_be_told(network, training) else {}
+    """Calls a tower and checks that its output can be one tensor [n, dim]."""
+    kwargs = {"training": training} if _takes_training(network, training) else {}
     embeddings = network(_inputs_of(network, features), **kwargs)
     shape = getattr(embeddings, "shape", None)
     if shape is None or tf.TensorShape(shape).rank not in (2, None):
@@ -227,11 +257,11 @@ def _wrong_embeddings(network: Tower, received: object) -> ValueError:
     )
 
 
-def _can_be_told(network: Tower, training: bool | None) -> bool:
-    """Whether a tower is given `training`."""
+def _takes_training(network: Tower, training: bool | None) -> bool:
+    """Whether a tower is called with the argument `training`."""
     if isinstance(network, keras.layers.Layer) and training is not None:
-        # Keras hands it on to the layers inside of one that has no such argument. Otherwise they
-        # would do as the layers around the tower do.
+        # Keras passes it on to the layers inside, even if the tower's `call` has no such argument.
+        # Without it they would take the mode of the layers around the tower.
         return True
     try:
         function = network.call if isinstance(network, keras.layers.Layer) else network
@@ -241,9 +271,9 @@ def _can_be_told(network: Tower, training: bool | None) -> bool:
 
 
 def _inputs_of(network: Tower, features: Features) -> Features | list[Values]:
-    """What of `features` a tower takes: a functional model says what its inputs are.
+    """Selects the features that a tower takes, which a functional model lists as its inputs.
 
-    Keras 3 would flatten a dictionary of more features by their sorted names, and take the first.
+    Given a dictionary with more features, Keras 3 would sort them by name and take the first ones.
     """
     if not isinstance(network, keras.Model) or not isinstance(features, Mapping):
         return features

@@ -1,7 +1,7 @@
-"""Checks of what a caller hands to a cache, shared by everything that owns one.
+"""Checks of arguments, shared by everything that owns a cache.
 
-Nothing here computes: a check returns its argument as tensors or arrays, or raises a `ValueError`
-that quotes what it received.
+A check returns its argument as tensors or arrays, or raises a `ValueError` that quotes the argument
+it received.
 """
 
 import operator
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 
 def to_numpy(values: object) -> np.ndarray:
-    """As TensorFlow has it, strings as bytes."""
+    """Converts values to an array through TensorFlow, so that strings become bytes."""
     return tf.convert_to_tensor(values).numpy()
 
 
@@ -35,9 +35,9 @@ def check_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict[str, tf.io.F
 
 
 def check_count(value: object, name: str, *, at_least: int = 1) -> int:
-    """Checks that an argument is an integer, Python's or NumPy's, that is not too small."""
+    """Checks that an argument is a Python or NumPy integer >= `at_least`, and returns it as int."""
     try:
-        count = operator.index(value)  # type: ignore[arg-type]  # This is what is checked.
+        count = operator.index(value)  # type: ignore[arg-type]  # The check itself.
     except TypeError:
         count = None
     if count is None or count < at_least:
@@ -49,7 +49,7 @@ def check_embedding(key: str, specs: Mapping[str, tf.io.FixedLenFeature]) -> Non
     """Checks that the feature `key` of `specs` is an embedding.
 
     Raises:
-      ValueError: where it is none of them, or not floating point of rank 1.
+      ValueError: if `key` is not in `specs`, or its feature is not floating point of rank 1.
     """
     if key not in specs:
         raise ValueError(
@@ -64,7 +64,17 @@ def check_embedding(key: str, specs: Mapping[str, tf.io.FixedLenFeature]) -> Non
 
 
 def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, where: str) -> None:
-    """Checks that the argument `name` is the `key` of a feature in `where` that can be an id."""
+    """Checks that a feature can be an id.
+
+    Args:
+      key: the name of the feature.
+      specs: feature name -> spec.
+      name: the argument that `key` was given as, for errors.
+      where: the argument that `specs` were given as, for errors.
+
+    Raises:
+      ValueError: if `key` is not in `specs`, or its feature is not a scalar integer or string.
+    """
     if key not in specs:
         raise ValueError(
             f"`{name}` must be one of the features in `{where}`. Received: {key!r}, and specs for"
@@ -79,7 +89,7 @@ def check_id(key: str, specs: Mapping[str, tf.io.FixedLenFeature], name: str, wh
 
 
 def check_rows(rows: tf.Tensor, num_rows: int, name: str) -> tf.Tensor:
-    """Returns `rows` [n] as integers from 0 to below `num_rows`, which are looked at if known."""
+    """Returns `rows` [n] as integers. In eager execution it also checks 0 <= rows < `num_rows`."""
     rows = tf.convert_to_tensor(rows)
     if rows.shape.rank not in (1, None) or not rows.dtype.is_integer:
         raise ValueError(
@@ -96,7 +106,7 @@ def check_rows(rows: tf.Tensor, num_rows: int, name: str) -> tf.Tensor:
 
 
 def check_keys(received: Iterable[str], wanted: Iterable[str], *, what: str, exact: bool) -> None:
-    """Checks that the keys `received` are the keys `wanted`, or some of them where not `exact`."""
+    """Checks that the keys `received` are the keys `wanted`, or some of them if not `exact`."""
     received, wanted = set(received), set(wanted)
     if received - wanted or (exact and wanted - received):
         relation = "exactly" if exact else "some of"
@@ -115,20 +125,20 @@ def check_items(
 ) -> dict[str, tf.Tensor]:
     """Checks a batch of items, or of parts of items, against the specs of a cache.
 
-    Floating point features may come in another floating point dtype, as mixed precision makes
-    them, and are cast. No other dtype is converted, except that of Python and NumPy values.
+    Floating point features may have another floating point dtype, for instance in mixed precision,
+    and are cast. No other dtype is converted, except the dtype of Python and NumPy values.
 
     Args:
       items: feature name -> [n, ...] values, the same n for every feature.
-      specs: feature name -> the spec that a single item's value must meet.
+      specs: feature name -> spec of a single item's value.
       what: the name of the argument, for errors.
-      exact: whether every feature of `specs` must be there, or only some.
+      exact: whether `items` must have every feature of `specs`, or only some.
 
     Returns:
-      The items as tensors of the dtypes of `specs`.
+      The items as tensors with the dtypes of `specs`.
 
     Raises:
-      ValueError: where names, dtypes, shapes or numbers of items do not fit.
+      ValueError: if names, dtypes, shapes or numbers of items do not match.
     """
     if not isinstance(items, Mapping):
         raise ValueError(f"`{what}` must map feature names to values. Received: {items!r}.")
@@ -145,7 +155,7 @@ def check_items(
 
 
 def check_fits(items: Mapping[str, tf.Tensor], cache_size: int, *, what: str) -> None:
-    """Checks that a batch of items is no larger than the cache it enters."""
+    """Checks that a batch of items is no larger than the cache."""
     size = max((value.shape[0] or 0) for value in items.values())
     if size > cache_size:
         raise ValueError(
@@ -155,7 +165,7 @@ def check_fits(items: Mapping[str, tf.Tensor], cache_size: int, *, what: str) ->
 
 
 def check_mask(mask: tf.Tensor | None, like: tf.Tensor, *, what: str) -> tf.Tensor:
-    """Returns `mask` as [n] bool, all True where None, n being the number of items of `like`."""
+    """Returns `mask` as [n] bool, where `like` has n items. A mask of None becomes all True."""
     if mask is None:
         return tf.ones(tf.shape(like)[:1], tf.bool)
     mask = tf.convert_to_tensor(mask)
@@ -169,7 +179,7 @@ def check_mask(mask: tf.Tensor | None, like: tf.Tensor, *, what: str) -> tf.Tens
 def check_indices(
     indices: tf.Tensor | None, like: tf.Tensor, *, what: str, needed_by: str
 ) -> tf.Tensor:
-    """Returns `indices` as [n] int64, n being the number of items of `like`."""
+    """Returns `indices` as [n] int64, where `like` has n items."""
     if indices is None:
         raise ValueError(f"`{needed_by}` needs `{what}`. Received None.")
     indices = tf.convert_to_tensor(indices)

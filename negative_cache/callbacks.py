@@ -1,7 +1,11 @@
 """Keras callbacks.
 
-`CorpusMetrics` evaluates over the whole corpus, `CacheWarmStart` fills a cache, `CacheRefresh`
-encodes it again, and `CacheSummaries` shows in TensorBoard what it does.
+| Callback | Purpose |
+| --- | --- |
+| `CorpusMetrics` | evaluates the model over the whole corpus |
+| `CacheWarmStart` | fills a cache before training |
+| `CacheRefresh` | encodes all cached candidates again |
+| `CacheSummaries` | writes summaries of a cache for TensorBoard |
 """
 
 import copy
@@ -18,36 +22,37 @@ from negative_cache._towers import Tower
 from negative_cache.layers import Cache, FromCache, FromCorpus, Retrieval
 from negative_cache.layers._negatives.cached import CachedNegatives
 
-# What has the caches of a callback: a task, or one source of negatives.
+# A task with caches, or one of its sources of negatives.
 CacheOwner: TypeAlias = Retrieval | CachedNegatives
 
 
 class CorpusMetrics(keras.callbacks.Callback):
-    """Puts `val_recall_at_{k}` and `val_mrr` over the whole corpus into the logs of an epoch.
+    """Adds `val_recall_at_{k}` and `val_mrr` over the whole corpus to the logs of an epoch.
 
-    `evaluation.evaluate` defines the metrics and validation batches, in which a query may have
-    several positives and excluded candidates; it also evaluates a model without a callback.
+    `evaluation.evaluate` defines the metrics and the validation batches, in which a query may have
+    several positives and excluded candidates. It also works without this callback.
 
-    Place this callback before those that read its logs, such as `EarlyStopping` or
+    Place this callback before callbacks that read its logs, such as `EarlyStopping` or
     `ModelCheckpoint`. Under a `tf.distribute` strategy the first replica evaluates.
 
     Args:
-      candidates: batches of candidate features, the corpus, re-iterable (a batched
-        `tf.data.Dataset`).
-      validation: batches of `{"query": …, "candidate": …}`, re-iterable, with ids of several
-        `"positives"` and of `"excluded"` candidates if there are any.
+      candidates: the corpus as batches of candidate features. It is read in every evaluation, so it
+        must be re-iterable, for instance a batched `tf.data.Dataset`.
+      validation: batches of `{"query": …, "candidate": …}`, re-iterable. They may have ids of
+        several `"positives"` and of `"excluded"` candidates.
       k: the cut-offs of recall.
       candidate_id_key: name of the candidate feature that is unique in the corpus, as in
         `evaluation.evaluate`.
-      every: evaluate at every so many epochs. The epochs between repeat the last metrics, since
-        `ModelCheckpoint` of Keras 3 saves what it knows nothing of; a patience counts epochs.
+      every: the number of epochs from one evaluation to the next. The epochs in between repeat the
+        last metrics, because `ModelCheckpoint` of Keras 3 saves a model whose metric is missing. A
+        `patience` counts epochs, not evaluations.
       verbose: 1 shows a progress bar while the corpus is encoded.
-      networks: the pair (query network, candidate network), for a model that does not have them as
-        `query_network` and `candidate_network`.
+      networks: the pair (query network, candidate network). Needed if the model does not have the
+        attributes `query_network` and `candidate_network`.
 
     Raises:
-      ValueError: where `k` or `every` is not positive; when training begins, where the model has
-        not the two networks and `networks` is not given.
+      ValueError: if `k` or `every` is not positive. When training begins, if the model lacks the
+        two networks and `networks` is not given.
     """
 
     def __init__(
@@ -73,24 +78,24 @@ class CorpusMetrics(keras.callbacks.Callback):
         self.verbose = verbose
         self.networks = networks
         self._encoders = None if networks is None else _towers.encoders_of(networks)
-        self._last: dict[str, float] = {}
+        self._last_metrics: dict[str, float] = {}
 
     def __deepcopy__(self, memo: dict[int, object]) -> "CorpusMetrics":
         # Tuners copy callbacks for each trial, and datasets cannot be copied.
         return copy.copy(self)
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
-        self._last = {}
+        self._last_metrics = {}
 
     def on_epoch_end(self, epoch: int, logs: dict[str, float] | None = None) -> None:
         if logs is None:
             return
         if (epoch + 1) % self.every == 0:
-            self._last = {f"val_{name}": value for name, value in self.evaluate().items()}
-        logs.update(self._last)
+            self._last_metrics = {f"val_{name}": value for name, value in self.evaluate().items()}
+        logs.update(self._last_metrics)
 
     def evaluate(self, model: keras.Model | None = None) -> dict[str, float]:
-        """Computes the metrics now, of `model` or the model that the callback is set to."""
+        """Computes the metrics of `model` now, or of the callback's model if `model` is None."""
         if model is not None:
             self.set_model(model)
         if self._encoders is None:
@@ -107,7 +112,7 @@ class CorpusMetrics(keras.callbacks.Callback):
     def set_model(self, model: keras.Model) -> None:
         is_other = getattr(self, "model", None) is not model
         super().set_model(model)
-        # Encoders are compiled, and kept for all epochs.
+        # Encoders are compiled functions, so they are kept for all epochs.
         if self.networks is None and (is_other or self._encoders is None):
             self._encoders = _towers.encoders_of(model)
 
@@ -115,19 +120,19 @@ class CorpusMetrics(keras.callbacks.Callback):
 class CacheWarmStart(keras.callbacks.Callback):
     """Fills the cache of a `DualEncoder` from a dataset before the first training step.
 
-    Without it a streaming cache starts empty and the first steps train against few negatives.
-    Batches are encoded until the cache is full or the dataset ends. A cache that already holds
-    rows, as after a restored checkpoint, is left as it is. Under a `tf.distribute` strategy every
-    replica's cache gets the same candidates.
+    Without this callback a streaming cache starts empty, and the first steps train against few
+    negatives. The callback encodes batches until the cache is full or the dataset ends. A cache
+    that already holds rows, for instance from a restored checkpoint, does not change. Under a
+    `tf.distribute` strategy every replica's cache gets the same candidates.
 
     Args:
       candidates: batches of candidate features.
       verbose: 1 shows a progress bar.
-      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
-        None.
+      task: the task, or one of its sources of negatives. If None, it is the attribute `task` of the
+        model.
 
     Raises:
-      ValueError: when training begins, where the dataset is empty or the model has no cache.
+      ValueError: when training begins, if the dataset is empty or the model has no cache.
     """
 
     def __init__(self, candidates: Iterable, *, verbose: int = 1, task: CacheOwner | None = None):
@@ -141,7 +146,7 @@ class CacheWarmStart(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
         for source in cached_sources(self.model, self.task):
-            # In the scope, but outside of the replicas: what is added reaches every one of them.
+            # In the scope but outside of the replicas, so that every replica gets the rows.
             with self.model.distribute_strategy.scope():
                 if not _holds_rows(source):
                     self._fill(source)
@@ -150,27 +155,27 @@ class CacheWarmStart(keras.callbacks.Callback):
         if isinstance(source, FromCorpus):
             source.fill(self.candidates, verbose=self.verbose)
             return
-        batches = map(_features.named, self.candidates)
+        batches = map(_features.as_dict, self.candidates)
         first = next(batches, None)
         if first is None:
             raise ValueError("The dataset to fill the cache from is empty.")
         if source.cache is None:
-            # Makes the cache, and with it a checkpoint's rows appear.
+            # Creates the cache. A checkpoint that was read before restores its rows now.
             source.encode(_features.first_rows(first, 1))
             if _holds_rows(source):
                 return
         bar = keras.utils.Progbar(source.cache_size, unit_name="row", verbose=self.verbose)
-        num_added = _add(source, itertools.chain([first], batches), bar)
+        num_added = _add_until_full(source, itertools.chain([first], batches), bar)
         if not num_added:
             raise ValueError("The dataset to fill the cache from is empty.")
         if num_added < source.cache_size:
             bar.update(num_added, finalize=True)
 
 
-def _add(
+def _add_until_full(
     source: FromCache, batches: Iterable[Mapping[str, Values]], bar: keras.utils.Progbar
 ) -> int:
-    """Adds candidates to a cache that streams until it is full, and returns their number."""
+    """Adds candidates to a streaming cache until it is full, and returns their number."""
     add = tf.function(source.add, reduce_retracing=True)
     num_added = 0
     for features in batches:
@@ -184,24 +189,24 @@ def _add(
 
 
 class CacheRefresh(keras.callbacks.Callback):
-    """Encodes all cached candidates anew, at the beginning of epochs or every so many steps.
+    """Encodes all cached candidates again, at the beginning of epochs or every `every_steps` steps.
 
-    It is the refresh of ANCE (Xiong et al., arXiv 2007.00808): between two of them rows are as
-    stale as the towers have moved. What it costs, `candidates_encoded` in the logs says. The
-    features are those in the cache, so that no dataset is read. A cache that has just been filled
-    is not refreshed. Steps are counted by the cache, over all calls of `fit` and what files hold.
+    This is the refresh of ANCE (Xiong et al., arXiv 2007.00808). Between two refreshes the cached
+    embeddings become stale, because the towers change. `candidates_encoded` in the logs shows the
+    cost. The features come from the cache, so no dataset is read. A cache that has just been filled
+    is not refreshed. The cache counts steps over all calls of `fit`, and files keep the count.
 
     Args:
-      every_steps: training steps from one refresh to the next; None refreshes when an epoch begins.
-        With `steps_per_execution` it is at the end of the execution in which it was due.
-      batch_size: candidates encoded at a time.
+      every_steps: training steps from one refresh to the next. If None, the cache is refreshed when
+        an epoch begins. With `steps_per_execution` a refresh waits for the end of the execution.
+      batch_size: the number of candidates that are encoded at a time.
       verbose: 1 shows a progress bar at every refresh.
-      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
-        None.
+      task: the task, or one of its sources of negatives. If None, it is the attribute `task` of the
+        model.
 
     Raises:
-      ValueError: where `every_steps` or `batch_size` is not positive; when training begins, where
-        the model has no cache.
+      ValueError: if `every_steps` or `batch_size` is not positive. When training begins, if the
+        model has no cache.
     """
 
     def __init__(
@@ -219,7 +224,7 @@ class CacheRefresh(keras.callbacks.Callback):
         self.batch_size = _validation.check_count(batch_size, "batch_size")
         self.verbose = verbose
         self.task = task
-        # Of each cache, by its number, the refreshes that have been due since its first step.
+        # Cache number -> how many refreshes have been due since its first step.
         self._num_due: dict[int, int] = {}
 
     def on_train_begin(self, logs: Mapping[str, float] | None = None) -> None:
@@ -229,7 +234,8 @@ class CacheRefresh(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, float] | None = None) -> None:
         for i, source in enumerate(cached_sources(self.model, self.task)):
             if self.every_steps is not None:
-                # By now other callbacks have restored what they restore.
+                # Other callbacks restore the step of a cache when training begins, so it is read
+                # here.
                 if i not in self._num_due:
                     self._num_due[i] = _num_refreshes_due(source, self.every_steps)
             elif source.cache is not None and _has_aged(source.cache):
@@ -239,7 +245,7 @@ class CacheRefresh(keras.callbacks.Callback):
         if self.every_steps is None:
             return
         for i, source in enumerate(cached_sources(self.model, self.task)):
-            # The cache's own count: Keras does not say how many steps an execution had.
+            # Keras does not tell how many steps an execution had, but the cache counts them.
             num_due = _num_refreshes_due(source, self.every_steps)
             if num_due > self._num_due[i]:
                 self._refresh(source)
@@ -251,26 +257,26 @@ class CacheRefresh(keras.callbacks.Callback):
 
 
 class CacheSummaries(keras.callbacks.Callback):
-    """Writes summaries of a `CachedRetrieval` for TensorBoard, side by side under `cache/`.
+    """Writes summaries of the caches of a task for TensorBoard, side by side under `cache/`.
 
-    * `cache/age`: histogram of the filled rows' ages, in steps.
+    * `cache/age`: histogram of the ages of filled rows, in steps.
     * `cache/fill`: the share of rows that hold a candidate.
     * `cache/log_partition`: mean log partition of the cache over the queries.
-    * `cache/skipped_rows`: rows refused so far because they were not finite.
+    * `cache/skipped_rows`: the number of rows rejected so far because they were not finite.
     * `cache/staleness`: mean ‖ĝ - g‖² / ‖g‖² of the drawn rows.
 
-    The means are over the epoch so far, as in the progress bar. Summaries of epochs have the epoch
-    as their step, others the number of training steps.
+    The means are over the epoch so far, as in the progress bar. If `update_freq` is "epoch", the
+    step of a summary is the epoch, otherwise it is the number of training steps.
 
     Args:
-      log_dir: folder of the event files, such as that of the `TensorBoard` callback.
+      log_dir: folder of the event files, for instance the one of the `TensorBoard` callback.
       update_freq: "epoch", or a number of batches.
-      task: the task, or one of its sources of negatives; the attribute `task` of the model if it is
-        None.
+      task: the task, or one of its sources of negatives. If None, it is the attribute `task` of the
+        model.
 
     Raises:
-      ValueError: where `update_freq` is out of range; when training begins, where there is no task
-        with a cache.
+      ValueError: if `update_freq` is out of range. When training begins, if there is no task with a
+        cache.
     """
 
     def __init__(
@@ -317,7 +323,7 @@ class CacheSummaries(keras.callbacks.Callback):
             if source.cache is not None
         ]
         if not caches or self._writer is None:
-            # The batch was not trained on: a resumed training passes over it.
+            # There was no training step yet: a resumed training skips batches.
             return
         with self._writer.as_default(step=step):
             for metric in self._metrics:
@@ -341,9 +347,14 @@ def _has_aged(cache: Cache) -> bool:
 def cached_sources(
     model: keras.Model, task: CacheOwner | None = None
 ) -> tuple[CachedNegatives, ...]:
-    """The caches that a callback is about: those of `task`, or if it is None of the model's task.
+    """Returns the sources of negatives that have a cache.
 
-    `task` may be one source of negatives too.
+    Args:
+      model: the model, whose attribute `task` is used if `task` is None.
+      task: a task, or a single source.
+
+    Raises:
+      ValueError: if there is no such source.
     """
     task = task if task is not None else getattr(model, "task", None)
     if isinstance(task, CachedNegatives):
@@ -351,8 +362,8 @@ def cached_sources(
     sources = getattr(task, "cached_negatives", ())
     if not sources:
         raise ValueError(
-            "There is no cache: the model needs an attribute `task` with a cache, or give the"
-            f" callback a `task`. Received: {task!r}."
+            "There is no cache: the model needs an attribute `task` with a cache, or the callback"
+            f" needs the argument `task`. Received: {task!r}."
         )
     return sources
 

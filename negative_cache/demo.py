@@ -1,8 +1,8 @@
 """Trains one two-tower text model twice, with in-batch softmax and with a negative cache.
 
-`python -m negative_cache.demo` finds Python functions by what they do: the query is a sentence, the
+`python -m negative_cache.demo` searches Python functions by description. A query is a sentence. The
 candidates are the functions of the packages installed on this machine. Both models have the same
-towers, data order and number of steps; both are evaluated against the whole corpus.
+towers, data order and number of steps, and both are evaluated against the whole corpus.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _ENCODING_BATCH = 1024
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What both trainings share, and the size of the cache."""
+    """The settings of both trainings, and the size of the cache."""
 
     steps: int = 2000
     batch_size: int = 64
@@ -49,7 +49,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One trained model and how it did: `history` has the metrics after each evaluated step."""
+    """One trained model and its metrics. `history` has the metrics after each evaluated step."""
 
     name: str
     model: nc.DualEncoder
@@ -63,7 +63,10 @@ class Result:
 
 
 class TextTower(keras.layers.Layer):
-    """Mean of word vectors, of unit length: ids [n, words], or features with `"ids"`, -> [n, d]."""
+    """The mean of word vectors, scaled to length 1: ids [n, words] -> [n, d].
+
+    Ids are given alone, or as the feature "ids".
+    """
 
     def __init__(self, words: keras.layers.Layer, **kwargs: Any):
         super().__init__(**kwargs)
@@ -78,7 +81,7 @@ class TextTower(keras.layers.Layer):
 
 
 class Data:
-    """The corpus as word ids, and the datasets that training and evaluation read."""
+    """The corpus as word ids, and the datasets for training and evaluation."""
 
     def __init__(self, corpus: installed_code.Corpus):
         train = corpus.train
@@ -93,12 +96,12 @@ class Data:
         self.query_ids = _vectorize(self.query_words, corpus.summaries)
 
     def candidates(self, rows: np.ndarray) -> tf.data.Dataset:
-        """Batches of candidate features: word ids, and the row in the corpus as the id."""
+        """Makes batches of candidate features: word ids, and the row in the corpus as the id."""
         features = {"ids": self.code_ids[rows], "row": rows.astype(np.int32)}
         return tf.data.Dataset.from_tensor_slices(features).batch(_ENCODING_BATCH)
 
     def pairs(self, rows: np.ndarray) -> tf.data.Dataset:
-        """Single pairs of query and candidate features."""
+        """Makes single pairs of query and candidate features."""
         features = {"ids": self.code_ids[rows], "row": rows.astype(np.int32)}
         return tf.data.Dataset.from_tensor_slices(
             {"query": self.query_ids[rows], "candidate": features}
@@ -106,7 +109,7 @@ class Data:
 
 
 def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncoder:
-    """A new model, without a cache where `cache_size` is 0."""
+    """Makes a new model. It has no cache if `cache_size` is 0."""
     keras.utils.set_random_seed(settings.seed)
     words = keras.layers.Embedding(data.vocabulary_size, settings.dim, mask_zero=True)
     query_tower, candidate_tower = TextTower(words), TextTower(words)
@@ -130,7 +133,7 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
 
 
 def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
-    """Trains a model, without a cache where `cache_size` is 0, and evaluates it as it goes."""
+    """Trains a model and evaluates it during training. It has no cache if `cache_size` is 0."""
     model = make_model(data, cache_size, settings)
     corpus = data.corpus
     order = np.random.default_rng(settings.seed).permutation(corpus.train)
@@ -170,7 +173,7 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
 
 
 def table(results: Sequence[Result]) -> str:
-    """One row a model."""
+    """Formats the final metrics as a table with one row for each model."""
     metrics = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
     rows: list[tuple[str, ...]] = [
         ("", "MRR", "recall@1", "recall@10", "recall@100", "ms/step", "candidates encoded")
@@ -201,7 +204,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: pathlib.Path) -> None:
-    """MRR against steps, a line a model."""
+    """Plots MRR against steps, one line for each model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -218,7 +221,7 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
 
 
 def answer(model: nc.DualEncoder, data: Data, queries: Sequence[str], count: int = 5) -> str:
-    """The functions that the model finds for each query, with their scores."""
+    """Formats the functions that the model finds for each query, with their scores."""
     encoder = nc.evaluation.Encoder(model.candidate_network)
     corpus = encoder(data.candidates(np.arange(len(data.corpus))))
     scores = model.query_network(data.query_words(tf.constant(list(queries)))).numpy() @ corpus.T
@@ -256,10 +259,15 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--steps", type=int, default=defaults.steps, help="training steps of each model")
     add("--cache-size", type=int, default=defaults.cache_size, help="rows of the cache")
-    add("--num-negatives", type=int, default=defaults.num_negatives, help="draws a query a step")
+    add(
+        "--num-negatives",
+        type=int,
+        default=defaults.num_negatives,
+        help="draws for each query",
+    )
     add("--seed", type=int, default=defaults.seed)
     add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
-    add("--query", action="append", metavar="TEXT", help="a query of your own; may be repeated")
+    add("--query", action="append", metavar="TEXT", help="your own query (may be repeated)")
     parsed = parser.parse_args(arguments)
     for name in ("steps", "num_negatives"):
         if getattr(parsed, name) < 1:
@@ -272,7 +280,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the demo; `arguments` are those of the command line."""
+    """Runs the demo with the `arguments` of the command line."""
     options = _parse_arguments(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     settings = Settings(

@@ -1,6 +1,6 @@
-"""Filter functions: which items of a batch are worth a row of a cache.
+"""Filter functions, which choose the items of a batch that enter a cache.
 
-A filter's result is what `update_cache` takes as `new_items_mask`.
+The result of a filter is the argument `new_items_mask` of `update_cache`.
 """
 
 import abc
@@ -16,21 +16,22 @@ class CacheFilterFn(abc.ABC):
 
     @abc.abstractmethod
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Returns [B] bool, True for items to insert, of `new_items` (feature name -> [B, ...])."""
+        """Returns [B] bool, True for the items of `new_items` (feature -> [B, ...]) to insert."""
 
 
 class IsInCacheFilterFn(CacheFilterFn):
-    """Leaves out an item of which the cache has a row already, so that no candidate takes two rows.
+    """Leaves out items that the cache already has, so that no candidate takes two rows.
 
-    Rows that were never filled hold zeros and empty strings, and an item that looks like them is
-    left out too. Equal items of one batch do not see each other.
+    Rows that were never filled hold zeros and empty strings, and an item that equals them is left
+    out too. Items are not compared with each other, so equal items of one batch all enter the
+    cache.
 
     Args:
-      keys: the features that identify an item. An item is in the cache where one row equals it in
-        all of them.
+      keys: the features that identify an item. An item is in the cache if one row equals it in all
+        of these features.
 
     Raises:
-      ValueError: where there is no key.
+      ValueError: if there is no key.
     """
 
     def __init__(self, keys: Sequence[str]):
@@ -39,9 +40,9 @@ class IsInCacheFilterFn(CacheFilterFn):
             raise ValueError("`keys` must name at least one feature. Received none.")
 
     def __call__(self, cache: NegativeCache, new_items: Mapping[str, tf.Tensor]) -> tf.Tensor:
-        """Returns [B] bool, False where the cache has the item.
+        """Returns [B] bool, False for items that the cache has.
 
-        Takes time and memory proportional to C + B: no item is compared with every row.
+        Time and memory are proportional to C + B, because no item is compared with every row.
         """
         codes = tf.stack([self._number(cache.data, new_items, key) for key in self.keys], axis=1)
         codes = _number_rows(codes)
@@ -51,7 +52,7 @@ class IsInCacheFilterFn(CacheFilterFn):
     def _number(
         self, cache_data: Mapping[str, tf.Tensor], new_items: Mapping[str, tf.Tensor], key: str
     ) -> tf.Tensor:
-        """[C + B] int32, equal where two rows or items are equal in this feature."""
+        """Returns [C + B] int32, the same number for rows and items with equal values."""
         for what, features in (("cache", cache_data), ("new_items", new_items)):
             if key not in features:
                 raise ValueError(
@@ -69,7 +70,7 @@ class IsInCacheFilterFn(CacheFilterFn):
 
 
 def _number_rows(values: tf.Tensor) -> tf.Tensor:
-    """Numbers the distinct rows of `values` [n, ...] in order of first occurrence: [n] int32."""
+    """Numbers the distinct rows of `values` [n, ...] by first occurrence, and returns [n] int32."""
     if values.dtype == tf.bool:
         values = tf.cast(values, tf.int32)
     values = tf.reshape(values, [tf.shape(values)[0], tf.reduce_prod(tf.shape(values)[1:])])

@@ -1,8 +1,8 @@
 """Handlers: Keras layers that own the caches of a cache loss and keep them up to date.
 
-A handler computes the loss of a batch, writes the fresh embeddings that the loss returns to their
-rows, and lets the batch's positives enter the cache. The variables are those of `layers.Cache`,
-updated in place.
+A handler computes the loss of a batch and writes the fresh embeddings that the loss returns to
+their rows. Then the batch's positives enter the cache. A handler holds its caches as
+`layers.Cache`, whose variables are updated in place.
 """
 
 import types
@@ -24,7 +24,7 @@ _SOURCE = "cache"
 
 
 class _Handler(keras.layers.Layer):
-    """What the handlers share: the caches of named sources, and a step of training with them."""
+    """The base of both handlers: caches of named sources, and a training step with them."""
 
     def __init__(
         self,
@@ -42,13 +42,13 @@ class _Handler(keras.layers.Layer):
         self.embedding_key = embedding_key
         self.data_keys = data_keys
         self.use_cross_replica = use_cross_replica
-        # Not a dict, which Keras would look for layers in.
+        # Keras would search a dict for layers.
         self.cache_managers = types.MappingProxyType(dict(cache_managers))
         self._caches = {
             source: Cache(manager.specs, manager.cache_size, embedding_key, manager.use_lru)
             for source, manager in cache_managers.items()
         }
-        # TensorFlow's checkpoints leave out layers that Keras 3 finds in a dict.
+        # TensorFlow checkpoints leave out layers that Keras 3 finds in a dict.
         self._checkpointed = tf.train.Checkpoint(caches=dict(self._caches))
         self.built = True
 
@@ -63,7 +63,10 @@ class _Handler(keras.layers.Layer):
         features: Mapping[str, tf.Tensor],
         masks: Mapping[str, tf.Tensor],
     ) -> tf.Tensor:
-        """Computes the loss and updates the caches; `masks` are source -> which items enter it."""
+        """Computes the loss and updates the caches.
+
+        `masks` maps each source to [B] bool, True for the new items that enter its cache.
+        """
         new_items = self._new_items(pos_item_embeddings, features)
         loss = CacheLossReturn(
             *self.cache_loss(
@@ -100,7 +103,7 @@ class _Handler(keras.layers.Layer):
         return new_items
 
     def _refreshed_rows(self, loss: CacheLossReturn) -> dict[str, dict[str, tf.Tensor]]:
-        """Source -> the arguments of `Cache.update` that say what the loss has refreshed."""
+        """Returns source -> the arguments of `Cache.update` that write the fresh embeddings."""
         data = loss.updated_item_data or {}
         _validation.check_keys(data, self._caches, what="updated_item_data", exact=False)
         masks = loss.updated_item_mask or {}
@@ -119,21 +122,21 @@ class CacheLossHandler(_Handler):
     """Owns one cache.
 
     Args:
-      cache_manager: a `CacheManager`, which says what the cache is like.
-      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
-        keyword, and may return the updates of its only source without naming the source.
+      cache_manager: a `CacheManager` with the features and the size of the cache.
+      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called with
+        keyword arguments. It may return the updates of its only source without a source name.
       embedding_key: the feature that holds the embeddings.
-      data_keys: the features that the item network encodes. These and the embeddings are all that
-        the cache holds.
-      use_cross_replica: whether the batches of all replicas enter every replica's cache, and the
-        rows that any has refreshed are written to it, so that the caches stay equal. Each replica's
-        cache takes its own only where False, as it should with
-        `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
-        which every item would otherwise stand once a replica.
-      **kwargs: those of a Keras layer, `name` for instance.
+      data_keys: the features that the item network encodes. The cache holds exactly these features
+        and the embeddings.
+      use_cross_replica: if True, the batches of all replicas enter every replica's cache, and so do
+        the rows that any replica has refreshed. The caches stay equal. If False, each replica's
+        cache takes the batches of its own replica. Use False with
+        `DistributedCacheClassificationLoss`: it joins the caches of all replicas, so an item in
+        every cache would be a candidate several times.
+      **kwargs: arguments of a Keras layer, for instance `name`.
 
     Raises:
-      ValueError: where the features of `cache_manager` are not `data_keys` and `embedding_key`.
+      ValueError: if the features of `cache_manager` are not `data_keys` and `embedding_key`.
 
     Example:
       >>> from negative_cache.losses import CacheClassificationLoss
@@ -177,12 +180,12 @@ class CacheLossHandler(_Handler):
 
     @property
     def cache_manager(self) -> CacheManager:
-        """What the cache is like."""
+        """The manager that the handler was made with."""
         return self.cache_managers[_SOURCE]
 
     @property
     def cache(self) -> NegativeCache:
-        """The cache, whose data are the live variables."""
+        """The cache. Its data are the live variables."""
         return self._caches[_SOURCE].as_negative_cache()
 
     def update_cache_and_compute_loss(
@@ -192,12 +195,12 @@ class CacheLossHandler(_Handler):
         pos_item_embeddings: tf.Tensor,
         features: Mapping[str, tf.Tensor],
     ) -> tf.Tensor:
-        """Computes the loss of a batch against the cache as it is, then updates the cache.
+        """Computes the loss of a batch against the current cache, then updates the cache.
 
         Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`.
 
         Args:
-          item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
+          item_network: items' features (feature name -> [n, ...]) -> embeddings [n, d].
           query_embeddings: [B, d].
           pos_item_embeddings: [B, d], the embeddings of the queries' positive items.
           features: feature name -> [B, ...], the features of the positive items, with at least
@@ -207,7 +210,7 @@ class CacheLossHandler(_Handler):
           The training loss.
 
         Raises:
-          ValueError: where `features` lack a data key.
+          ValueError: if `features` lack a data key.
         """
         masks = {_SOURCE: tf.ones(tf.shape(pos_item_embeddings)[:1], tf.bool)}
         return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
@@ -225,24 +228,24 @@ class CacheLossHandler(_Handler):
 
 
 class MultiCacheLossHandler(_Handler):
-    """Owns several caches, whose candidates are negatives together.
+    """Owns several caches, whose candidates are all negatives.
 
     Args:
-      cache_managers: source -> `CacheManager`, which says what the cache of that source is like.
-      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called by
-        keyword.
+      cache_managers: source -> `CacheManager` with the features and the size of its cache.
+      cache_loss: a `losses.CacheLoss`, or any callable with its signature. It is called with
+        keyword arguments.
       embedding_key: the feature that holds the embeddings.
-      data_keys: the features that the item network encodes. These and the embeddings are all that
-        a cache holds.
-      use_cross_replica: whether the batches of all replicas enter every replica's cache, and the
-        rows that any has refreshed are written to it, so that the caches stay equal. Each replica's
-        cache takes its own only where False, as it should with
-        `DistributedCacheClassificationLoss`: its candidates are those of all replicas' caches, in
-        which every item would otherwise stand once a replica.
-      **kwargs: those of a Keras layer, `name` for instance.
+      data_keys: the features that the item network encodes. A cache holds exactly these features
+        and the embeddings.
+      use_cross_replica: if True, the batches of all replicas enter every replica's caches, and so
+        do the rows that any replica has refreshed. The caches stay equal. If False, each replica's
+        caches take the batches of its own replica. Use False with
+        `DistributedCacheClassificationLoss`: it joins the caches of all replicas, so an item in
+        every cache would be a candidate several times.
+      **kwargs: arguments of a Keras layer, for instance `name`.
 
     Raises:
-      ValueError: where there is no cache manager, or one whose features are not `data_keys` and
+      ValueError: if there is no cache manager, or one whose features are not `data_keys` and
         `embedding_key`.
     """
 
@@ -261,7 +264,7 @@ class MultiCacheLossHandler(_Handler):
 
     @property
     def cache(self) -> dict[str, NegativeCache]:
-        """Source -> the cache, whose data are the live variables."""
+        """Source -> cache. The data of a cache are the live variables."""
         return self._as_negative_caches()
 
     def update_cache_and_compute_loss(
@@ -272,25 +275,25 @@ class MultiCacheLossHandler(_Handler):
         features: Mapping[str, tf.Tensor],
         new_items_cache: str | Mapping[str, tf.Tensor] | None = None,
     ) -> tf.Tensor:
-        """Computes the loss of a batch against the caches as they are, then updates the caches.
+        """Computes the loss of a batch against the current caches, then updates the caches.
 
         Writes the summaries `cache/interpretable_prediction_loss` and `cache/staleness`.
 
         Args:
-          item_network: items' features (feature name -> [n, ...]) -> their embeddings [n, d].
+          item_network: items' features (feature name -> [n, ...]) -> embeddings [n, d].
           query_embeddings: [B, d].
           pos_item_embeddings: [B, d], the embeddings of the queries' positive items.
           features: feature name -> [B, ...], the features of the positive items, with at least
             the `data_keys`.
-          new_items_cache: which caches the positive items enter: the name of one source, or
-            source -> [B] bool mask of the items that enter it, none where a source is absent. All
-            items enter every cache where None.
+          new_items_cache: the caches that the positive items enter. It is the name of one source,
+            or source -> [B] bool mask of the items that enter its cache. No item enters the cache
+            of a source that is absent. If None, all items enter every cache.
 
         Returns:
           The training loss.
 
         Raises:
-          ValueError: where `features` lack a data key or `new_items_cache` names an unknown source.
+          ValueError: if `features` lack a data key, or `new_items_cache` names an unknown source.
         """
         masks = self._new_items_masks(new_items_cache, tf.shape(pos_item_embeddings)[:1])
         return self._step(item_network, query_embeddings, pos_item_embeddings, features, masks)
@@ -298,7 +301,7 @@ class MultiCacheLossHandler(_Handler):
     def _new_items_masks(
         self, new_items_cache: str | Mapping[str, tf.Tensor] | None, shape: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Source -> [B] bool, which new items enter it."""
+        """Returns source -> [B] bool, True for the new items that enter its cache."""
         if new_items_cache is None:
             return {source: tf.ones(shape, tf.bool) for source in self._caches}
         if not isinstance(new_items_cache, Mapping):
@@ -320,7 +323,7 @@ def _concat_replicas(value: tf.Tensor) -> tf.Tensor:
 
 
 def _concat_updates(update: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments of `Cache.update` with the rows that all replicas have refreshed."""
+    """Concatenates the arguments of `Cache.update` that write fresh rows, over all replicas."""
     data, mask = update["updated_item_data"], update["updated_item_mask"]
     return {
         "updated_item_data": {key: _concat_replicas(value) for key, value in data.items()},

@@ -1,11 +1,9 @@
 """Losses whose negatives come from caches.
 
-A loss draws one negative for each query from the softmax over all cached candidates, encodes the
-drawn ones afresh, and returns besides its value what the caches should learn: the fresh
-embeddings of the drawn rows.
+A loss draws one negative for each query from the softmax over all cached candidates, and encodes
+it again. The loss returns its value, and the fresh embeddings that the caches should store.
 
-Shapes: B queries of dimension d, C candidates in all caches together, G queries on all replicas
-together.
+Shapes: B queries of dimension d, C candidates in all caches, G queries on all replicas.
 """
 
 import abc
@@ -33,14 +31,14 @@ _Updates: TypeAlias = tuple[
 
 
 class CacheLossReturn(NamedTuple):
-    """What a cache loss returns.
+    """The result of a cache loss.
 
     Attributes:
-      training_loss: the loss to differentiate. Its value means nothing.
+      training_loss: the loss to differentiate. Its value has no meaning.
       interpretable_loss: the loss to look at, -log p⁺.
-      updated_item_data: source -> feature name -> [m, ...] new values for rows of that source.
-      updated_item_indices: source -> [m] int64, their rows in that source.
-      updated_item_mask: source -> [m] bool; entries with False must change nothing.
+      updated_item_data: source -> feature name -> [m, ...] new values for rows of this source.
+      updated_item_indices: source -> [m] int64, the rows of these values.
+      updated_item_mask: source -> [m] bool. Entries with False must change nothing.
       staleness: ‖ĝ(y) − g(y)‖² / ‖g(y)‖² of the retrieved candidates.
     """
 
@@ -66,7 +64,7 @@ class CacheLoss(abc.ABC):
         """Computes the loss of [B, d] queries and their positives [B, d].
 
         Args:
-          doc_network: candidates' features (feature name -> [B, ...]) -> their embeddings [B, d].
+          doc_network: candidates' features (feature name -> [B, ...]) -> embeddings [B, d].
           query_embeddings: [B, d].
           pos_doc_embeddings: [B, d].
           cache: source -> cache.
@@ -74,13 +72,13 @@ class CacheLoss(abc.ABC):
 
 
 class _RetrievalReturn(NamedTuple):
-    """What `AbstractCacheClassificationLoss._retrieve_from_cache` returns.
+    """The result of `AbstractCacheClassificationLoss._retrieve_from_cache`.
 
     Attributes:
       retrieved_data: feature name -> [B, ...], the features of the retrieved candidates.
-      scores: [B, n] scores of the candidates whose partition counts.
-      retrieved_indices: [B, 1] int64, places of the retrieved ones among all sources' rows.
-      retrieved_cache_embeddings: [B, d], their embeddings as cached.
+      scores: [B, n] scores of the candidates in the partition.
+      retrieved_indices: [B, 1] int64, the retrieved candidates among the rows of all sources.
+      retrieved_cache_embeddings: [B, d], the cached embeddings of the retrieved candidates.
     """
 
     retrieved_data: Mapping[str, tf.Tensor]
@@ -90,7 +88,7 @@ class _RetrievalReturn(NamedTuple):
 
 
 class _LossCalculationReturn(NamedTuple):
-    """What `AbstractCacheClassificationLoss` computes of a batch, reduced."""
+    """The result of `AbstractCacheClassificationLoss` for a batch, reduced."""
 
     training_loss: tf.Tensor
     interpretable_loss: tf.Tensor
@@ -100,21 +98,21 @@ class _LossCalculationReturn(NamedTuple):
 
 
 class AbstractCacheClassificationLoss(CacheLoss):
-    """A softmax cross-entropy over caches whose retrieval and scores a subclass says.
+    """A softmax cross-entropy over caches whose retrieval and scores a subclass defines.
 
-    The published class to inherit from: override both methods, and in `__call__` make a
-    `CacheLossReturn` of what `_calculate_training_loss_and_summaries` returns.
+    This is the published base class. Override both abstract methods. In `__call__`, make a
+    `CacheLossReturn` from the result of `_calculate_training_loss_and_summaries`.
     """
 
     @abc.abstractmethod
     def _retrieve_from_cache(
         self, query_embeddings: tf.Tensor, cache: Mapping[str, NegativeCache]
     ) -> _RetrievalReturn:
-        """Retrieves a candidate for each of [B, d] queries."""
+        """Retrieves one candidate for each of the queries [B, d]."""
 
     @abc.abstractmethod
     def _score_documents(self, query_embeddings: tf.Tensor, doc_embeddings: tf.Tensor) -> tf.Tensor:
-        """[B] scores of queries [B, d] with the candidate of each [B, d]."""
+        """Returns the [B] scores of queries [B, d] with their candidates [B, d]."""
 
     def _calculate_training_loss_and_summaries(
         self,
@@ -124,7 +122,7 @@ class AbstractCacheClassificationLoss(CacheLoss):
         cache: Mapping[str, NegativeCache],
         reducer: TensorFn | None = tf.math.reduce_mean,
     ) -> _LossCalculationReturn:
-        """The losses and the staleness of a batch, of what the subclass retrieves."""
+        """Computes the losses and the staleness for the candidates that the subclass retrieves."""
         retrieved = self._retrieve_from_cache(query_embeddings, cache)
         fresh = doc_network(retrieved.retrieved_data)
         losses = contrastive.losses_of_one_draw(
@@ -150,22 +148,22 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
 
       ŷ ~ exp ŝ(x, y) / Ẑ(x),  Ẑ(x) = Σ_y exp ŝ(x, y)            over the cached y
       p⁺ = exp s(x, y⁺) / (exp s(x, y⁺) + Ẑ(x))                   held constant
-      training loss = (1 − p⁺) (s(x, ŷ) − s(x, y⁺))               ŷ encoded afresh
+      training loss = (1 − p⁺) (s(x, ŷ) − s(x, y⁺))               ŷ encoded again
 
-    Where the cache is fresh, the expected gradient of the training loss is the gradient of −log
-    p⁺. No gradient flows into the cache. Rows that were never filled are candidates too.
+    If the cached embeddings are fresh, the expected gradient of the training loss is the gradient
+    of −log p⁺. No gradient flows into the cache. Rows that were never filled are candidates too.
 
-    Candidates are scored block by block, and no [B, C] array exists, with `top_k` over one cache,
-    and without it as long as the retrieval function is Gumbel-max at inverse temperature 1.
+    Candidates are scored block by block, without any [B, C] array, in two cases: with `top_k` over
+    one cache, and without `top_k` if the retrieval function is Gumbel-max at inverse temperature 1.
 
     Args:
       embedding_key: the feature that holds the cached embeddings, [C, d].
       data_keys: the features that `doc_network` encodes.
       score_transform: elementwise function of the inner products, for instance a division by a
-        temperature. Scores are inner products where None.
-      top_k: the number of candidates that `util.approximate_top_k_with_indices` keeps; the
-        partition and the draw are over these. It must divide C. All are kept where None.
-      reducer: function of the [B] losses. They are returned as they are where None.
+        temperature. If None, scores are inner products.
+      top_k: the number of candidates that `util.approximate_top_k_with_indices` keeps. The
+        partition and the draw are over these candidates. It must divide C. If None, all are kept.
+      reducer: function of the [B] losses. If None, the losses are returned unreduced.
     """
 
     def __init__(
@@ -192,7 +190,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         pos_doc_embeddings: tf.Tensor,
         cache: Mapping[str, NegativeCache],
     ) -> CacheLossReturn:
-        """Computes the loss, as `CacheLoss` describes it."""
+        """Computes the loss of a batch. The arguments are those of `CacheLoss`."""
         queries, positives = _check_pairs(query_embeddings, pos_doc_embeddings)
         candidates = self._candidates_of(cache, queries)
         if type(self)._retrieve_from_cache is not CacheClassificationLoss._retrieve_from_cache:
@@ -231,7 +229,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     def _retrieve_from_cache(
         self, query_embeddings: tf.Tensor, cache: Mapping[str, NegativeCache]
     ) -> _RetrievalReturn:
-        """Retrieves from all scores; the loss itself does without them where it can."""
+        """Retrieves from all scores. `__call__` avoids computing them if it can."""
         queries = tf.convert_to_tensor(query_embeddings)
         candidates = self._candidates_of(cache, queries)
         scores = self._score_all(tf.stop_gradient(queries), candidates)
@@ -243,7 +241,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     def _candidates_of(
         self, cache: Mapping[str, NegativeCache], queries: tf.Tensor
     ) -> CacheSources:
-        """The rows of all sources of a cache as one list."""
+        """Returns the rows of all sources as one list of candidates."""
         if not isinstance(cache, Mapping) or not cache:
             raise ValueError(
                 f"`cache` must map at least one source to a `NegativeCache`. Received: {cache!r}."
@@ -254,7 +252,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     def _retrieve(
         self, queries: tf.Tensor, candidates: CacheSources
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Returns the drawn candidates [B] int64, -1 where there is none, and log Ẑ [B]."""
+        """Returns the drawn candidates [B] int64, with -1 for no candidate, and log Ẑ [B]."""
         if self._samples_by_blocks():
             sample = self._sample(queries, candidates)
             return sample.indices[:, 0], sample.log_partition
@@ -314,7 +312,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
     def _draw(
         self, scores: tf.Tensor, columns: tf.Tensor | None = None
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """Lets the retrieval function choose among `scores` [B, n] of candidates `columns`."""
+        """Applies the retrieval function to `scores` [B, n] of the candidates `columns`."""
         picks = tf.convert_to_tensor(self._retrieval_fn(scores))
         if not picks.dtype.is_integer or not picks.shape.is_compatible_with([scores.shape[0], 1]):
             raise ValueError(
@@ -327,7 +325,7 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
         return indices[:, 0], tf.reduce_logsumexp(scores, axis=1)
 
     def _score_documents(self, query_embeddings: tf.Tensor, doc_embeddings: tf.Tensor) -> tf.Tensor:
-        """[B] scores of queries [B, d] with the candidate of each [B, d]."""
+        """Returns the [B] scores of queries [B, d] with their candidates [B, d]."""
         products = tf.cast(query_embeddings, tf.float32) * tf.cast(doc_embeddings, tf.float32)
         return self._transform(tf.reduce_sum(products, axis=1))
 
@@ -338,21 +336,18 @@ class CacheClassificationLoss(AbstractCacheClassificationLoss):
 class DistributedCacheClassificationLoss(CacheClassificationLoss):
     """`CacheClassificationLoss` over the union of all replicas' caches.
 
-    Each replica has rows of its own, its shard, and the candidates of every query are those of
-    all shards. It works under every `tf.distribute` strategy. Outside a replica context, or with
-    one replica, it is the plain loss.
+    The rows of each replica are its shard. Every query has the candidates of all shards. The loss
+    works under every `tf.distribute` strategy. Outside a replica context, or with one replica, it
+    equals `CacheClassificationLoss`.
 
-    1. Every replica gets all G queries, and samples its own shard for each.
-    2. The samples go to the queries' replicas, which merge them into a draw and a partition over
-    the union.
-    3. The drawn candidates go to all replicas; the owner of each sends its features back, to be
-    encoded.
-    4. The fresh embeddings go to all replicas, where the masks select what each owns. Updates
-    have G entries.
+    1. Every replica gets all G queries, and samples from its own shard for each query.
+    2. The samples go to the queries' replicas, which merge them into one draw and one partition.
+    3. The drawn candidates go to all replicas. Their owners send back the features to encode.
+    4. The fresh embeddings go to all replicas. Masks select the rows that each replica owns, so
+       updates have G entries.
 
-    A loss with `top_k` or a retrieval function of its own sees the scores of the union, shard
-    after shard, which moves G times C scores to every replica. The shards must have the same
-    size.
+    With `top_k` or another retrieval function, the loss needs the scores of the union, shard after
+    shard. It moves G times C scores to every replica. The shards must have the same size.
     """
 
     def _retrieve(
@@ -361,9 +356,11 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         batch = _GlobalBatch(queries)
         if not self._samples_by_blocks():
             scores = self._score_all(batch.values, candidates)
-            return self._retrieve_from_scores(batch.own(util.cross_replica_concat(scores, axis=1)))
+            return self._retrieve_from_scores(
+                batch.local_part(util.cross_replica_concat(scores, axis=1))
+            )
         sample = self._sample(batch.values, candidates)
-        by_shard = SoftmaxSample(*(batch.stack_own(values) for values in sample))
+        by_shard = SoftmaxSample(*(batch.stack_local_parts(values) for values in sample))
         merged = merge_samples(
             [
                 _shift(
@@ -382,7 +379,10 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
         columns = tf.range(tf.shape(indices, out_type=tf.int64)[0])
         where = tf.stack([owners, columns], axis=1)
         features = candidates.gather(rows)
-        return {key: tf.gather_nd(batch.stack_own(part), where) for key, part in features.items()}
+        return {
+            key: tf.gather_nd(batch.stack_local_parts(part), where)
+            for key, part in features.items()
+        }
 
     def _updates(self, indices: tf.Tensor, fresh: tf.Tensor, candidates: CacheSources) -> _Updates:
         rows = _rows_of_own_shard(util.cross_replica_concat(indices, axis=0), candidates)
@@ -391,10 +391,10 @@ class DistributedCacheClassificationLoss(CacheClassificationLoss):
 
 
 class _GlobalBatch:
-    """A [B, ...] tensor of this replica among those of all replicas, whose B may differ.
+    """The `local` tensors [B, ...] of all replicas, where B may differ between replicas.
 
     Attributes:
-      values: [G, ...], the tensors of all replicas.
+      values: [G, ...], the tensors of all replicas, concatenated.
     """
 
     def __init__(self, local: tf.Tensor):
@@ -403,24 +403,24 @@ class _GlobalBatch:
         sizes = util.cross_replica_concat(self._size[tf.newaxis], axis=0)
         self._start = tf.reduce_sum(sizes[: util.replica_id()])
 
-    def own(self, values: tf.Tensor) -> tf.Tensor:
-        """[B, ...], this replica's entries of `values` [G, ...]."""
+    def local_part(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns [B, ...], the entries of `values` [G, ...] that belong to this replica."""
         return values[self._start : self._start + self._size]
 
-    def stack_own(self, values: tf.Tensor) -> tf.Tensor:
-        """[replicas, B, ...], each replica's `values` [G, ...] at this replica's entries."""
+    def stack_local_parts(self, values: tf.Tensor) -> tf.Tensor:
+        """Returns [replicas, B, ...], this replica's entries of all replicas' `values` [G, ...]."""
         stacked = util.cross_replica_concat(values[tf.newaxis], axis=0)
         return stacked[:, self._start : self._start + self._size]
 
 
 def _rows_of_own_shard(indices: tf.Tensor, candidates: CacheSources) -> tf.Tensor:
-    """Turns candidates of the union [n] into candidates of this replica's shard, -1 for others."""
+    """Converts candidates [n] of the union to rows of this replica's shard, or -1."""
     rows = indices - tf.cast(util.replica_id(), tf.int64) * candidates.size
     return tf.where((indices >= 0) & (rows >= 0) & (rows < candidates.size), rows, -1)
 
 
 def _shift(sample: SoftmaxSample, offset: int | tf.Tensor) -> SoftmaxSample:
-    """Moves the indices of a sample by `offset`, except the -1 that stand for no draw."""
+    """Adds `offset` to the indices of a sample, except to -1, which stands for no draw."""
     is_draw = sample.indices >= 0
     return sample._replace(indices=tf.where(is_draw, sample.indices + offset, sample.indices))
 

@@ -1,4 +1,4 @@
-"""Keras metrics that Keras does not have."""
+"""Metrics that Keras lacks: a mean that may be empty, and the latest value."""
 
 import tensorflow as tf
 
@@ -23,10 +23,10 @@ class TrainingMean(RunningMean):
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class Latest(TrainingMean):
-    """The last value it was given, for quantities whose average over an epoch says nothing.
+class LatestValue(TrainingMean):
+    """The latest value, for quantities whose mean over an epoch is meaningless.
 
-    It outlasts the end of an epoch, until there is a new one.
+    The value is kept across epochs, until there is a new one.
     """
 
     def update_state(

@@ -20,35 +20,39 @@ _INPUTS = "inputs"
 class DualEncoder(_compat.Model):
     """A two-tower model that `fit` trains on pairs of a query and its positive candidate.
 
-    A batch is a dictionary, alone or as the first of (x, y, sample_weight); y is ignored:
+    A batch is a dictionary, alone or as x of (x, y, sample_weight). The model ignores y. Entries:
 
-    * `"query"`: features of B queries, what `query_network` takes.
-    * `"candidate"`: features of N >= B candidates; row i is the positive of query i.
+    * `"query"`: features of B queries for `query_network`.
+    * `"candidate"`: features of N >= B candidates. Row i is the positive of query i.
     * `"negative"`, optional: features [B, M, ...] of M explicit negatives of each query. Lists of
-      different length are `tf.RaggedTensor`s, or padded, with a `"negative_mask"` [B, M] bool.
-      Where the features have the task's `candidate_id_key`, those that are a positive of their
-      query are left out with `remove_accidental_hits` or `"known_positive_ids"`.
-    * `"known_positive_ids"`, optional: [B, P] ids of further right candidates of each query, see
+      different lengths are `tf.RaggedTensor`s, or padded tensors with a `"negative_mask"` [B, M]
+      bool. If the features include the task's `candidate_id_key`, then `remove_accidental_hits` or
+      `"known_positive_ids"` leaves out negatives that are positives of their query.
+    * `"known_positive_ids"`, optional: [B, P] ids of further positives of each query, see
       `CachedRetrieval`.
     * `"candidate_sampling_probability"`, optional: [N] float, see `CachedRetrieval`.
 
-    Compile it with an optimizer and no loss: the task is the loss. Calling the model returns the
-    embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
+    Compile the model with an optimizer and without a loss, because the task computes the loss.
+    Calling the model returns the embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
 
-    It is saved as any Keras model is, with the cache unless the task has `save_cache=False`. To
-    load a `.keras` file, towers that are classes of your own and functions such as a
-    `score_transform` must be known to Keras (`keras.saving.register_keras_serializable`,
-    `get_config`), and the two towers must not share layers, unless they are one and the same:
-    `save` refuses those. `.weights.h5` files have no such conditions. `docs/saving.md` has a table
-    of all formats.
+    Save the model like any Keras model. The cache is saved too, unless the task has
+    `save_cache=False`. A `.keras` file can be loaded under these conditions:
+
+    * Keras must know your own tower classes and functions such as a `score_transform`
+      (`keras.saving.register_keras_serializable`, `get_config`).
+    * The two towers share no layers, or they are the same object.
+
+    `save` refuses towers that share layers. `.weights.h5` files have no such conditions.
+    `docs/saving.md` has a table of all formats.
 
     Args:
       query_network: layer or model, query features -> [B, d].
-      candidate_network: layer or model, candidate features -> [N, d]; the one that `task` has.
-      task: a `CachedRetrieval` whose `reduction` is not "none".
+      candidate_network: layer or model, candidate features -> [N, d]. It is the candidate network
+        of `task`.
+      task: a `CachedRetrieval` or `Retrieval` whose `reduction` is not "none".
 
     Raises:
-      ValueError: where the task's loss is not a scalar.
+      ValueError: if the task's loss is not a scalar.
 
     Example:
       >>> task = CachedRetrieval(candidate_tower, specs, cache_size=65536)
@@ -84,10 +88,10 @@ class DualEncoder(_compat.Model):
             "query": _towers.embed(self.query_network, inputs["query"], training),
             "candidate": _towers.embed(self.candidate_network, inputs["candidate"], training),
         }
-        # A cache that is to be restored from a checkpoint must be there before it is used.
+        # The cache must exist before a checkpoint can restore it.
         self.task.build_cache(embeddings["candidate"].shape[1])
         if "negative" in inputs:
-            negatives, _ = _padded(inputs["negative"])
+            negatives, _ = _pad(inputs["negative"])
             embeddings["negative"] = self._embed_negatives(negatives, training)
         return embeddings
 
@@ -99,9 +103,9 @@ class DualEncoder(_compat.Model):
         sample_weight: tf.Tensor | None = None,
         training: bool = True,
     ) -> tf.Tensor:
-        """The task's loss on the embeddings `y_pred` of a batch `x`."""
+        """Computes the task's loss on the embeddings `y_pred` of a batch `x`."""
         del y
-        # Keras always passes both, and has these defaults.
+        # The defaults are those of Keras, which always passes both arguments.
         assert x is not None and y_pred is not None
         loss = self.task(
             y_pred["query"],
@@ -110,13 +114,13 @@ class DualEncoder(_compat.Model):
             sample_weight=sample_weight,
             candidate_sampling_probability=x.get("candidate_sampling_probability"),
             negative_embeddings=y_pred.get("negative"),
-            **self._about_negatives(x),
+            **self._negatives_arguments(x),
             training=training,
             compute_metrics=not training,
         )
         if self.task.reduction != "sum":
             loss = _compat.scale_loss_for_distribution(loss)
-        # Regularizers, and what layers of the towers have added.
+        # The losses of regularizers, and losses that layers of the towers have added.
         for extra in self.losses:
             loss += _compat.scale_loss_for_distribution(tf.cast(extra, loss.dtype))
         return loss
@@ -133,7 +137,7 @@ class DualEncoder(_compat.Model):
         return {
             **super().get_config(),
             "query_network": serialize(self.query_network),
-            # None stands for the network of the task, of which there must not be two.
+            # None stands for the task's network, so that loading does not create a second one.
             "candidate_network": None if same else serialize(self.candidate_network),
             "task": serialize(self.task),
         }
@@ -150,11 +154,11 @@ class DualEncoder(_compat.Model):
     def get_build_config(self) -> dict[str, str] | None:
         if self._input_specs is None:
             return None
-        return {_INPUTS: json.dumps(_describe(self._input_specs))}
+        return {_INPUTS: json.dumps(_describe_specs(self._input_specs))}
 
     def build_from_config(self, config: Mapping[str, str] | None) -> None:
         if config and _INPUTS in config:
-            self(_example(json.loads(config[_INPUTS])), training=False)
+            self(_example_batch(json.loads(config[_INPUTS])), training=False)
 
     def save(self, filepath: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Writes the model as `keras.Model.save` does, if it can be trained on after loading.
@@ -172,17 +176,17 @@ class DualEncoder(_compat.Model):
     ) -> None:
         """Writes a SavedModel with the endpoints `embed_query` and `embed_candidate` and no cache.
 
-        The inputs of the endpoints' signatures have the names of the features, "features" where a
-        tower takes a single tensor.
+        The inputs of the endpoints have the names of the features. The input of a tower that takes
+        a single tensor is called "features".
 
         Args:
           filepath: the folder to write.
-          format: "tf_saved_model", the only one.
+          format: "tf_saved_model", the only supported format.
           **kwargs: further arguments of `keras.export.ExportArchive.write_out`.
 
         Raises:
-          ValueError: where the model has not seen a batch yet, so that the features are unknown, or
-            `format` is another one.
+          ValueError: if the model has not seen a batch yet, so that the features are unknown, or if
+            `format` is not supported.
         """
         if format != "tf_saved_model":
             raise ValueError(f"`format` must be 'tf_saved_model'. Received: {format!r}.")
@@ -193,26 +197,26 @@ class DualEncoder(_compat.Model):
         archive = keras.export.ExportArchive()
         for name, network in (("query", self.query_network), ("candidate", self.candidate_network)):
             archive.track(network)
-            # Traced here: Keras 3 would take no specs of ragged and sparse features.
-            function = _towers.compile_tower(network, [_with_names(self._input_specs[name])])
+            # Traced here, because Keras 3 takes no specs of ragged and sparse features.
+            function = _towers.compile_tower(network, [_name_specs(self._input_specs[name])])
             function.get_concrete_function()
             archive.add_endpoint(f"embed_{name}", function)
         archive.write_out(str(filepath), **kwargs)
 
-    def _about_negatives(self, inputs: Mapping[str, Features]) -> dict[str, tf.Tensor | None]:
-        """What a batch says of explicit negatives and of further positives."""
+    def _negatives_arguments(self, inputs: Mapping[str, Features]) -> dict[str, tf.Tensor | None]:
+        """Returns the task's arguments about explicit negatives and known positives of a batch."""
         known = {"known_positive_ids": inputs.get("known_positive_ids")}
         if "negative" not in inputs:
             return known
-        negatives, mask = _padded(inputs["negative"])
+        negatives, mask = _pad(inputs["negative"])
         if mask is not None and "negative_mask" in inputs:
             raise ValueError('Ragged lists need no "negative_mask". Received both.')
         key = self.task.candidate_id_key
-        ids = None if key is None else _features.named(negatives).get(key)
+        ids = None if key is None else _features.as_dict(negatives).get(key)
         return {**known, "negative_ids": ids, "negative_mask": inputs.get("negative_mask", mask)}
 
     def _embed_negatives(self, features: Features, training: bool | None) -> tf.Tensor:
-        """[B, M, d] embeddings of features [B, M, ...]."""
+        """Returns [B, M, d] embeddings of features [B, M, ...]."""
         flat = tf.nest.map_structure(_merge_first_dimensions, features)
         embeddings = _towers.embed(self.candidate_network, flat, training)
         batch_and_count = tf.shape(tf.nest.flatten(features)[0])[:2]
@@ -248,8 +252,11 @@ def _has_state(layer: keras.layers.Layer) -> bool:
     return hasattr(layer, "save_assets") and layer.get_config().get("vocabulary") is None
 
 
-def _padded(features: Features) -> tuple[Features, tf.Tensor | None]:
-    """Features [B, M, ...] of which some are ragged, padded; and [B, M] bool, which are there."""
+def _pad(features: Features) -> tuple[Features, tf.Tensor | None]:
+    """Pads ragged features, and returns features [B, M, ...] and a mask [B, M] bool of real rows.
+
+    The mask is None if no feature is ragged.
+    """
     ragged = [part for part in tf.nest.flatten(features) if isinstance(part, tf.RaggedTensor)]
     if not ragged:
         return features, None
@@ -267,12 +274,12 @@ def _padded(features: Features) -> tuple[Features, tf.Tensor | None]:
 
 
 def _merge_first_dimensions(values: tf.Tensor) -> tf.Tensor:
-    """[B, M, ...] -> [B * M, ...]."""
+    """Reshapes [B, M, ...] to [B * M, ...]."""
     return tf.reshape(values, tf.concat([[-1], tf.shape(values)[2:]], axis=0))
 
 
-def _with_names(specs: Specs) -> Specs:
-    """Specs of features with their names, which are those of the signature's inputs then."""
+def _name_specs(specs: Specs) -> Specs:
+    """Gives the specs of features their names, which become the names of a signature's inputs."""
     if not isinstance(specs, Mapping):
         return specs
     return {
@@ -299,28 +306,28 @@ def _check_inputs(inputs: Mapping[str, Features]) -> None:
     if unknown or ("negative_mask" in inputs and "negative" not in inputs):
         raise ValueError(
             'A batch has "query" and "candidate", and may have'
-            f' {sorted(_OPTIONAL)}, the mask with "negative" only. Received: {sorted(inputs)}.'
+            f' {sorted(_OPTIONAL)}, the mask only with "negative". Received: {sorted(inputs)}.'
         )
 
 
-def _describe(specs: Specs | list[Specs] | tuple[Specs, ...]) -> dict[str, Any] | list:
-    """The shapes and dtypes of features, a nest of them, as JSON values."""
+def _describe_specs(specs: Specs | list[Specs] | tuple[Specs, ...]) -> dict[str, Any] | list:
+    """Describes the shapes and dtypes of a nest of features by JSON values."""
     if isinstance(specs, Mapping):
-        return {name: _describe(part) for name, part in specs.items()}
+        return {name: _describe_specs(part) for name, part in specs.items()}
     if isinstance(specs, list | tuple):
-        return [_describe(part) for part in specs]
+        return [_describe_specs(part) for part in specs]
     description = [specs.shape.as_list(), specs.dtype.name]
     if isinstance(specs, tf.RaggedTensorSpec):
         return [specs.ragged_rank, "ragged", *description]
     return ["sparse", *description] if isinstance(specs, tf.SparseTensorSpec) else description
 
 
-def _example(description: dict[str, Any] | list) -> Features | list[Features]:
-    """A batch of one row of the features that `_describe` has described."""
+def _example_batch(description: dict[str, Any] | list) -> Features | list[Features]:
+    """Makes a batch of one row of the features that `_describe_specs` has described."""
     if isinstance(description, Mapping):
-        return {name: _example(part) for name, part in description.items()}
+        return {name: _example_batch(part) for name, part in description.items()}
     if not isinstance(description[-1], str):
-        return [_example(part) for part in description]
+        return [_example_batch(part) for part in description]
     *kind, shape, dtype = description
     shape = [size or 1 for size in shape]
     values = tf.fill(shape, "") if dtype == "string" else tf.zeros(shape, dtype)

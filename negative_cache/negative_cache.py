@@ -2,7 +2,7 @@
 
 A negative cache holds the features and embeddings of C candidates (Lindgren, Reddi, Guo and
 Kumar, "Efficient Training of Retrieval Models using Negative Cache", NeurIPS 2021).
-`layers.Cache` has the same semantics, and updates variables in place instead.
+`layers.Cache` has the same semantics, but updates variables in place.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class NegativeCache(NamedTuple):
 
     Attributes:
       data: feature name -> [C, ...] tensor or variable.
-      age: [C] int32, the number of updates since each row was touched.
+      age: [C] int32, the number of cache updates since each row was inserted or updated.
     """
 
     data: Mapping[str, tf.Tensor]
@@ -32,16 +32,16 @@ class NegativeCache(NamedTuple):
 
 
 class CacheManager:
-    """Makes and updates caches of one size and kind.
+    """Makes and updates caches with the same features and size.
 
     Args:
       specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype).
       cache_size: C, the number of rows.
-      use_lru: whether updating a row makes it young again, so that the row *used* longest ago is
-        replaced first. Rows are replaced in order of insertion where False.
+      use_lru: if True, updating a row resets its age, so that the least recently *used* row is
+        replaced first. If False, rows are replaced in the order of insertion.
 
     Raises:
-      ValueError: where `specs` are no specs or `cache_size` is not positive.
+      ValueError: if `specs` are not specs of features, or `cache_size` is not positive.
 
     Example:
       >>> manager = CacheManager({"id": tf.io.FixedLenFeature([], tf.int64)}, cache_size=3)
@@ -61,7 +61,7 @@ class CacheManager:
         self.use_lru = use_lru
 
     def init_cache(self) -> NegativeCache:
-        """Returns a cache of zeros, or empty strings, and of age 0."""
+        """Returns a cache of zeros, or empty strings, with all ages 0."""
         data = {
             key: tf.zeros(tf.TensorShape([self.cache_size]).concatenate(spec.shape), spec.dtype)
             for key, spec in self.specs.items()
@@ -78,26 +78,28 @@ class CacheManager:
         updated_item_indices: tf.Tensor | None = None,
         updated_item_mask: tf.Tensor | None = None,
     ) -> NegativeCache:
-        """Updates existing rows, then lets each new item replace the oldest row that is left.
+        """Updates existing rows, then replaces the oldest rows by new items.
 
-        Every age grows by one. Then updated rows get age 0 (with LRU), and then new items go, in
-        their order, to the oldest rows, the smallest row first among equal ages, which get age 0.
+        1. Every age grows by one.
+        2. Updated rows get their new values and, with LRU, age 0.
+        3. New items replace the oldest rows in order, each item the oldest row that is left. Among
+           rows of equal age the smallest row comes first. The replaced rows get age 0.
 
         Args:
-          cache: what to update. It is left as it is.
+          cache: the cache to update. It does not change.
           new_items: feature name -> [n, ...] new candidates, n <= C, with exactly the cache's
-            features; none where None.
-          new_items_mask: [n] bool; items with False are not inserted.
+            features. If None, nothing is inserted.
+          new_items_mask: [n] bool. Items with False are not inserted.
           updated_item_data: feature name -> [m, ...] new values of existing rows, for any of the
-            cache's features; none where None.
-          updated_item_indices: [m] int, their rows.
-          updated_item_mask: [m] bool; entries with False change nothing, whatever their row.
+            cache's features. If None, no row is updated.
+          updated_item_indices: [m] int, the rows to update.
+          updated_item_mask: [m] bool. Entries with False change nothing, whatever their row.
 
         Returns:
           The updated cache.
 
         Raises:
-          ValueError: where names, dtypes or shapes do not match the specs, or n exceeds the cache.
+          ValueError: if names, dtypes or shapes do not match the specs, or n > C.
         """
         _validation.check_keys(cache.data, self.specs, what="cache.data", exact=True)
         if new_items is not None:

@@ -1,7 +1,7 @@
-"""Retrieval functions: which candidate of a row of scores a query takes as its negative.
+"""Retrieval functions, which choose the negative of a query by the scores of all candidates.
 
-A retrieval function is any callable scores [B, C] -> indices [B, 1]. A loss's `_retrieval_fn` may
-be replaced by one.
+A retrieval function is any callable scores [B, C] -> indices [B, 1]. It may replace the
+`_retrieval_fn` of a loss.
 """
 
 import abc
@@ -15,21 +15,21 @@ class AbstractRetrievalFn(tf.Module, metaclass=abc.ABCMeta):
 
     @abc.abstractmethod
     def __call__(self, scores: tf.Tensor) -> tf.Tensor:
-        """Returns the [B, 1] int64 picks from `scores` [B, C]."""
+        """Returns [B, 1] int64, the column of `scores` [B, C] that each query picks."""
 
 
 class MaxScoreRetrievalFn(AbstractRetrievalFn):
     """Picks the highest score: the hardest negative."""
 
     def __call__(self, scores: tf.Tensor) -> tf.Tensor:
-        """Returns argmax_y s(x, y), the first among equals: [B, 1] int64 from `scores` [B, C]."""
+        """Returns [B, 1] int64, argmax_y s(x, y) of `scores` [B, C], the first of equal scores."""
         return tf.argmax(scores, axis=1, output_type=tf.int64)[:, tf.newaxis]
 
 
 class GumbelMaxRetrievalFn(AbstractRetrievalFn):
     """Draws candidate y with probability exp(β s(x, y)) / Σ_y' exp(β s(x, y')).
 
-    argmax_y (β s(x, y) + G_y) with independent standard Gumbel variables G_y has exactly that law.
+    argmax_y (β s(x, y) + G_y) with independent standard Gumbel variables G_y has exactly this law.
 
     Args:
       inv_temp: β, a number or a scalar tensor or variable.
@@ -40,7 +40,7 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
         self.inv_temp = inv_temp
 
     def __call__(self, scores: tf.Tensor) -> tf.Tensor:
-        """Returns one draw for every query: [B, 1] int64 from `scores` [B, C]."""
+        """Returns [B, 1] int64, one draw for every query from `scores` [B, C]."""
         scores = tf.convert_to_tensor(scores)
         noise = tf.cast(_sample_gumbel(tf.shape(scores)), scores.dtype)
         perturbed = tf.cast(self.inv_temp, scores.dtype) * scores + noise
@@ -48,9 +48,10 @@ class GumbelMaxRetrievalFn(AbstractRetrievalFn):
 
 
 def _sample_gumbel(shape: tf.Tensor) -> tf.Tensor:
-    """[…] float32 standard Gumbel variables of a shape, -log(-log(U)) with U uniform on (0, 1).
+    """Returns [shape] float32 Gumbel variables, -log(-log(U)) with U uniform on (0, 1).
 
-    Called once a retrieval. Code may replace it, to fix the noise in a test for instance.
+    It is called once for each retrieval. Users may patch it, for instance to fix the noise in a
+    test.
     """
     tiny = np.finfo(np.float32).tiny
     return -tf.math.log(-tf.math.log(tf.random.uniform(shape, minval=tiny)))
@@ -62,8 +63,8 @@ _own_sample_gumbel = _sample_gumbel
 def draws_from_softmax(retrieval_fn: object) -> bool:
     """Whether `retrieval_fn` is known to draw from the softmax of the scores.
 
-    A sampler that never holds all the scores may then stand in for it. Gumbel noise that somebody
-    has patched must be used, so it counts as unknown.
+    A sampler that never holds all scores may then replace it. If `_sample_gumbel` is patched, the
+    patched noise must be used, so the answer is False.
     """
     if type(retrieval_fn) is not GumbelMaxRetrievalFn:
         return False

@@ -1,4 +1,4 @@
-"""What the losses and handlers share: approximate top-k, and the tensors of all replicas."""
+"""Functions that losses and handlers share: approximate top-k, and gathering over replicas."""
 
 import tensorflow as tf
 
@@ -8,8 +8,8 @@ def approximate_top_k_with_indices(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Keeps the best candidate of each of k equal runs of candidates.
 
-    The candidates are grouped in column order: run i holds the columns [i C / k, (i + 1) C / k).
-    The best candidate of all is always kept.
+    Run i holds the columns from i C / k to below (i + 1) C / k. The best candidate of all is always
+    kept.
 
     Args:
       negative_scores: [B, C] scores.
@@ -17,10 +17,10 @@ def approximate_top_k_with_indices(
 
     Returns:
       scores: [B, k], the highest score of each run.
-      indices: [B, k] int64, their columns, the smallest one among equals.
+      indices: [B, k] int64, the columns of these scores. Of equal scores the first one is kept.
 
     Raises:
-      ValueError: where `negative_scores` is no matrix or `k` does not divide C.
+      ValueError: if `negative_scores` is not a matrix, or `k` does not divide C.
     """
     negative_scores = tf.convert_to_tensor(negative_scores)
     if negative_scores.shape.rank != 2:
@@ -43,12 +43,12 @@ def approximate_top_k_with_indices(
 def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) -> tf.Tensor:
     """Concatenates the tensors of all replicas, in the order of the replicas.
 
-    Outside a replica context, or with one replica, returns `tensor`. Gradients flow back to the
-    replica whose part they belong to, summed over the replicas that used it. Sizes along `axis`
-    may differ between replicas.
+    Outside a replica context, or with one replica, it returns `tensor`. Gradients of a
+    part flow back to its replica, summed over the replicas that used it. Sizes along `axis` may
+    differ between replicas.
 
     Args:
-      tensor: a tensor of any dtype, strings included, of known rank.
+      tensor: a tensor of known rank and any dtype, including string.
       axis: the axis to concatenate along.
       name: a name for the operation.
 
@@ -56,7 +56,7 @@ def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) 
       The concatenation, the same on all replicas.
 
     Raises:
-      ValueError: where `tensor` has no such axis.
+      ValueError: if `tensor` has no such axis.
     """
     with tf.name_scope(name or "cross_replica_concat"):
         tensor = tf.convert_to_tensor(tensor)
@@ -80,13 +80,13 @@ def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) 
 
 
 def num_replicas() -> int:
-    """The number of replicas whose tensors can be gathered here; 1 outside a replica context."""
+    """Returns the number of replicas to gather from, which is 1 outside a replica context."""
     context = tf.distribute.get_replica_context()
     return 1 if context is None else context.num_replicas_in_sync
 
 
 def replica_id() -> tf.Tensor:
-    """Scalar int32, which of the `num_replicas()` this is."""
+    """Returns the number of this replica among `num_replicas()`, a scalar int32."""
     if num_replicas() == 1:
         return tf.constant(0)
     return tf.convert_to_tensor(tf.distribute.get_replica_context().replica_id_in_sync_group)
@@ -97,7 +97,7 @@ def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
 
 
 def _carrier_dtype(dtype: tf.DType) -> tf.DType:
-    """The dtype that holds every value of `dtype` and that collective operations can carry."""
+    """Returns a dtype for collective operations that holds every value of `dtype`."""
     if dtype in (tf.float16, tf.float32, tf.float64, tf.int32, tf.int64):
         return dtype
     if dtype.is_floating:
@@ -106,7 +106,7 @@ def _carrier_dtype(dtype: tf.DType) -> tf.DType:
 
 
 def _gather_strings(strings: tf.Tensor, axis: int) -> tf.Tensor:
-    """Gathers strings as bytes, padded to the longest: collective operations carry numbers."""
+    """Gathers strings as padded bytes, because collective operations only carry numbers."""
     lengths = _all_gather(tf.strings.length(strings), axis)
     longest = tf.maximum(tf.reduce_max(lengths), 1)
     codes = tf.io.decode_raw(strings, tf.uint8, fixed_length=longest)

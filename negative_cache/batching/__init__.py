@@ -1,20 +1,20 @@
-"""Which pairs share a batch: batches of similar pairs have hard in-batch negatives.
+"""Batches of similar pairs, which have hard in-batch negatives.
 
 Global contrastive batch sampling (Sachidananda, Yang and Zhu, ICML 2023, arXiv 2210.12874) orders
-all pairs (x_i, y_i) so that those whose queries score high with each other's candidates are near
-one another, and cuts the order into batches. The model and the loss stay as they are.
+all pairs (x_i, y_i) so that pairs whose queries score high with each other's candidates are close
+together. Then it cuts the order into batches. The model and the loss do not change.
 
 | Step | Module |
 | --- | --- |
-| Features of pairs are checked, and their ids read | `pairs`, `ids` |
-| Embeddings become a graph of neighbors, and the graph an order | `order` |
-| Batches are grown on the graph, if wanted | `grow` |
-| Pairs that would be false negatives of each other are moved apart | `keep_apart` |
-| The steps of an epoch, by one plan | `plan` |
-| The batches of `fit`: of pairs in memory, or of shards of a dataset | `batches`, `shards` |
+| Check the features of pairs, and read their ids | `pairs`, `ids` |
+| Make a graph of neighbors from embeddings, and an order from the graph | `order` |
+| Grow batches on the graph, if wanted | `grow` |
+| Move pairs apart that would be false negatives of each other | `keep_apart` |
+| Plan an epoch, and make its batches | `plan` |
+| Yield the batches of `fit`, of pairs in memory or of shards of a dataset | `batches`, `shards` |
 
-N pairs, batches of B, embeddings of dimension d. Modules other than `order`, `plan` and what uses
-them know rows only, in NumPy.
+Shapes: N pairs, batches of B pairs, embeddings of dimension d. The modules `grow` and
+`keep_apart` only work with rows in NumPy, not with features or embeddings.
 """
 
 from negative_cache.batching.batches import GlobalContrastiveBatches

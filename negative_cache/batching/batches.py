@@ -1,4 +1,4 @@
-"""`GlobalContrastiveBatches`: the batches of `fit`, and when an epoch of them begins."""
+"""`GlobalContrastiveBatches`, a Keras dataset that orders pairs again between epochs."""
 
 import dataclasses
 import threading
@@ -10,7 +10,7 @@ import tensorflow as tf
 from negative_cache import _features, _validation
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache._features import Features
-from negative_cache._towers import TowerPair, differ
+from negative_cache._towers import TowerPair, weights_differ
 from negative_cache.batching import keep_apart
 from negative_cache.batching.ids import Ids
 from negative_cache.batching.pairs import check_dataset, check_pairs
@@ -29,68 +29,70 @@ class _DatedOrder:
 
 
 class GlobalContrastiveBatches(keras.utils.Sequence):
-    """Batches of similar pairs for `fit`, embedded and ordered anew between epochs.
+    """Batches of similar pairs for `fit`, embedded and ordered again between epochs.
 
-    A Keras `PyDataset` (Keras 2: `Sequence`) over features in memory, of batches
-    `{"query": …, "candidate": …}` as `DualEncoder` takes them. When an epoch begins, all pairs are
-    embedded with the towers as they are now and ordered by `contrastive_order`; the order is cut
-    into batches from a random place on; and the batches come in random sequence. What shares a
-    batch is chosen, what is in an epoch is not: each pair once. `from_dataset` does the same with
-    shards of a dataset that memory does not hold.
+    It is a Keras `PyDataset` (Keras 2: `Sequence`) over features in memory. The batches
+    `{"query": …, "candidate": …}` are those that `DualEncoder` takes. When an epoch begins:
 
-    The loss and the task stay as they are: a cache brings more negatives to such batches as to any
-    other. See docs/contrastive_batches.md for where they help and where they do not.
+    1. The towers embed all pairs with their current weights.
+    2. `contrastive_order` orders the pairs.
+    3. The order is cut into batches, from a random place on.
+    4. The batches come in random sequence. Each pair is in one batch of the epoch.
 
-    Batches are made in the thread that reads them, one at a time. A new epoch begins where every
-    batch has been read and the weights of the towers have changed; so only `fit`, or a loop of your
-    own, should read them while it trains. Leave `workers` at 1 (Keras 2: in
-    `fit`): more threads read ahead into the next epoch, whose order they would make with unfinished
-    weights. Processes cannot share the towers.
+    `from_dataset` does the same with shards of a dataset that does not fit into memory.
+
+    The loss and the task do not change. A cache adds negatives to these batches as to any others.
+    See docs/contrastive_batches.md for when they help and when they do not.
+
+    Batches are made in the thread that reads them, one at a time. A new epoch begins when every
+    batch has been read and the weights of the towers have changed. So during training only `fit`,
+    or your own loop, should read batches. Leave `workers` at 1 (Keras 2: in `fit`), because more
+    threads would read ahead into the next epoch and order it with unfinished weights. Processes
+    cannot share the towers.
 
     Under a `tf.distribute` strategy each replica gets a run of neighboring pairs of each batch.
 
     Args:
-      model: has `query_network` and `candidate_network`, as a `DualEncoder` has, or is the pair of
-        both; under a strategy, in its scope.
-      pairs: `{"query": …, "candidate": …}`: arrays or tensors of N rows, strings too, or nests of
-        them. Other entries, such as "negative", come along.
+      model: a model with `query_network` and `candidate_network`, such as a `DualEncoder`, or the
+        pair of both. Under a strategy, create this object in its scope.
+      pairs: `{"query": …, "candidate": …}`, arrays or tensors of N rows, or nests of them. Strings
+        are allowed. Other entries, such as "negative", are passed on with the batches.
       batch_size: B.
       num_neighbors: see `contrastive_order`.
       quantile: see `contrastive_order`.
-      start_epoch: the first epoch with ordered batches; those before are shuffled.
-      initial_epoch: how many epochs were trained before, if this goes on with an earlier training:
-        epochs are counted from there.
-      every: embed and order at every so many epochs; those between have the last order, cut at
-        another random place.
-      random_fraction: share of the batches whose pairs are shuffled among them, against
-        overfitting to batches that are hard for the sake of noise; or a function of the epoch, for
-        a schedule.
-      group_size: how many similar pairs a batch has together, a divisor of B; the batch is made of
-        random groups. None is B: all pairs of a batch are similar. With few of them a query has
+      start_epoch: the first epoch with ordered batches. Earlier epochs have shuffled batches.
+      initial_epoch: the number of epochs of an earlier training that this one continues.
+      every: the number of epochs from one ordering to the next. The epochs in between cut the last
+        order at another random place.
+      random_fraction: the share of batches whose pairs are shuffled among them. It helps against
+        overfitting to batches that are hard because of noise. It may be a function of the epoch.
+      group_size: the number of similar pairs in a group, a divisor of B. A batch is made of random
+        groups. If None, it is B, so all pairs of a batch are similar. With small groups a query has
         some hard negatives and many easy ones, see docs/contrastive_batches.md.
-      grow: see `contrastive_order`; grown groups are much harder. They begin at another place of
-        the order in each epoch.
-      candidate_id_key: name of the candidate feature that identifies candidates, "candidate" where
-        there is only one. Pairs that share one are kept apart, as by `contrastive_order` with
-        `candidate_ids`. If nothing is given, that of `model.task`.
-      candidate_ids: [N] ids of candidates that are not one of their features.
-      query_id_key: name of the query feature that identifies queries, such as a user's id, where
-        they have several positives, "query" where there is only one; see `query_ids` of
-        `contrastive_order`.
-      query_ids: [N] ids of queries that are not one of their features.
-      drop_remainder: whether to leave out the last, smaller batch, of other pairs in each epoch.
-      batches_per_epoch: how many batches to have in an epoch of Keras, where it is not all of them.
-        It replaces `steps_per_epoch` of `fit`; pairs are still used once before any is used twice,
-        and "epoch" in the arguments above means a pass over all pairs, that is embedded and ordered
-        when the epoch of Keras begins in which it does.
-      index: a `TreeIndex` to search with, of a capacity of at least N; it is filled at every
-        ordering. Worth it from some hundred thousand pairs on.
-      embedding_batch_size: features embedded at a time.
-      seed: of all that is random.
-      verbose: 1 shows progress bars of embedding and of ordering.
+      grow: see `contrastive_order`. Grown groups are much harder. In each epoch they start at
+        another place of the order.
+      candidate_id_key: name of the candidate feature that identifies candidates. It is "candidate"
+        if there is only one feature. Pairs with the same candidate are kept apart, as by
+        `candidate_ids` of `contrastive_order`. If neither this nor `candidate_ids` is given, the
+        key of `model.task` is used.
+      candidate_ids: [N] ids of candidates, if they are not a feature.
+      query_id_key: name of the query feature that identifies queries, such as a user's id. Needed
+        if queries have several positives, see `query_ids` of `contrastive_order`. It is "query" if
+        there is only one feature.
+      query_ids: [N] ids of queries, if they are not a feature.
+      drop_remainder: whether to leave out the last, smaller batch. Its pairs differ between epochs.
+      batches_per_epoch: the number of batches in an epoch of Keras, if it is not all of them. It
+        replaces `steps_per_epoch` of `fit`. Every pair is still used once before any is used twice.
+        Then "epoch" in the arguments above means a pass over all pairs. Pairs are embedded and
+        ordered for a pass at the start of the Keras epoch in which the pass begins.
+      index: a `TreeIndex` to search with, with a capacity of at least N. It is filled at every
+        ordering. It pays off from several hundred thousand pairs.
+      embedding_batch_size: the number of rows that are embedded at a time.
+      seed: the seed of all random choices.
+      verbose: 1 shows progress bars of embedding and ordering.
 
     Raises:
-      ValueError: where features do not fit or an argument is out of range.
+      ValueError: if features do not match or an argument is out of range.
 
     Example:
       >>> pairs = {"query": queries, "candidate": {"title": titles}}
@@ -154,8 +156,8 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
                 )
         if candidate_ids is None:
             candidate_id_key = candidate_id_key or _task_key(model)
-        self._ids = Ids.of(self._pairs, query_id_key, candidate_id_key)
-        given = Ids.given(num_pairs, query_ids, candidate_ids)
+        self._ids = Ids.from_features(self._pairs, query_id_key, candidate_id_key)
+        given = Ids.from_arrays(num_pairs, query_ids, candidate_ids)
         if query_ids is not None:
             self._ids = dataclasses.replace(self._ids, queries=given.queries)
         if candidate_ids is not None:
@@ -166,16 +168,16 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         if batches_per_epoch is not None:
             self._num_batches = _validation.check_count(batches_per_epoch, "batches_per_epoch")
         self._lock = threading.Lock()
-        # Of the epoch of Keras, and those that are left for the next ones.
+        # The batches of this epoch of Keras, and the batches that are left for the next epochs.
         self._batches: list[np.ndarray] = []
-        self._left: list[np.ndarray] = []
+        self._remaining_batches: list[np.ndarray] = []
         self._epoch = _validation.check_count(initial_epoch, "initial_epoch", at_least=0)
         self._last_order: _DatedOrder | None = None
         # The weights when the epoch of Keras began.
         self._weights: list[int] | None = None
-        self._is_due, self._is_trained = True, False
-        self._unread: set[int] = set()
-        self._before = self._state()
+        self._epoch_is_due, self._has_trained = True, False
+        self._unread_batches: set[int] = set()
+        self._state_before_epoch = self._state()
 
     @staticmethod
     def from_dataset(
@@ -198,29 +200,30 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         seed: int = 0,
         verbose: int = 0,
     ) -> tf.data.Dataset:
-        """A dataset of batches of similar pairs, from single pairs too many to hold in memory.
+        """Makes a dataset of batches of similar pairs, from more single pairs than memory holds.
 
-        At each pass, `shard_size` pairs at a time are read, embedded with the towers as they are
-        then, ordered, and yielded as batches in random sequence. The rest of a shard that fills no
-        batch goes to the next shard. In memory are a shard and its copy while it is put together.
-        Shards are consecutive pairs: where neighbors in the file are alike, shuffle the
-        dataset first, so that shards are samples of all pairs; a `shuffle` that reshuffles makes
-        other shards at each pass.
+        Each pass reads `shard_size` pairs at a time. It embeds them with the current weights of the
+        towers, orders them, and yields them as batches in random sequence. Pairs of a shard that do
+        not fill a batch go to the next shard. Memory holds one shard, and a copy while the shard is
+        put together. Shards are consecutive pairs. If neighbors in the file are similar, shuffle
+        the dataset first, so that shards are samples of all pairs. A `shuffle` that reshuffles
+        makes other shards in each pass.
 
-        `fit` on a model that is not built reads the first batch of a pass in vain, under Keras 3:
-        call it on a batch first, to save the embedding of a shard. For `steps_per_epoch`, repeat
-        the result; it is read ahead, so that the first shard of a pass may be embedded some steps
-        before the last pass ends.
+        Under Keras 3, `fit` on a model that is not built reads the first batch of a pass and
+        discards it. Call the model on a batch first to save the embedding of a shard. With
+        `steps_per_epoch`, repeat the result. It is read ahead, so the first shard of a pass may be
+        embedded some steps before the last pass ends.
 
         Args:
           model: see the class.
           dataset: single pairs `{"query": …, "candidate": …}` of dense features, re-iterable and
             finite.
           batch_size: B.
-          shard_size: pairs that are ordered together, rounded up to parts of 1024 or fewer.
+          shard_size: the number of pairs that are ordered together. It is rounded up to equal parts
+            of at most 1024 pairs.
           num_neighbors: see the class.
           quantile: see the class.
-          start_epoch: the first pass with ordered batches; in those before, shards are shuffled.
+          start_epoch: the first pass with ordered batches. In earlier passes shards are shuffled.
           initial_epoch: see the class.
           random_fraction: see the class.
           group_size: see the class.
@@ -236,7 +239,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
           A dataset of batches, re-iterable.
 
         Raises:
-          ValueError: where an argument is out of range, or an element is not such a pair.
+          ValueError: if an argument is out of range, or `dataset` does not hold such pairs.
         """
         candidate_id_key = candidate_id_key or _task_key(model)
         spec = check_dataset(dataset, query_id_key, candidate_id_key)
@@ -287,80 +290,86 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         return self._num_batches
 
     def __getitem__(self, index: int) -> Features:
-        """Batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
+        """Returns batch `index` of the epoch: features as in `pairs`, of B rows or the rest."""
         with self._lock:
-            if self._is_due:
+            if self._epoch_is_due:
                 self._begin_epoch()
             rows = self._batches[index]
-            self._unread.discard(index % self._num_batches)
+            self._unread_batches.discard(index % self._num_batches)
         return _features.take(self._pairs, rows)
 
     def __iter__(self) -> Iterator[Features]:
-        """The batches of an epoch, for a loop of your own; the next one begins another epoch."""
+        """Yields the batches of an epoch, for your own loop. The next loop begins another epoch."""
         for index in range(self._num_batches):
             yield self[index]
         self.on_epoch_end()
 
     def on_epoch_begin(self) -> None:
-        # Keras 3 only. It has looked at batches, and then callbacks may have loaded weights.
+        # Only Keras 3 calls this. It has already read batches, and since then callbacks may have
+        # loaded weights.
         with self._lock:
-            if self._is_due or self._is_trained:
+            if self._epoch_is_due or self._has_trained:
                 return
-            self._unread = set(range(self._num_batches))
+            self._unread_batches = set(range(self._num_batches))
             if self._maker.towers.have_changed(self._weights):
                 self._restart()
 
     def on_epoch_end(self) -> None:
         with self._lock:
-            if self._is_due or not self._maker.towers.have_changed(self._weights):
-                # Nothing has been trained: the batches are still to be used.
+            if self._epoch_is_due or not self._maker.towers.have_changed(self._weights):
+                # There was no training, so the batches are still unused.
                 return
-            self._is_trained = True
-            # With `steps_per_epoch` Keras 3 goes on with what is left, Keras 2 with a new iterator.
-            self._is_due = IS_KERAS_2 or not self._unread
+            self._has_trained = True
+            # With `steps_per_epoch` Keras 3 continues its iterator, Keras 2 makes a new one.
+            self._epoch_is_due = IS_KERAS_2 or not self._unread_batches
 
     def restart(self) -> None:
-        """Makes the next batch begin the epoch anew, ordered by the weights of then.
+        """Restarts the epoch at the next batch, with an order by the weights at that time.
 
-        For the cases that are not noticed: `fit` was interrupted in the middle of an epoch and is
-        called again; or, under Keras 2, a callback such as `BackupAndRestore` has loaded weights
-        when training began. Then it belongs into a callback after it:
-        `LambdaCallback(on_train_begin=lambda logs: batches.restart())`. Training that a callback
-        stops in the middle of an epoch is interrupted, too.
+        Call it in these cases, which are not detected:
+
+        * `fit` was interrupted in the middle of an epoch and is called again. A callback that stops
+          training in the middle of an epoch is an interruption too.
+        * Under Keras 2, a callback such as `BackupAndRestore` loads weights when training begins.
+          Then restart in a later callback:
+          `LambdaCallback(on_train_begin=lambda logs: batches.restart())`.
         """
         with self._lock:
             self._restart()
 
     def _restart(self) -> None:
-        if not self._is_due:
-            self._epoch, self._left, self._last_order = self._before
-            self._is_due = True
+        if not self._epoch_is_due:
+            self._epoch, self._remaining_batches, self._last_order = self._state_before_epoch
+            self._epoch_is_due = True
 
     def _state(self) -> tuple[int, list[np.ndarray], _DatedOrder | None]:
-        return self._epoch, self._left, self._last_order
+        return self._epoch, self._remaining_batches, self._last_order
 
     def embed(self) -> tuple[np.ndarray, np.ndarray]:
-        """[N, d] float32 embeddings of the queries and of the candidates, by the towers of now."""
+        """Returns [N, d] float32 embeddings of the queries, and of the candidates."""
         return self._maker.embed(self._pairs)
 
     @property
     def order(self) -> np.ndarray | None:
-        """[N] int64, the last order of the pairs; None where there is none, as before the first."""
+        """[N] int64, the last order of the pairs, or None before the first ordering."""
         return None if self._last_order is None else self._last_order.order.rows
 
     def _begin_epoch(self) -> None:
-        self._before = self._state()
+        self._state_before_epoch = self._state()
         self._maker.towers.build(self._pairs)
         self._weights = weights = self._maker.towers.fingerprint()
-        batches = self._left
+        batches = self._remaining_batches
         while len(batches) < self._num_batches:
-            batches = [*batches, *self._pass(weights)]
-        self._batches, self._left = batches[: self._num_batches], batches[self._num_batches :]
-        self._is_due, self._is_trained = False, False
-        self._unread = set(range(self._num_batches))
+            batches = [*batches, *self._next_pass(weights)]
+        self._batches, self._remaining_batches = (
+            batches[: self._num_batches],
+            batches[self._num_batches :],
+        )
+        self._epoch_is_due, self._has_trained = False, False
+        self._unread_batches = set(range(self._num_batches))
 
-    def _pass(self, weights: list[int]) -> list[np.ndarray]:
-        """Rows of the batches of the next pass over all pairs."""
+    def _next_pass(self, weights: list[int]) -> list[np.ndarray]:
+        """Returns the rows of each batch of the next pass over all pairs."""
         epoch, maker = self._epoch, self._maker
         order = Order(np.arange(_features.num_rows(self._pairs)))
         if maker.plan.random_fraction_of(epoch) < 1.0:
@@ -374,9 +383,9 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
         return batches[: maker.plan.num_batches(len(order.rows))]
 
     def _is_outdated(self, last: _DatedOrder, epoch: int, weights: list[int]) -> bool:
-        return epoch - last.epoch >= self._every and differ(weights, last.weights)
+        return epoch - last.epoch >= self._every and weights_differ(weights, last.weights)
 
 
 def _task_key(model: TowerPair) -> str | None:
-    """The `candidate_id_key` of a model's task, if it has one."""
+    """Returns the `candidate_id_key` of a model's task, if it has one."""
     return getattr(getattr(model, "task", None), "candidate_id_key", None)

@@ -1,7 +1,7 @@
-"""Batches grown on the neighbor graph, from an order that says where to begin (*ours*).
+"""Batches grown on the neighbor graph, with first pairs taken from an order (*ours*).
 
-A cut of an order of small bandwidth leaves most edges of a graph of embeddings outside of batches:
-such a graph has no narrow band. Growing keeps several times as many inside.
+A graph of embeddings has no narrow band. If an order of small bandwidth is cut into batches, most
+edges of the graph connect different batches. Growing keeps several times as many edges inside.
 """
 
 import heapq
@@ -9,36 +9,37 @@ import heapq
 import numpy as np
 import scipy.sparse
 
-from negative_cache.batching.ids import NOT_KNOWN, Ids, OpenBatch
+from negative_cache.batching.ids import UNKNOWN_IDS, Ids, OpenBatch
 
-# Where nobody has neighbors in a batch: how far to look for somebody who can come.
-_NUM_LOOKED_AT = 256
+# If no remaining pair has neighbors in a batch, this many pairs are tried.
+_SEARCH_LENGTH = 256
 
 
 def grow_batches(
     graph: scipy.sparse.csr_matrix,
     order: np.ndarray,
     batch_size: int,
-    ids: Ids = NOT_KNOWN,
+    ids: Ids = UNKNOWN_IDS,
 ) -> np.ndarray:
     """Reorders pairs so that each run of `batch_size` has many edges inside.
 
-    A batch begins with the first pair of the order that is in none yet, and takes, one by one, the
-    pair with the most neighbors in it, of equals the first in the order. Where no pair left has a
-    neighbor in it, it goes on with the first of the order, or of those after it.
+    A batch begins with the first pair of the order that is in no batch yet. Then it takes one pair
+    after the other, each time the pair with the most neighbors in the batch. Among equal pairs it
+    takes the first in the order. If no remaining pair has a neighbor in the batch, it takes the
+    first remaining pair of the order that `ids` admit.
 
     Args:
       graph: [N, N], symmetric.
       order: [N] int, a permutation.
       batch_size: B.
-      ids: a pair is not taken for its neighbors where its candidate is a positive of a query in the
-        batch, or a candidate in the batch one of its query.
+      ids: the ids of the pairs. A pair is not admitted if its candidate is a positive of a query in
+        the batch, or if a candidate in the batch is a positive of its query.
 
     Returns:
-      [N] int64, a permutation; the last batch is shorter where B does not divide N.
+      [N] int64, a permutation. The last batch is shorter if B does not divide N.
     """
     num_pairs = len(order)
-    # Pairs are their places in the order from here on, so that the first is the smallest.
+    # From here on a pair is its place in the order, so that the first pair is the smallest number.
     graph = graph[order][:, order]
     starts, neighbors = graph.indptr.tolist(), graph.indices.tolist()
     batch = OpenBatch(ids, order)
@@ -54,7 +55,7 @@ def grow_batches(
             if place is None:
                 while is_taken[first]:
                     first += 1
-                place = _first_that_can_come(first, is_taken, batch)
+                place = _first_admissible(first, is_taken, batch)
             is_taken[place] = True
             batch.add(place)
             places.append(place)
@@ -68,19 +69,19 @@ def grow_batches(
 def _pop_best(
     heap: list[tuple[int, int]], counts: dict[int, int], is_taken: list[bool], batch: OpenBatch
 ) -> int | None:
-    """The pair with the most neighbors inside, if there is one that can come."""
+    """Removes and returns the admissible pair with the most neighbors in the batch, if any."""
     while heap:
         count, place = heapq.heappop(heap)
-        # A pair is in the heap once for each of its counts; the last one stands.
+        # The heap has an entry for each earlier count of a pair. Only the last count is valid.
         is_current = -count == counts[place] and not is_taken[place]
         if is_current and batch.can_take(place):
             return place
     return None
 
 
-def _first_that_can_come(first: int, is_taken: list[bool], batch: OpenBatch) -> int:
-    """The first pair from one on that can come; that one where none near it can."""
-    for place in range(first, min(first + _NUM_LOOKED_AT, len(is_taken))):
+def _first_admissible(first: int, is_taken: list[bool], batch: OpenBatch) -> int:
+    """Returns the first admissible pair from `first` on, or `first` if the search finds none."""
+    for place in range(first, min(first + _SEARCH_LENGTH, len(is_taken))):
         if not is_taken[place] and batch.can_take(place):
             return place
     return first

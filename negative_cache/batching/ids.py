@@ -1,4 +1,4 @@
-"""Which pairs share a query or a candidate, and which may therefore not share a batch."""
+"""Ids of queries and candidates, which decide whether pairs may share a batch."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,32 +17,33 @@ IdValues: TypeAlias = np.ndarray | tf.Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Ids:
-    """Who the queries and candidates of N pairs are: [N] int64 codes from 0 on, None if not known.
+    """The ids of the queries and candidates of N pairs, as [N] int64 codes from 0 on.
 
-    Candidates that are not known are all different, as are queries.
+    Codes are None if the ids are unknown. Unknown candidates count as different, and so do unknown
+    queries.
     """
 
     queries: np.ndarray | None = None
     candidates: np.ndarray | None = None
 
     @classmethod
-    def given(
+    def from_arrays(
         cls, num_pairs: int, query_ids: IdValues | None, candidate_ids: IdValues | None
     ) -> "Ids":
-        """Of ids [N], integers or strings."""
+        """Makes codes of ids [N], which are integers or strings."""
         return cls(
             _codes(query_ids, num_pairs, "query_ids"),
             _codes(candidate_ids, num_pairs, "candidate_ids"),
         )
 
     @classmethod
-    def of(
+    def from_features(
         cls,
         pairs: Mapping[str, Features],
         query_id_key: str | None,
         candidate_id_key: str | None,
     ) -> "Ids":
-        """Of the features of pairs."""
+        """Makes codes of the features that are ids."""
         return cls(
             _codes_of(pairs["query"], query_id_key, "query"),
             _codes_of(pairs["candidate"], candidate_id_key, "candidate"),
@@ -50,11 +51,11 @@ class Ids:
 
 
 class OpenBatch:
-    """A batch that is being filled: it knows which pairs it can take.
+    """A batch that is being filled, and knows which pairs it can take.
 
     Args:
-      ids: of the pairs.
-      order: [N] int; pairs are places in it from here on.
+      ids: the ids of all pairs.
+      order: [N] int, a permutation. The methods take places in this order.
     """
 
     def __init__(self, ids: Ids, order: np.ndarray):
@@ -78,13 +79,13 @@ class OpenBatch:
         self._positives_inside |= self._positives[place]
 
     def can_take(self, place: int) -> bool:
-        """Whether no query would get one of its positives as a negative."""
+        """Whether no query gets one of its positives as a negative if this pair is added."""
         is_positive = self._candidates[place] in self._positives_inside
         return not is_positive and self._positives[place].isdisjoint(self._inside)
 
 
 def _codes_of(features: Features, key: str | None, name: str) -> np.ndarray | None:
-    """[N] int64 codes of the feature that `{name}_id_key` names; None where it is None."""
+    """Returns [N] int64 codes of the feature `key`, or None if `key` is None."""
     if key is None:
         return None
     values = _features.id_feature(features, key, name)
@@ -92,16 +93,16 @@ def _codes_of(features: Features, key: str | None, name: str) -> np.ndarray | No
 
 
 def _codes(ids: IdValues | None, num_pairs: int, name: str) -> np.ndarray | None:
-    """[N] int64 codes from 0 on."""
+    """Checks ids [N] and returns [N] int64 codes from 0 on."""
     if ids is None:
         return None
     ids = to_numpy(ids)
     if ids.shape != (num_pairs,) or ids.dtype.kind not in "iuO":
         raise ValueError(
-            f"`{name}` must be integers or strings of shape [{num_pairs}]. (A column of integers in"
-            f" which some are missing is of floats.) Received dtype {ids.dtype}, shape {ids.shape}."
+            f"`{name}` must be integers or strings of shape [{num_pairs}]. (A column of integers"
+            f" with missing values has floats.) Received dtype {ids.dtype}, shape {ids.shape}."
         )
     return np.unique(ids, return_inverse=True)[1].astype(np.int64)
 
 
-NOT_KNOWN = Ids()
+UNKNOWN_IDS = Ids()

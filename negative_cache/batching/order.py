@@ -1,4 +1,4 @@
-"""From embeddings of pairs to an order in which similar pairs are near one another.
+"""The order of similar pairs, computed from their embeddings.
 
 `contrastive_order` and `neighbor_graph` are public, as names of `batching`.
 """
@@ -41,43 +41,44 @@ def contrastive_order(
     seed: int = 0,
     verbose: int = 0,
 ) -> np.ndarray:
-    """Orders N pairs so that similar ones are near one another.
+    """Orders N pairs so that similar pairs are close together.
 
-    It is the reverse Cuthill-McKee order of `neighbor_graph`, which makes the bandwidth of that
-    graph small. The pairs are shuffled first, so that pairs alike in everything are in random
-    order. Where the shuffled order happens to have the smaller bandwidth, as it may if all
-    embeddings are equal, it is the result.
+    It is the reverse Cuthill-McKee order of `neighbor_graph`, which makes the bandwidth of this
+    graph small. The pairs are shuffled first, so that equivalent pairs are in random order. If the
+    shuffled order has the smaller bandwidth, for instance because all embeddings are equal, the
+    result is the shuffled order.
 
     Args:
-      query_embeddings: [N, d] float, one row a pair.
-      candidate_embeddings: [N, d] float; row i is the positive of query i.
-      num_neighbors: the largest similarities of a row to keep, at most.
-      quantile: keep only similarities above this quantile of all with other candidates, in [0, 1).
-        None keeps `num_neighbors` of every row.
-      candidate_ids: [N] integers or strings, of candidates that are in several pairs: the neighbors
-        are then different candidates, each by one of its pairs. With `batch_size` no two pairs of
-        one candidate are in one batch: a pair waits for a later one. Where an id is in more pairs
-        than there are batches for, as few as can be share one, with a warning.
-      query_ids: [N] integers or strings, of queries that are in several pairs: pairs with a
-        candidate that is a positive of the query are not its neighbors, nor the reverse, and with
-        `batch_size` few of them share a batch. A query that has more than 4 · `num_neighbors`
-        positives around it is left with fewer neighbors.
-      batch_size: the batches that the order will be cut into, if `candidate_ids` are to be kept
-        apart in them, or for `grow`.
-      grow: whether to fill batches, one after the other, with the pairs that have the most
-        neighbors in them, and not with consecutive ones of the order. It puts several times as many
-        neighbors into shared batches; the bandwidth of the result is not small. Needs `batch_size`.
-      index: a `TreeIndex` to search with, approximately, instead of all candidates. It is filled
-        with them; what it held is gone.
-      block_size: candidates scored at a time. Chosen where None.
-      seed: of all that is random; the result is a function of it and the embeddings.
+      query_embeddings: [N, d] float, one row for each pair.
+      candidate_embeddings: [N, d] float. Row i is the positive of query i.
+      num_neighbors: the maximum number of neighbors of a row, which are its largest similarities.
+      quantile: keep only similarities above this quantile of all similarities with other
+        candidates, in [0, 1). If None, every row keeps `num_neighbors`.
+      candidate_ids: [N] integers or strings, needed if candidates are in several pairs. Then the
+        neighbors are different candidates, each represented by one of its pairs. With `batch_size`,
+        no two pairs of one candidate share a batch, because a pair waits for a later batch. If an
+        id is in more pairs than there are batches, as few as possible share one, and there is a
+        warning.
+      query_ids: [N] integers or strings, needed if queries are in several pairs. Then two pairs are
+        not neighbors if one pair's candidate is a positive of the other's query. With `batch_size`,
+        few such pairs share a batch. A query with more than 4 · `num_neighbors` positives around it
+        has fewer neighbors.
+      batch_size: the size of the batches that the order will be cut into. Needed to keep ids apart
+        in batches, and for `grow`.
+      grow: if True, each batch is filled with the pairs that have the most neighbors in it, instead
+        of consecutive pairs of the order. Several times as many neighbors share a batch, but the
+        bandwidth of the result is not small. Needs `batch_size`.
+      index: a `TreeIndex` for an approximate search, instead of scoring all candidates. It is
+        filled with the candidates, and its previous content is lost.
+      block_size: the number of candidates that are scored at a time. Chosen if None.
+      seed: the seed of all random choices. The result is a function of the seed and the embeddings.
       verbose: 1 shows a progress bar.
 
     Returns:
       [N] int64, a permutation of the rows.
 
     Raises:
-      ValueError: where shapes do not fit, an embedding is not finite, or an argument is out of
+      ValueError: if shapes do not match, an embedding is not finite, or an argument is out of
         range.
     """
     if batch_size is not None:
@@ -99,7 +100,7 @@ def contrastive_order(
     order = order_of(graph, seed)
     if batch_size is None:
         return order
-    ids = Ids.given(len(order), query_ids, candidate_ids)
+    ids = Ids.from_arrays(len(order), query_ids, candidate_ids)
     keep_apart.warn_of_conflicts(ids, batch_size)
     if grow:
         order = grow_batches(graph, order, batch_size, ids)
@@ -119,16 +120,19 @@ def neighbor_graph(
     seed: int = 0,
     verbose: int = 0,
 ) -> scipy.sparse.csr_matrix:
-    """The graph that `contrastive_order` orders: which pairs are each other's hard negatives.
+    """Makes the graph that `contrastive_order` orders, which joins each other's hard negatives.
 
-    Pairs i and j are joined where f(x_i)·g(y_j) is one of the `num_neighbors` largest entries of
-    row i of f(X) g(Y)ᵀ without positives, and above the quantile, or the same with i and j
-    exchanged. With `candidate_ids` the entries are those of different candidates, and j is one of
-    the pairs of the candidate (`_pairs_of`). Of the rows that have j among their largest entries,
-    only the 4 · `num_neighbors` count that have it highest among them (*ours*): a graph with pairs
-    that are neighbors of nearly all has no order of small bandwidth. Rows all of whose neighbors
-    are such have none, then: where embeddings of candidates differ much in length, many. Arguments
-    and errors are those of `contrastive_order`.
+    Pairs i and j are joined if f(x_i)·g(y_j) is one of the `num_neighbors` largest entries of row i
+    of f(X) g(Y)ᵀ without positives, and above the quantile, or the same with i and j exchanged.
+    With `candidate_ids` the entries are of different candidates, and j is one of the pairs of the
+    candidate (`_pairs_of`).
+
+    At most 4 · `num_neighbors` rows can choose the same j: those in which j ranks highest (*ours*).
+    Otherwise some pairs would be neighbors of almost all pairs, and then no order has a small
+    bandwidth. A row has no neighbors if it loses all its choices in this way. Many rows do if the
+    embeddings of candidates differ much in length.
+
+    Arguments and errors are those of `contrastive_order`.
 
     Returns:
       [N, N] bool, symmetric, without a diagonal. `bandwidth(graph, order)` measures an order of it.
@@ -142,11 +146,11 @@ def neighbor_graph(
     candidates = check_embeddings(candidate_embeddings, "`candidate_embeddings`")
     if queries.shape != candidates.shape:
         raise ValueError(
-            "`query_embeddings` and `candidate_embeddings` must have the same shape, a row a pair."
+            "`query_embeddings` and `candidate_embeddings` must have the same shape."
             f" Received shapes: {queries.shape} and {candidates.shape}."
         )
     num_pairs = len(queries)
-    ids = Ids.given(num_pairs, query_ids, candidate_ids)
+    ids = Ids.from_arrays(num_pairs, query_ids, candidate_ids)
     if num_pairs < 2:
         return scipy.sparse.csr_matrix((num_pairs, num_pairs), dtype=bool)
     codes = np.arange(num_pairs) if ids.candidates is None else ids.candidates
@@ -155,7 +159,7 @@ def neighbor_graph(
     threshold = -math.inf
     if quantile is not None:
         threshold = graphs.similarity_quantile(queries, candidates, quantile, rng, codes)
-    # From here on candidate c is the c-th of different ones.
+    # From here on candidate c is the c-th distinct candidate.
     _, first = np.unique(codes, return_index=True)
     if len(first) < num_pairs:
         candidates = tf.gather(candidates, first)
@@ -172,7 +176,7 @@ def neighbor_graph(
 
 
 def order_of(graph: scipy.sparse.csr_matrix, seed: int) -> np.ndarray:
-    """[N] int64, the order of small bandwidth that `contrastive_order` describes."""
+    """Returns [N] int64, the order of small bandwidth that `contrastive_order` describes."""
     order = np.random.default_rng(seed).permutation(graph.shape[0])
     if not graph.nnz:
         return order
@@ -206,8 +210,8 @@ def check_embeddings(
 
     Args:
       values: [N, d] float.
-      name: what they are, for errors.
-      row_numbers: [N] int, for errors; 0, …, N - 1 where None.
+      name: the name of the values, for errors.
+      row_numbers: [N] int, the numbers of the rows, for errors. If None, they are 0, …, N - 1.
     """
     values = tf.convert_to_tensor(values)
     if values.shape.rank != 2 or not values.dtype.is_floating:
@@ -221,7 +225,7 @@ def check_embeddings(
         row = int(np.argmin(is_finite))
         number = row if row_numbers is None else int(row_numbers[row])
         raise ValueError(
-            f"{name} must be finite, and so their squared lengths. Received"
+            f"{name} and their squared lengths must be finite. Received"
             f" {np.sum(~is_finite)} rows that are not, the first of them row {number}:"
             f" {values[row].numpy()}."
         )
@@ -233,24 +237,27 @@ class _Positives:
 
     Args:
       queries: [N] int, the query of each pair.
-      candidates: [N] int, its candidate, below C.
+      candidates: [N] int, the candidate of each pair, from 0 to below C.
     """
 
     def __init__(self, queries: np.ndarray, candidates: np.ndarray):
         self.num_candidates = int(candidates.max()) + 1
         self._queries, self._candidates = queries, candidates
         self._keys = np.unique(queries * self.num_candidates + candidates)
-        # The most that a query has.
+        # The largest number of positives of a query.
         self.most = int(np.bincount(self._keys // self.num_candidates).max())
 
     def include(self, rows: slice, found: np.ndarray) -> np.ndarray:
-        """[B, k] bool: whether candidates [B, k], or -1, are positives of the pairs' queries."""
+        """Returns [B, k] bool, whether candidates [B, k] are positives of the rows' queries.
+
+        The result for a candidate of -1 has no meaning.
+        """
         return self._are_known(self._queries[rows, np.newaxis] * self.num_candidates + found)
 
-    def are_of(self, others: np.ndarray) -> np.ndarray:
-        """[N, k] bool: whether each pair's candidate is a positive of other pairs' queries."""
+    def are_of(self, pairs: np.ndarray) -> np.ndarray:
+        """Returns [N, k] bool, whether a row's candidate is a positive of the queries of pairs."""
         candidates = self._candidates[:, np.newaxis]
-        return self._are_known(self._queries[others] * self.num_candidates + candidates)
+        return self._are_known(self._queries[pairs] * self.num_candidates + candidates)
 
     def _are_known(self, keys: np.ndarray) -> np.ndarray:
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
@@ -258,7 +265,7 @@ class _Positives:
 
 
 def _exact_search(candidates: tf.Tensor, block_size: int | None) -> _Search:
-    """Finds the nearest of all candidates: queries [B, d], k -> scores and indices [B, k]."""
+    """Makes a search that scores all candidates."""
     compiled = _compiled_search(candidates.shape[1], block_size)
     return lambda queries, k: compiled(queries, candidates, tf.constant(k))
 
@@ -267,7 +274,7 @@ def _exact_search(candidates: tf.Tensor, block_size: int | None) -> _Search:
 def _compiled_search(
     dim: int, block_size: int | None
 ) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]:
-    """`nearest_candidates`, compiled once for any number of queries and candidates."""
+    """Compiles `nearest_candidates` once for any number of queries and candidates."""
     embeddings = tf.TensorSpec([None, dim], tf.float32)
     return tf.function(
         lambda queries, candidates, k: graphs.nearest_candidates(
@@ -278,7 +285,7 @@ def _compiled_search(
 
 
 def _index_search(index: TreeIndex, candidates: tf.Tensor, verbose: int) -> _Search:
-    """The same by an index."""
+    """Fills an index with the candidates and makes a search with it."""
     index.index(candidates, verbose=verbose)
     return index.top_k
 
@@ -291,18 +298,21 @@ def _neighbors(
     threshold: float,
     verbose: int,
 ) -> np.ndarray:
-    """[N, k] int32: the candidates nearest to each query but its positives; -1 for none.
+    """Finds the candidates nearest to each query, without its positives.
 
     Args:
-      search: queries [B, d], k -> scores and indices [B, k], of the C candidates.
+      search: queries [B, d], k -> scores and indices [B, k] of the C candidates.
       queries: [N, d] float32.
       positives: the `_Positives` of the queries.
       num_neighbors: k.
-      threshold: what scores are above.
+      threshold: a neighbor must have a higher score.
       verbose: 1 shows a progress bar.
+
+    Returns:
+      [N, k] int32 candidates, with -1 for no candidate.
     """
     num_pairs, dim = queries.shape
-    # Positives are found, too. Queries with a great many are left with fewer neighbors.
+    # The search finds positives too. Queries with very many positives get fewer neighbors.
     k = num_neighbors + min(positives.most, 4 * num_neighbors)
     k = min(k, positives.num_candidates)
     neighbors = np.full([num_pairs, min(num_neighbors, k)], -1, np.int32)
@@ -312,7 +322,7 @@ def _neighbors(
         rows = slice(start, min(start + step, num_pairs))
         scores, found = (values.numpy() for values in search(queries[rows], k))
         is_neighbor = (found >= 0) & (scores > threshold) & ~positives.include(rows, found)
-        # The neighbors first, in the order of their scores.
+        # Neighbors come first, in the order of their scores.
         best = np.argsort(~is_neighbor, axis=1, kind="stable")[:, :num_neighbors]
         found = np.take_along_axis(np.where(is_neighbor, found, -1), best, axis=1)
         neighbors[rows, : found.shape[1]] = found
@@ -322,17 +332,20 @@ def _neighbors(
 
 
 def _pairs_of(neighbors: np.ndarray, codes: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """[N, k]: a pair of each neighboring candidate; -1 for none.
+    """Chooses a pair for each neighboring candidate.
 
-    The pairs of each candidate are numbered, at random. Pair number r of one gets as neighbors the
-    pairs number r of others, modulo how many they have. So pairs with the same number, which are of
-    different candidates, make a graph of their own where candidates are equally frequent: they fill
-    batches in which no candidate is there twice.
+    The pairs of each candidate are numbered at random. The neighbors of pair number r of a
+    candidate are pairs number r of other candidates, modulo the number of their pairs. Pairs with
+    the same number have different candidates. If all candidates are equally frequent, these pairs
+    form a graph of their own, and fill batches in which no candidate occurs twice.
 
     Args:
-      neighbors: [N, k] int, candidates; -1 for none.
+      neighbors: [N, k] int candidates, with -1 for no candidate.
       codes: [N] int, the candidate of each pair.
-      rng: numbers the pairs.
+      rng: the generator that numbers the pairs.
+
+    Returns:
+      [N, k] int pairs, with -1 for no pair.
     """
     shuffled = rng.permutation(len(codes))
     numbers = np.empty(len(codes), np.int64)

@@ -1,7 +1,7 @@
-"""The plan of an epoch, and the maker of batches that goes by it.
+"""The plan of an epoch, and the maker of batches that follows it.
 
-`BatchPlan` is what the user has asked for, checked; `BatchMaker` takes pairs from embeddings over
-an order to batches. It knows no epochs of Keras and no datasets: `batches` and `shards` do.
+`BatchPlan` holds the user's arguments and checks them. `BatchMaker` embeds pairs, orders them and
+cuts the order into batches. Epochs of Keras and datasets are the subject of `batches` and `shards`.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from negative_cache._features import Features
 from negative_cache._towers import TowerPair, Towers
 from negative_cache.batching import keep_apart
 from negative_cache.batching.grow import grow_batches
-from negative_cache.batching.ids import NOT_KNOWN, Ids
+from negative_cache.batching.ids import UNKNOWN_IDS, Ids
 from negative_cache.batching.order import (
     check_embeddings,
     check_index,
@@ -30,12 +30,12 @@ from negative_cache.layers.tree_index import TreeIndex
 
 @dataclasses.dataclass(frozen=True)
 class BatchPlan:
-    """How to make the batches of an epoch: arguments of `GlobalContrastiveBatches`, checked.
+    """The checked arguments of `GlobalContrastiveBatches` that say how to make batches.
 
     `group_size` is B if all pairs of a batch are similar.
 
     Raises:
-      ValueError: where an argument is out of range.
+      ValueError: if an argument is out of range.
     """
 
     batch_size: int
@@ -72,22 +72,22 @@ class BatchPlan:
             )
 
     def num_batches(self, num_pairs: int) -> int:
-        """How many batches N pairs make."""
+        """Returns the number of batches of `num_pairs` pairs."""
         if self.drop_remainder:
             return num_pairs // self.batch_size
         return math.ceil(num_pairs / self.batch_size)
 
     def check_not_empty(self, num_pairs: int) -> None:
-        """Checks that N pairs make a batch."""
+        """Checks that `num_pairs` pairs make at least one batch."""
         if not self.num_batches(num_pairs):
             raise ValueError(
-                "There is no batch: `drop_remainder` leaves out everything where there are fewer"
-                f" pairs than in a batch. Received: {num_pairs} pairs and"
+                "There is no batch: `drop_remainder` leaves out all pairs if there are fewer pairs"
+                f" than in a batch. Received: {num_pairs} pairs and"
                 f" `batch_size={self.batch_size}`."
             )
 
     def random_fraction_of(self, epoch: int) -> float:
-        """The share of random batches in an epoch; 1 before the first ordered one."""
+        """Returns the share of random batches in an epoch, which is 1 before `start_epoch`."""
         if epoch < self.start_epoch:
             return 1.0
         if not callable(self.random_fraction):
@@ -95,7 +95,7 @@ class BatchPlan:
         return _check_fraction(self.random_fraction(epoch), "random_fraction(epoch)")
 
     def rng(self, stream: Sequence[int]) -> np.random.Generator:
-        """Draws from the seed and a stream of integers, such as the epoch."""
+        """Makes a generator from the seed and a stream of integers, such as the epoch."""
         return np.random.default_rng([self.seed, *stream])
 
     def _set(self, name: str, value: object) -> None:
@@ -104,9 +104,9 @@ class BatchPlan:
 
 @dataclasses.dataclass(frozen=True)
 class Order:
-    """The rows [N] int64 of pairs in order, with the graph of their neighbors to grow batches on.
+    """The rows [N] int64 of pairs in order, and the graph of their neighbors to grow batches on.
 
-    There is no graph where batches are cut from the order.
+    The graph is None if batches are cut from the order.
     """
 
     rows: np.ndarray
@@ -118,8 +118,8 @@ class BatchMaker:
 
     Args:
       model: see `Towers`.
-      plan: says how. All that is random is drawn from its seed and a `stream` of integers, such as
-        the epoch and the number of the shard.
+      plan: the arguments. All random numbers are drawn from its seed and a `stream` of integers,
+        such as the epoch and the number of the shard.
     """
 
     def __init__(self, model: TowerPair, plan: BatchPlan):
@@ -127,7 +127,7 @@ class BatchMaker:
         self.towers = Towers(model, plan.embedding_batch_size)
 
     def embed(self, pairs: Mapping[str, Features]) -> tuple[np.ndarray, np.ndarray]:
-        """[N, d] embeddings of the queries and of the candidates."""
+        """Returns [N, d] embeddings of the queries, and of the candidates."""
         return self.towers.embed(pairs, _features.num_rows(pairs), self.plan.verbose)
 
     def order(
@@ -137,7 +137,7 @@ class BatchMaker:
         stream: Sequence[int],
         numbers: np.ndarray | None = None,
     ) -> Order:
-        """The order of pairs by the embeddings of now; errors name pairs by their numbers [N]."""
+        """Orders pairs by their current embeddings. Errors name pairs by their `numbers` [N]."""
         embeddings = [
             check_embeddings(values, f"{name} embeddings", numbers)
             for values, name in zip(self.embed(pairs), ("query", "candidate"))
@@ -158,13 +158,13 @@ class BatchMaker:
     def batches(
         self, order: Order, ids: Ids, epoch: int, stream: Sequence[int]
     ) -> list[np.ndarray]:
-        """Rows of the batches that an order makes, the last of them perhaps smaller."""
+        """Returns the rows of each batch. The last batch may be smaller."""
         plan = self.plan
         rng, fraction = plan.rng([*stream, 1]), plan.random_fraction_of(epoch)
         if fraction == 1.0:
             rows = rng.permutation(order.rows)
         else:
-            # From a random place on, so that the batches of two epochs differ.
+            # The order begins at a random place, so that the batches of two epochs differ.
             rows = np.roll(order.rows, -rng.integers(max(len(order.rows), 1)))
             if order.graph is not None:
                 rows = grow_batches(order.graph, rows, plan.group_size, ids)
@@ -184,7 +184,7 @@ def cut_batches(
     *,
     group_size: int | None = None,
     random_fraction: float = 0.0,
-    ids: Ids = NOT_KNOWN,
+    ids: Ids = UNKNOWN_IDS,
     rng: np.random.Generator,
 ) -> list[np.ndarray]:
     """Cuts an order into batches, and puts the batches in random sequence.
@@ -192,15 +192,15 @@ def cut_batches(
     Args:
       order: [N] int, a permutation.
       batch_size: B.
-      group_size: how many consecutive pairs stay together, a divisor of B; B where None. A batch
-        is made of random groups.
-      random_fraction: share of the batches of B whose pairs are shuffled among these batches. They
-        are two at least, where it is not 0.
-      ids: of the pairs; what would be false negatives of each other is kept apart.
-      rng: draws everything.
+      group_size: the number of consecutive pairs that stay together, a divisor of B. If None, it is
+        B. A batch is made of random groups.
+      random_fraction: the share of full batches whose pairs are shuffled among these batches. If it
+        is not 0, at least two batches are shuffled.
+      ids: the ids of the pairs. Pairs that would be false negatives of each other are kept apart.
+      rng: the generator of all random numbers.
 
     Returns:
-      Rows of the batches. The last one is shorter where B does not divide N.
+      The rows of each batch. The last batch is shorter if B does not divide N.
     """
     order = np.array(order)
     num_full = len(order) // batch_size

@@ -1,4 +1,4 @@
-"""Passes over a dataset that memory does not hold, a shard of consecutive pairs at a time."""
+"""Passes over a dataset that does not fit into memory, one shard of consecutive pairs at a time."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -18,9 +18,15 @@ _Part: TypeAlias = tuple[Mapping[str, Features], np.ndarray]
 
 
 class Shards:
-    """Calling it passes over a dataset of single pairs and yields batches of similar ones.
+    """Batches of similar pairs from a dataset of single pairs. A call makes one pass over it.
 
-    The arguments are those of `GlobalContrastiveBatches.from_dataset`.
+    Args:
+      maker: orders and cuts each shard.
+      dataset: single pairs, see `GlobalContrastiveBatches.from_dataset`.
+      shard_size: the number of pairs that are ordered together.
+      candidate_id_key: name of the candidate feature that is an id, or None.
+      query_id_key: name of the query feature that is an id, or None.
+      initial_epoch: the number of the first pass.
     """
 
     def __init__(
@@ -57,13 +63,13 @@ class Shards:
                     yield batch
                 else:
                     rest.append((batch, numbers[rows]))
-            # Not kept while the next is read.
+            # The shard must not stay in memory while the next one is read.
             del pairs, numbers
         if rest and not self._maker.plan.drop_remainder:
             yield rest[0][0]
 
     def _begin_pass(self) -> None:
-        """Counts the pass, unless nothing has been trained in the one before."""
+        """Counts the pass, unless the weights have not changed since the last pass."""
         towers = self._maker.towers
         if towers.have_changed(self._weights):
             self._epoch += 1
@@ -76,7 +82,7 @@ class Shards:
         maker.towers.build(pairs)
         if self._weights is None:
             self._weights = maker.towers.fingerprint()
-        ids = Ids.of(pairs, *self._keys)
+        ids = Ids.from_features(pairs, *self._keys)
         if not self._has_warned:
             self._has_warned = keep_apart.warn_of_conflicts(ids, maker.plan.batch_size)
         order = Order(np.arange(len(numbers)))
@@ -85,7 +91,7 @@ class Shards:
         return maker.batches(order, ids, epoch, stream)
 
     def _shards(self) -> Iterator[list[_Part]]:
-        """The parts of one shard after the other: features, and the pairs' numbers."""
+        """Yields the parts of each shard."""
         parts: list[_Part] = []
         num_pairs = 0
         for part in self._parts.as_numpy_iterator():

@@ -1,6 +1,6 @@
-"""Retrieval datasets. Neither downloads anything.
+"""Retrieval datasets. They download nothing.
 
-`installed_code` reads the installed Python packages, `movielens` a folder that the user has.
+`installed_code` reads the installed Python packages. `movielens` reads a folder of the user.
 """
 
 from negative_cache.datasets import installed_code, movielens

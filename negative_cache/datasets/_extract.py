@@ -1,9 +1,11 @@
-"""From Python source files to (summary, code) records: the part that reads and judges source.
+"""Extracts (summary, code) records from Python source files.
 
-Everything here is text in, text out, with the standard library only: no arrays, no TensorFlow, no
-cache. Source is parsed with `ast` and never imported or executed. The steps, in order:
-`find_sources` lists files, `read_records` turns one file into records, `deduplicate` keeps one
-record for every summary and every function body.
+This module only uses the standard library. It parses source with `ast`, and never imports or
+executes it. The steps are:
+
+1. `find_sources` lists files.
+2. `read_records` turns one file into records.
+3. `deduplicate` keeps one record for every summary and every function body.
 """
 
 import ast
@@ -19,14 +21,14 @@ from typing import NamedTuple, TypeAlias
 
 from negative_cache.datasets import _summary
 
-# Part of the cache key: raise it whenever a change below (or in `_summary`) changes what is found.
+# Part of the cache key. Raise it if a change here or in `_summary` changes the records.
 VERSION = 1
 
 MAX_CODE_CHARS = 2_000
-# Larger files are tables and generated code, slow to parse and poor in documented functions.
+# Larger files are tables and generated code. They parse slowly and have few documented functions.
 MAX_FILE_BYTES = 1 << 20
 
-# Environments live inside the standard library's folder and come as roots of their own.
+# `site-packages` folders are inside the standard library's folder, but are roots of their own.
 _SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test", "node_modules"}
 )
@@ -42,7 +44,7 @@ _Function: TypeAlias = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class SourceFile(NamedTuple):
-    """A file to read: its path on disk and the dotted name of its module."""
+    """A file to read, with its path on disk and the dotted name of its module."""
 
     path: str
     module: str
@@ -58,24 +60,24 @@ class Record(NamedTuple):
     code: str
     """Signature and body without decorators and docstring, at most `MAX_CODE_CHARS` characters."""
     body_key: bytes
-    """Digest of the whole body without whitespace: equal for copies of one function."""
+    """Digest of the whole body without whitespace. It is equal for copies of one function."""
 
 
 def find_sources(roots: Sequence[str], excluded_package: str) -> list[SourceFile]:
     """Lists the Python files under `roots`, in an order that does not depend on the file system.
 
     Args:
-      roots: Folders that an import path would name; modules are named relative to them.
+      roots: Folders as on an import path. Names of modules are relative to them.
       excluded_package: Name of a top-level package to leave out.
 
     Returns:
-      Files in the order of `roots`, then of their path. A file reachable in two ways comes once.
+      Files in the order of `roots`, then of their paths. A file with two paths is listed once.
     """
     found = []
     seen = set()
     for root in roots:
         for folder, subfolders, files in os.walk(root):
-            # In place: this is how `os.walk` is told where to go next.
+            # `os.walk` continues with the folders of this list, so it is changed in place.
             subfolders[:] = sorted(
                 name
                 for name in subfolders
@@ -85,11 +87,11 @@ def find_sources(roots: Sequence[str], excluded_package: str) -> list[SourceFile
             )
             for file in sorted(files):
                 path = os.path.join(folder, file)
-                # Links to files are followed (some installers make nothing else), links to folders
-                # are not, so there is no cycle to fall into.
+                # Links to files are followed, because some installers only make links. Links to
+                # folders are not followed, so there are no cycles.
                 real_path = os.path.realpath(path)
                 relative = os.path.relpath(path, root)
-                if not _is_text(relative) or real_path in seen:
+                if not _is_encodable(relative) or real_path in seen:
                     continue
                 if _is_candidate_file(path):
                     seen.add(real_path)
@@ -103,14 +105,14 @@ def _is_candidate_file(path: str) -> bool:
         return False
     try:
         status = os.stat(path)
-    except OSError:  # For example a dangling link.
+    except OSError:  # For example, a dangling link.
         return False
-    # A named pipe called x.py would block its reader for ever.
+    # A named pipe called x.py would block its reader forever.
     return stat.S_ISREG(status.st_mode) and status.st_size <= MAX_FILE_BYTES
 
 
-def _is_text(path: str) -> bool:
-    """Whether a name is one that can be written: a file system may hold any bytes."""
+def _is_encodable(path: str) -> bool:
+    """Whether a path can be encoded, because file names may contain any bytes."""
     try:
         path.encode()
     except UnicodeEncodeError:
@@ -126,7 +128,7 @@ def _module_name(relative_path: str) -> str:
 
 
 def read_records(source: SourceFile) -> list[Record]:
-    """Reads one file. What cannot be read or parsed has no records: packages ship broken files.
+    """Reads one file. A file that cannot be read or parsed has no records.
 
     Args:
       source: The file.
@@ -142,20 +144,20 @@ def read_records(source: SourceFile) -> list[Record]:
         if _GENERATED_HEADER.search(text, 0, _GENERATED_HEADER_CHARS):
             return []
         with warnings.catch_warnings():
-            # Other people's invalid escapes are not this package's user's concern.
+            # The user cannot fix invalid escapes in installed packages.
             warnings.simplefilter("ignore")
             tree = ast.parse(text)
     except (OSError, SyntaxError, ValueError, LookupError, RecursionError, MemoryError):
         return []
-    # Not `splitlines`, which also splits at form feeds, where `ast` counts no line.
+    # `splitlines` would also split at form feeds, which `ast` does not count as line ends.
     lines = text.split("\n")
     records = (_record(name, node, lines) for name, node in _functions(tree, source.module))
     return [record for record in records if record is not None]
 
 
 def _functions(tree: ast.Module, module: str) -> Iterator[tuple[str, _Function]]:
-    """Functions and methods outside functions: a nested one is already part of another's code."""
-    # A stack instead of recursion: generated code holds `elif` chains of a thousand branches.
+    """Yields functions and methods. Nested functions are part of the code around them."""
+    # A stack replaces recursion, because generated code has `elif` chains of a thousand branches.
     stack: list[tuple[str, ast.AST]] = [(module, tree)]
     while stack:
         scope, node = stack.pop()
@@ -184,7 +186,7 @@ def _record(name: str, node: _Function, lines: list[str]) -> Record | None:
     if summary is None:
         return None
     head, body = _split_source(node, lines)
-    # Odd codecs can produce lone surrogates, which neither UTF-8 nor TensorFlow can hold.
+    # Some codecs produce lone surrogates, which neither UTF-8 nor TensorFlow can represent.
     code = f"{head}\n{body}"[:MAX_CODE_CHARS].encode("utf-8", "ignore").decode()
     return Record(name, summary, code.rstrip(), _digest("".join(body.split())))
 
@@ -192,13 +194,15 @@ def _record(name: str, node: _Function, lines: list[str]) -> Record | None:
 def is_trivial(body: Sequence[ast.stmt]) -> bool:
     """Whether statements do nothing that a summary could describe.
 
+    Trivial statements are `pass`, `...`, `del`, `raise`, a bare `return`, and the call of a method
+    of `super()`. A `return` of a constant, a name, an attribute or an empty container is trivial
+    too.
+
     Args:
       body: The statements of a function after its docstring.
 
     Returns:
-      True if there are none, or each is one of: `pass`, `...`, `del`, `raise`, a bare `return` or
-      that of a constant, a name, an attribute or an empty container, or a call of a method of
-      `super()`.
+      True if there are no statements, or all are trivial.
     """
     return all(map(_is_trivial_statement, body))
 
@@ -241,12 +245,12 @@ def _is_overload(node: _Function) -> bool:
 
 
 def _split_source(node: _Function, lines: list[str]) -> tuple[str, str]:
-    """The source text before and after the docstring, dedented to column 0."""
+    """Returns the source text before and after the docstring, dedented to column 0."""
     docstring = node.body[0]
     indent = node.col_offset
     head = _segment(lines, node.lineno, indent, docstring.lineno, docstring.col_offset)
     body = _segment(lines, *_end(docstring), *_end(node))
-    # The rest of the docstring's last line is empty, or `; statement`, or a comment.
+    # After the docstring its last line is empty, or has `; statement` or a comment.
     first, newline, rest = body.partition("\n")
     first = first.lstrip("; \t\f")
     body = f"    {first}{newline}{_dedent(rest, indent)}" if first else _dedent(rest, indent)
@@ -254,15 +258,15 @@ def _split_source(node: _Function, lines: list[str]) -> tuple[str, str]:
 
 
 def _end(node: ast.stmt) -> tuple[int, int]:
-    """Line and column where a node ends, which `ast` knows of all that it has parsed."""
+    """Returns the line and column where a node ends, which `ast.parse` always sets."""
     assert node.end_lineno is not None and node.end_col_offset is not None
     return node.end_lineno, node.end_col_offset
 
 
 def _segment(lines: list[str], line: int, column: int, end_line: int, end_column: int) -> str:
-    """The text between two positions of `ast`: lines from 1, columns in bytes of UTF-8."""
+    """Returns the text between two positions of `ast`, with columns in bytes of UTF-8."""
     selected = lines[line - 1 : end_line]
-    # The end first: on a single line, cutting the start would move it.
+    # The end is cut first, because cutting the start of a single line would move it.
     selected[-1] = selected[-1].encode()[:end_column].decode()
     selected[0] = selected[0].encode()[column:].decode()
     return "\n".join(selected)
@@ -277,16 +281,17 @@ def _digest(text: str) -> bytes:
 
 
 def deduplicate(records: Iterable[Record]) -> list[Record]:
-    """Keeps the first of the records that share a summary, a body, or the code as cut off.
+    """Keeps the first of the records that share a summary, a body, or the truncated code.
 
-    A query with two right answers would be scored wrong for finding the other one; a function that
-    is vendored twice would put the same text in two splits.
+    If two records had the same summary, an evaluation would reject one of two right answers. If a
+    function were vendored twice, the same text could be in two splits.
 
     Args:
       records: Records in a deterministic order.
 
     Returns:
-      A sublist in which all three are unique, summaries up to case and punctuation.
+      The records in which all three are unique. Summaries are compared without case and
+      punctuation.
     """
     kept = []
     seen: set[tuple[str, bytes]] = set()

@@ -1,8 +1,7 @@
 """Columns of strings in one `.npz` file, without pickle.
 
-A column is two arrays: `<name>.bytes` [total] uint8, the UTF-8 of all its strings one after the
-other, and `<name>.offsets` [n + 1] int64, where each begins. What the strings mean is not known
-here.
+A column has two arrays. `<name>.bytes` [total] uint8 is the UTF-8 of all strings, concatenated.
+`<name>.offsets` [n + 1] int64 are the positions where the strings begin, and the total.
 """
 
 import contextlib
@@ -16,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-# What `zipfile` and NumPy raise, depending on which bytes are wrong: flags of encryption or of
-# unknown methods give a RuntimeError, a wild array shape a MemoryError.
-_DAMAGE = (
+# The errors of `zipfile` and NumPy depend on the wrong bytes. For example, flags of encryption or
+# of unknown methods raise a RuntimeError, and a huge array shape raises a MemoryError.
+_DAMAGE_ERRORS = (
     OSError,
     ValueError,
     KeyError,
@@ -32,15 +31,15 @@ _DAMAGE = (
 
 
 class CorruptFileError(ValueError):
-    """A file that `save` did not write, or not all of it."""
+    """A file that `save` did not write, or did not write completely."""
 
 
 def save(path: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
-    """Writes a file that at every moment is whole or not there, for readers in other processes too.
+    """Writes a file atomically, so that a reader in any process sees all of it or none.
 
     Args:
-      path: Where to write; its folder is made if need be.
-      columns: Sequences of strings of one length, by name.
+      path: The file to write. Its folder is created if needed.
+      columns: Column name -> strings. All columns have the same length.
 
     Raises:
       OSError: If the folder or the file cannot be written.
@@ -54,7 +53,7 @@ def save(path: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
         arrays[f"{name}.offsets"] = offsets
     folder = os.path.dirname(os.path.abspath(path))
     os.makedirs(folder, exist_ok=True)
-    # In the same folder, as a rename is atomic only within one file system.
+    # The temporary file is in the same folder, because renaming is only atomic in one file system.
     handle, temporary = tempfile.mkstemp(suffix=".tmp", dir=folder)
     try:
         with os.fdopen(handle, "wb") as file:
@@ -67,21 +66,21 @@ def save(path: str, columns: Mapping[str, Sequence[str] | np.ndarray]) -> None:
 
 
 def load(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Reads what `save` wrote.
+    """Reads a file that `save` wrote.
 
     Args:
       path: The file.
-      names: The columns that must be there.
+      names: The columns to read.
 
     Returns:
-      [n] arrays of str (dtype object), by name.
+      Column name -> [n] array of str (dtype object).
 
     Raises:
       FileNotFoundError: If there is no file.
-      CorruptFileError: If it is cut off, altered, of another kind, or lacks a column.
+      CorruptFileError: If the file is truncated, altered, of another kind, or lacks a column.
     """
     try:
-        # Reading a member verifies its checksum, so no altered byte gets past this block.
+        # Reading a member verifies its checksum, so this block detects every altered byte.
         with open(path, "rb") as file, zipfile.ZipFile(file):
             file.seek(0)
             with np.load(file, allow_pickle=False) as archive:
@@ -91,7 +90,7 @@ def load(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
                 }
     except FileNotFoundError:
         raise
-    except _DAMAGE as error:
+    except _DAMAGE_ERRORS as error:
         raise CorruptFileError(f"{path} is not a whole string file: {error}") from error
     lengths = {name: len(column) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
@@ -100,9 +99,9 @@ def load(path: str, names: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def string_array(strings: Sequence[str]) -> np.ndarray:
-    """A read-only [n] array that refers to the strings.
+    """Makes a read-only [n] array of dtype object that refers to the strings.
 
-    Not NumPy's `U` type, which would give every string the width of the longest.
+    NumPy's `U` dtype would give every string the width of the longest.
     """
     array = np.empty(len(strings), object)
     array[:] = strings

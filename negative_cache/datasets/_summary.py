@@ -1,4 +1,4 @@
-"""From a docstring to a one-sentence summary in plain English, or to nothing."""
+"""Extracts a one-sentence summary in plain English from a docstring, if there is one."""
 
 import re
 
@@ -6,25 +6,26 @@ MIN_WORDS = 4
 MAX_WORDS = 48
 
 _SPACE = re.compile(r"\s+")
-# `:class:`~a.b.C`` and ``code`` become their text.
+# Roles such as `:class:`~a.b.C`` become their text.
 _ROLE = re.compile(r":[a-zA-Z][\w:+.-]*:`~?([^`<]*?)(?:\s*<[^`>]*>)?`")
 _LINK = re.compile(r"\[([^][]+)\](\[[^][]*\]|\([^()\s]*\))")
 _FOOTNOTE = re.compile(r"\s*\[[\w#*]+\]_")
 _NAMED_URL = re.compile(r"`([^`<]+?)\s*<[^`>]+>`_+")
 _ESCAPED_SPACE = re.compile(r"\\\s")
-# Those that open take `~` and `.` of `~.axes.Axes` with them, those that close the `_` of a link.
+# Opening backticks are removed with the `~` and `.` of `~.axes.Axes`, closing ones with the `_` of
+# a link.
 _BACKTICKS = re.compile(r"(?<!\w)`+~?\.?(?=\w)|`+_*")
-# Lines at which prose ends even without a blank line: fields, sections, doctests, bullets, rulers.
+# Fields, sections, doctests, bullets and rulers end the prose even without a blank line.
 _SECTION = re.compile(
     r"\s*(:\w[^:]*:(\s|$)|@\w+|>>>|\.\. |[-*+] |[-=~*#^_+|]{3,}"
     r"|(Args?|Arguments?|Parameters?|Params|Returns?|Raises|Yields|Examples?|Usage|Notes?|Attributes"
     r"|Inputs?|Outputs?|Keyword Arguments|References|See Also|Warnings?|Invariants?)\s*:{0,2}\s*$"
     r"|(Args|Arguments|Parameters|Returns|Raises|Yields|Example|Usage)\s*:)"
 )
-# `name(a, b=1) -> int`, `name(a) = b`: a signature, as C extensions and f2py write first.
+# C extensions and f2py begin with a signature, such as `name(a, b=1) -> int` or `name(a) = b`.
 _SIGNATURE = re.compile(r"\s*[\w.,= ]*\b[\w.]+\([^)]*\)\s*((->|=|:|--).*)?\s*$")
-# Pointers and apologies instead of a description, and lines that begin with a name and a sign:
-# grammars, formulas, arguments.
+# Sentences that refer elsewhere instead of describing, and lines that begin with a name and a sign,
+# as grammars, formulas and lists of arguments do.
 _NOISE = re.compile(
     r"\W*(see|refer to|deprecated|todo|fixme|xxx|same as|alias (for|of|to)|inherited|overrides?"
     r"|overridden|internal (use|method|function|helper)|do not (use|call)|not implemented"
@@ -35,25 +36,25 @@ _NOISE = re.compile(
     re.IGNORECASE,
 )
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[\"'(A-Z0-9])")
-# Full stops that end no sentence: of abbreviations and of initials.
+# Full stops of abbreviations and initials do not end a sentence.
 _ABBREVIATION = re.compile(r"\b((?i:e\.g|i\.e|etc|vs|cf|resp|approx|fig|eq|al)|[A-Z])\.$")
 _WORD = re.compile(r"[A-Za-z][A-Za-z'’-]*")
 
 
 def summarize(docstring: str) -> str | None:
-    """The first sentence of a docstring, if it says something.
+    """Returns the first sentence of a docstring, if it is a description.
 
     Args:
-      docstring: As `ast.get_docstring` returns it: cleaned of indentation.
+      docstring: As `ast.get_docstring` returns it, without indentation.
 
     Returns:
       The sentence on one line without markup, or None if it has fewer than `MIN_WORDS` words, is
-      not mostly ASCII letters, or is a pointer to another place ("See ...", "Deprecated ...").
+      not mostly ASCII letters, or refers to another place ("See ...", "Deprecated ...").
     """
     sentence = _first_sentence(_plain_text(_first_paragraph(docstring)))
-    # Lone surrogates (from escapes) fit neither UTF-8 nor TensorFlow.
+    # Escapes can produce lone surrogates, which neither UTF-8 nor TensorFlow can represent.
     sentence = sentence.encode("utf-8", "ignore").decode()
-    # A colon announces the block that was cut off.
+    # A final colon introduced a block that is cut off.
     sentence = " ".join(sentence.split()[:MAX_WORDS]).rstrip(": ")
     if len(_WORD.findall(sentence)) < MIN_WORDS or len(sentence.split()) < MIN_WORDS:
         return None
@@ -63,13 +64,13 @@ def summarize(docstring: str) -> str | None:
 
 
 def key(summary: str) -> str:
-    """What two summaries have in common that a reader would call the same.
+    """Returns a key that is equal for summaries that a reader would call the same.
 
     Args:
       summary: A summary.
 
     Returns:
-      Its letters and digits in lower case, words apart by one space.
+      The words of the summary in lower case, separated by one space, without punctuation.
     """
     return " ".join(re.findall(r"\w+", summary.casefold()))
 
@@ -102,7 +103,7 @@ def _first_sentence(text: str) -> str:
 
 
 def _is_prose(sentence: str) -> bool:
-    """Mostly ASCII letters: neither another script nor a formula nor a table."""
+    """Whether a sentence is mostly ASCII letters, unlike other scripts, formulas and tables."""
     visible = [character for character in sentence if not character.isspace()]
     letters = sum(character.isascii() and character.isalpha() for character in visible)
     return letters >= 0.7 * len(visible)

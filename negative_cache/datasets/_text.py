@@ -1,4 +1,4 @@
-"""Strings of English or source code to integer ids, with Keras's own `TextVectorization`."""
+"""Converts strings of English or source code to integer ids, with Keras's `TextVectorization`."""
 
 from collections.abc import Sequence
 
@@ -7,8 +7,9 @@ import tensorflow as tf
 
 _ADAPT_BATCH_SIZE = 512
 
-# RE2 has no look-around, so a boundary is a pair of groups to set apart. No character that ends a
-# match can begin the next one of the same pattern: one pass of each finds all boundaries.
+# RE2 has no look-around, so a boundary is a pair of groups to separate. No character that ends a
+# match can begin the next match of the same pattern, so one pass of each pattern finds all
+# boundaries.
 _BOUNDARIES = (
     (r"(\p{Lu}+)(\p{Lu}\p{Ll})", r"\1 \2"),  # HTTPResponse -> HTTP Response
     (r"(\p{Ll})(\p{Lu})", r"\1 \2"),  # parseHTTP -> parse HTTP
@@ -20,17 +21,17 @@ _BOUNDARIES = (
 
 @tf.keras.utils.register_keras_serializable(package="negative_cache")
 def split_identifiers(text: tf.Tensor) -> tf.Tensor:
-    """Lower-cases text and sets the words of its identifiers apart by single spaces.
+    """Converts text to lower case and separates the words of identifiers by single spaces.
 
-    `"parseHTTPResponse_v2(x)"` becomes `"parse http response v 2 x"`. It is made of TensorFlow
-    ops, for `standardize=` of `tf.keras.layers.TextVectorization`. A model saved with it loads
-    wherever this module has been imported.
+    `"parseHTTPResponse_v2(x)"` becomes `"parse http response v 2 x"`. The function consists of
+    TensorFlow ops, so it can be the argument `standardize` of `tf.keras.layers.TextVectorization`.
+    A model that was saved with it can be loaded after this module is imported.
 
     Args:
-      text: string of any shape, UTF-8.
+      text: A string tensor of any shape, in UTF-8.
 
     Returns:
-      string of the same shape.
+      A string tensor of the same shape.
     """
     text = tf.convert_to_tensor(text, tf.string)
     for pattern, replacement in _BOUNDARIES:
@@ -47,9 +48,9 @@ def text_to_ids(
 ) -> "tf.keras.layers.TextVectorization":
     """Makes the layer that turns strings [n] or [n, 1] into ids [n, sequence_length] int64.
 
-    Id 0 is padding, which `tf.keras.layers.Embedding(vocabulary_size, dim, mask_zero=True)` masks;
-    1 is any word outside the vocabulary. The layer works in `tf.data.Dataset.map` and in a model.
-    Two towers with one vocabulary and two lengths:
+    Id 0 is padding, which `tf.keras.layers.Embedding(vocabulary_size, dim, mask_zero=True)` masks.
+    Id 1 is any word outside the vocabulary. The layer works in `tf.data.Dataset.map` and in a
+    model. For two towers with one vocabulary and two lengths:
 
     ```python
     code_ids = text_to_ids(corpus.codes[corpus.train], sequence_length=128)
@@ -57,10 +58,10 @@ def text_to_ids(
     ```
 
     Args:
-      texts: [n] strings, of the training split; their most frequent words become the vocabulary.
+      texts: [n] strings of the training split. Their most frequent words become the vocabulary.
       vocabulary: Words to use instead, most frequent first.
-      vocabulary_size: The number of ids, padding and unknown words included: an upper bound.
-      sequence_length: Words kept of each text; shorter texts are padded.
+      vocabulary_size: The maximum number of ids, including padding and unknown words.
+      sequence_length: The number of words that are kept of each text. Shorter texts are padded.
 
     Returns:
       A `tf.keras.layers.TextVectorization` that is ready to be called.

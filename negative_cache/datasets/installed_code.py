@@ -1,8 +1,8 @@
 """A real retrieval dataset on every machine: the documented functions of the installed packages.
 
-A query is the summary of a function's docstring; its one right candidate is the function's
-signature and body. The source files of the standard library and of the installed packages are
-parsed, never run, and only once: after that the pairs come from a file in a cache folder.
+A query is the summary of a function's docstring. Its positive candidate is the function's signature
+and body. The source files of the standard library and of the installed packages are parsed once,
+and never run. Later the pairs are loaded from a file in a cache folder.
 
 ```python
 corpus = installed_code.load()
@@ -12,8 +12,8 @@ train = tf.data.Dataset.from_tensor_slices({"query": summaries, "candidate": cod
 train = train.batch(256).map(lambda x: {name: to_ids(text) for name, text in x.items()})
 ```
 
-`_extract` and `_summary` decide what is a pair, `_store` reads and writes the file, `_text` turns
-text into ids; here they are put together.
+`_extract` and `_summary` find the pairs. `_store` reads and writes the file. `_text` turns text
+into ids. This module combines them.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ from negative_cache.datasets._text import split_identifiers, text_to_ids
 __all__ = ["SPLITS", "Corpus", "load", "split_identifiers", "text_to_ids"]
 
 SPLITS = ("train", "validation", "test")
-"""Names of the splits; `Corpus.split` holds positions in this tuple."""
+"""Names of the splits. `Corpus.split` holds positions in this tuple."""
 
 _VALIDATION_PERCENT = 10
 _TEST_PERCENT = 10
@@ -44,10 +44,10 @@ _EXCLUDED_PACKAGE = "negative_cache"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Corpus:
-    """N pairs of a summary and the code that it describes. No summary and no code comes twice.
+    """N pairs of a summary and the code that it describes. Summaries are unique, and so are codes.
 
-    The arrays of strings have dtype object: TensorFlow takes them as they are, and index arrays
-    select from them, as in `corpus.codes[corpus.test]`.
+    The arrays of strings have dtype object. TensorFlow takes them directly, and index arrays select
+    from them, as in `corpus.codes[corpus.test]`.
     """
 
     summaries: np.ndarray
@@ -78,7 +78,7 @@ class Corpus:
         return self.indices("test")
 
     def indices(self, split: str) -> np.ndarray:
-        """Rows of a split.
+        """Returns the rows of a split.
 
         Args:
           split: One of `SPLITS`.
@@ -94,7 +94,7 @@ class Corpus:
         return np.flatnonzero(self.split == SPLITS.index(split))
 
     def pairs(self, split: str) -> tuple[np.ndarray, np.ndarray]:
-        """Queries and candidates of a split, row by row.
+        """Returns the queries and candidates of a split. Equal positions are pairs.
 
         Args:
           split: One of `SPLITS`.
@@ -118,28 +118,28 @@ def load(
 ) -> Corpus:
     """Loads the dataset, from the cache if it is there.
 
-    The cache holds one file for each environment: its name depends on the interpreter, on the
-    installed distributions and their versions, and on the version of the extraction. With `roots`
+    The cache holds one file for each environment. The name of the file depends on the interpreter,
+    the installed distributions with their versions, and the version of the extraction. With `roots`
     it depends on the paths, sizes and times of the files instead of the distributions. Files of
     past environments are not removed.
 
-    The order is deterministic. A pair's split is a hash of its summary alone, so that no change of
-    packages moves a query from one split to another.
+    The order of pairs is deterministic. The split of a pair is a hash of its summary alone, so a
+    query stays in its split if packages change.
 
     Args:
-      cache_dir: Folder of the cache. Default: `$XDG_CACHE_HOME/negative_cache`, else
-        `~/.cache/negative_cache`.
-      roots: Folders to walk, such as that of your own code. Default: the standard library and the
-        site-packages of the running interpreter.
-      refresh: Parse again and overwrite the cache.
+      cache_dir: Folder of the cache. Default: `$XDG_CACHE_HOME/negative_cache`, or
+        `~/.cache/negative_cache` if the variable is not set.
+      roots: Folders to search, for instance the folder of your own code. Default: the standard
+        library and the site-packages of the running interpreter.
+      refresh: If True, parse again and overwrite the cache.
       verbose: 0 is silent, 1 shows a progress bar while parsing, 2 one line.
 
     Returns:
       The pairs.
 
     Raises:
-      ValueError: If a root is not a folder, if there is no documented function in any of them, or
-        if `verbose` is not one of 0, 1 and 2.
+      ValueError: If a root is not a folder, if the roots have no documented function, or if
+        `verbose` is not 0, 1 or 2.
     """
     if verbose not in (0, 1, 2):
         raise ValueError(f"`verbose` must be 0, 1 or 2, received {verbose!r}.")
@@ -172,7 +172,7 @@ def load(
 
 
 def _split(summary: str) -> int:
-    """Position in `SPLITS`, from the summary only: a new version of the body stays where it is."""
+    """Returns a position in `SPLITS` that only depends on the summary, not on the code."""
     digest = hashlib.blake2b(_summary.key(summary).encode(), digest_size=8).digest()
     percent = int.from_bytes(digest, "big") % 100
     if percent < _VALIDATION_PERCENT:
@@ -185,7 +185,7 @@ def _split(summary: str) -> int:
 def _parse(sources: Sequence[_extract.SourceFile], verbose: int) -> dict[str, np.ndarray]:
     progress = None
     if verbose and sources:
-        # Late, as parsing needs no TensorFlow.
+        # Imported here, because parsing needs no TensorFlow.
         import tensorflow as tf
 
         print(f"Reading the functions of {len(sources):,} Python files")
@@ -209,7 +209,7 @@ def _read_cache(path: str) -> dict[str, np.ndarray] | None:
     except FileNotFoundError:
         return None
     except _store.CorruptFileError as error:
-        warnings.warn(f"Parsing again, as the cache is damaged: {error}", stacklevel=3)
+        warnings.warn(f"Parsing again, because the cache is damaged: {error}", stacklevel=3)
         return None
 
 
@@ -225,10 +225,10 @@ def _cache_key(fingerprint: object) -> str:
 
 
 def _environment_fingerprint(roots: Sequence[str]) -> list[str]:
-    """The installed distributions, as `name-version.dist-info`: what they install has these names.
+    """Returns the names of the installed distributions' folders, such as `name-version.dist-info`.
 
-    Read from the folders, not with `importlib.metadata`, which opens every distribution's metadata
-    and raises at the broken ones that interrupted upgrades leave behind.
+    The names are read from the folders. `importlib.metadata` would open every distribution's
+    metadata, and fail for broken ones that interrupted upgrades leave behind.
     """
     return sorted(
         entry
@@ -253,7 +253,7 @@ def _checked_roots(roots: Sequence[str | os.PathLike]) -> list[str]:
 
 
 def _default_roots() -> list[str]:
-    """The standard library, then every folder that this interpreter installs packages in."""
+    """Returns the standard library and every folder in which this interpreter installs packages."""
     paths = sysconfig.get_paths()
     roots = [paths["stdlib"], paths["purelib"], paths["platlib"], *site.getsitepackages()]
     if site.ENABLE_USER_SITE:
@@ -267,6 +267,6 @@ def _unique_folders(folders: Iterable[str]) -> list[str]:
 
 def _default_cache_dir() -> str:
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # The XDG specification: relative paths are invalid, ignore them.
+    if not os.path.isabs(base):  # The XDG specification says to ignore relative paths.
         base = os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "negative_cache")

@@ -1,8 +1,8 @@
-"""MovieLens 100K from the folder that its archive unpacks to.
+"""MovieLens 100K, read from the folder of its unpacked archive.
 
-Nothing is downloaded: get the archive at https://grouplens.org/datasets/movielens/100k, whose terms
-of use do not allow others to pass it on. Two of its files are read, `u.data` with the ratings and
-`u.item` with the movies.
+Nothing is downloaded. Get the archive at https://grouplens.org/datasets/movielens/100k. Its terms
+of use do not allow redistribution. Two files are read, `u.data` with the ratings and `u.item` with
+the movies.
 
 ```python
 data = movielens.load("ml-100k")
@@ -10,8 +10,8 @@ train, test = data.split(seed=0)  # datasets of {"user_id": …, "movie_title": 
 movies = tf.data.Dataset.from_tensor_slices(data.unique_titles)
 ```
 
-Both files are checked line by line. A training run on a file that was cut off, re-encoded or mixed
-up with that of another MovieLens release would work, and be wrong.
+Both files are checked line by line. A training on a file that is truncated, re-encoded or from
+another MovieLens release would run, but its results would be wrong.
 """
 
 import dataclasses
@@ -41,17 +41,17 @@ _NUM_MOVIE_FIELDS = 5 + _NUM_GENRES
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class MovieLens:
-    """N ratings, in the order of `u.data`, and the M titles they are about.
+    """N ratings in the order of `u.data`, and the M titles of movies.
 
-    Movies go by their titles, as in the TF-Recommenders tutorials: the few that stand in `u.item`
-    under two ids are one. The arrays are read-only; those of strings have dtype object, which
-    TensorFlow takes as it is.
+    Titles identify movies, as in the TF-Recommenders tutorials. A few titles are in `u.item` under
+    two ids, and count as one movie. The arrays are read-only. Arrays of strings have dtype object,
+    which TensorFlow takes directly.
     """
 
     user_ids: np.ndarray
-    """[N] str: who rated."""
+    """[N] str: the users."""
     movie_titles: np.ndarray
-    """[N] str: what was rated."""
+    """[N] str: the rated movies."""
     ratings: np.ndarray
     """[N] float32: 1 to 5."""
     timestamps: np.ndarray
@@ -66,17 +66,17 @@ class MovieLens:
         """Shuffles the ratings and cuts them in two, as the TF-Recommenders tutorials do.
 
         Args:
-          seed: Decides the shuffle. Equal seeds give equal splits, with every version of NumPy.
+          seed: The seed of the shuffle. Equal seeds give equal splits with every version of NumPy.
 
         Returns:
-          The training set, ⌊80%⌋ of the ratings, and the test set, the others. Unbatched elements
-          `{"user_id": str scalar, "movie_title": str scalar}`, strings in UTF-8. Rated is a
-          positive, however low.
+          The training set, which is ⌊80%⌋ of the ratings, and the test set with the other ratings.
+          Elements are unbatched, `{"user_id": str scalar, "movie_title": str scalar}` with strings
+          in UTF-8. Every rated movie is a positive, even if the rating is low.
 
         Raises:
           ValueError: If the seed is not in [0, 2³²).
         """
-        # Unlike NumPy's newer generators, `RandomState` promises to draw the same for ever.
+        # Unlike NumPy's newer generators, `RandomState` promises not to change its numbers.
         order = np.random.RandomState(seed).permutation(len(self))
         cut = len(self) * _TRAIN_PERCENT // 100
         return self._examples(order[:cut]), self._examples(order[cut:])
@@ -91,16 +91,16 @@ def load(folder: str | os.PathLike) -> MovieLens:
     """Reads and checks `u.data` and `u.item`.
 
     Args:
-      folder: Where they are; the archive's top-level folder is called `ml-100k`.
+      folder: The folder with both files. In the archive it is called `ml-100k`.
 
     Returns:
       The ratings and the titles.
 
     Raises:
-      FileNotFoundError: If there is no such folder or one of the files is not in it.
-      ValueError: If a line is not as MovieLens 100K has it: number of fields, integers, a rating
-        of 1 to 5, the id of a movie that exists, one line a movie with a title. The message names
-        the file and the line.
+      FileNotFoundError: If there is no such folder, or one of the files is not in it.
+      ValueError: If a line does not have the format of MovieLens 100K. Checked are the number of
+        fields, integers, ratings of 1 to 5, that the id of a rated movie exists, and that every
+        movie has one line with a title. The message names the file and the line.
     """
     folder = os.fspath(folder)
     missing = [name for name in _FILES if not os.path.isfile(os.path.join(folder, name))]
@@ -116,7 +116,7 @@ def load(folder: str | os.PathLike) -> MovieLens:
 
 
 def _read_movies(path: str) -> dict[int, str]:
-    """Movie id -> title, in the order of the file."""
+    """Reads movie id -> title, in the order of the file."""
     titles: dict[int, str] = {}
     for number, line in _lines(path):
         fields = line.split("|")
@@ -160,7 +160,7 @@ def _read_ratings(path: str, titles: dict[int, str]) -> MovieLens:
 
 
 def _refuse_rating(path: str, number: int, line: str) -> NoReturn:
-    """Says what is wrong with a line that is not a rating."""
+    """Raises an error that says what is wrong with a line that is not a rating."""
     fields = line.split("\t")
     if len(fields) != len(_RATING_FIELDS):
         wanted = f"{len(_RATING_FIELDS)} fields separated by tabs"
@@ -172,7 +172,7 @@ def _refuse_rating(path: str, number: int, line: str) -> NoReturn:
 
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Numbers, from 1, and texts of a file's lines, without their ends."""
+    """Yields the number, from 1, and the text of each line of a file, without line ends."""
     with open(path, "rb") as file:
         raw = file.read()
     nul = raw.find(b"\0")
@@ -180,8 +180,8 @@ def _lines(path: str) -> Iterator[tuple[int, str]]:
         _refuse(path, raw.count(b"\n", 0, nul) + 1, "text", "a NUL byte, as binary files have")
     text = raw.decode("latin-1").rstrip("\r\n")
     if not text:
-        raise ValueError(f"{path} is empty. Wanted: that of MovieLens 100K, {_HOME}.")
-    # Not `splitlines`, which takes some characters of Latin-1 for line ends too.
+        raise ValueError(f"{path} is empty. Wanted: the file of MovieLens 100K, {_HOME}.")
+    # `splitlines` would also split at some characters of Latin-1.
     for number, line in enumerate(text.split("\n"), 1):
         yield number, line.removesuffix("\r")
 

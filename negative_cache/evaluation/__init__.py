@@ -1,24 +1,25 @@
 """Exact retrieval metrics over a whole corpus, without a top-k.
 
-Only the ranks of each query's positives are needed: the number of candidates that score higher.
-Counting them block by block costs one matmul and one comparison, holds no [Q, C] matrix, and every
-recall@k and the MRR follow from it.
+The metrics only need the rank of each positive, which is the number of candidates that score
+higher. Counting these block by block costs one matmul and one comparison, and needs no [Q, C]
+matrix. The ranks give recall@k for every k, and the MRR.
 
-`evaluate` goes from towers and datasets to metrics; the callback `CorpusMetrics` calls it at the
-end of an epoch. `positive_ranks` and `retrieval_metrics` are its two steps, on embeddings; both are
-in `ranks`. How validation batches are read is in `held_out`.
+`evaluate` computes metrics from towers and datasets. The callback `CorpusMetrics` calls it at the
+end of an epoch. Its two steps, `positive_ranks` and `retrieval_metrics`, work on
+embeddings. All three are in `ranks`. `validation_set` reads the validation batches.
 
-Shapes: Q queries, C candidates (the corpus), M positives, one or several a query, dimension d.
+Shapes: Q queries, C candidates (the corpus), M positives (one or several for each query),
+dimension d.
 """
 
 from negative_cache._towers import Encoder, encoders_of
-from negative_cache.evaluation.held_out import rows_of
 from negative_cache.evaluation.ranks import (
     check_cutoffs,
     evaluate,
     positive_ranks,
     retrieval_metrics,
 )
+from negative_cache.evaluation.validation_set import rows_of
 
 __all__ = [
     "Encoder",

@@ -1,6 +1,6 @@
 """Exact ranks of positives in a corpus, and the metrics that follow from them.
 
-Positives are ranked in chunks, against one block of the corpus at a time.
+Positives are ranked in chunks, and each chunk is compared with one block of the corpus at a time.
 """
 
 import functools
@@ -13,18 +13,18 @@ from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache._features import Features
 from negative_cache._towers import Encoder, TowerPair, encoders_of
-from negative_cache.evaluation import held_out
-from negative_cache.evaluation.held_out import Pairs, rows_of
+from negative_cache.evaluation import validation_set
+from negative_cache.evaluation.validation_set import Pairs, rows_of
 from negative_cache.ops._precision import matmul_in_full
 
-# Where positives are not identified in the corpus, a candidate within rounding of the positive's
-# score is taken for the positive itself.
+# If the row of a positive is unknown, a candidate whose score is within rounding of the positive's
+# score counts as the positive itself.
 _RELATIVE_TIE = 1e-6
 
-# Positives ranked at a time, and scores of a block: enough for the matmul, few enough that a block
-# is compared while it is in the processor's cache.
+# Positives ranked at a time, and the sizes of a block. They are large enough for a fast matmul, and
+# small enough that a block is compared while it is in the processor's cache.
 _CHUNK, _BLOCK_SCORES, _BLOCK_EMBEDDINGS = 1024, 2**21, 2**21
-# float32 counts exactly up to here.
+# float32 counts exactly up to this number.
 _LARGEST_BLOCK = 2**24
 
 
@@ -42,47 +42,51 @@ def evaluate(
     A validation batch is a dictionary of B rows:
 
     * `"query"`: features of B queries.
-    * `"candidate"`: features of B candidates; row i is the positive of query i.
-    * `"positives"`: ids of each query's positives in the corpus, instead of `"candidate"` or beside
-      it; then the positives of a query are all that either names, each once.
-    * `"excluded"`, optional: ids of candidates that do not compete for this query, such as those
-      the user has already seen. Ids that are not in the corpus change nothing.
+    * `"candidate"`: features of B candidates. Row i is the positive of query i.
+    * `"positives"`: ids of each query's positives in the corpus. They replace `"candidate"`, or add
+      to it. In the second case the positives of a query are the union of both.
+    * `"excluded"`, optional: ids of candidates that do not compete for this query, for instance
+      those that the user has already seen. Ids that are not in the corpus have no effect.
 
-    Ids are a `tf.RaggedTensor` or `tf.SparseTensor` [B, None], or a tensor [B, E] padded with -1,
-    or with "" where ids are strings. They are those of the candidate feature `candidate_id_key`.
+    Ids are a `tf.RaggedTensor` or `tf.SparseTensor` [B, None], or a tensor [B, E] that is padded
+    with -1 (with "" if ids are strings). They are values of the candidate feature
+    `candidate_id_key`.
 
-    With R the positives of a query and rank(p) the number of candidates, without the excluded ones,
-    that score higher than p, ties not counted (nor what is within float32 rounding of one, such as
-    an exact copy of p under another id), the metrics are these means over the queries:
+    Let R be the positives of a query. Let rank(p) be the number of candidates that score higher
+    than p and are not excluded. Ties do not count as higher, and a difference within float32
+    rounding is a tie, so an exact copy of p under another id does not count. The metrics are means
+    over queries:
 
-    * `recall_at_{k}`: |{p in R: rank(p) < k}| / |R|. Other positives compete for the first k
-      places, and nothing caps |R|, so that fewer than |R| places cannot give 1.
+    * `recall_at_{k}`: |{p in R: rank(p) < k}| / |R|. The positives of a query also compete with
+      each other, and |R| is not capped at k, so the recall is below 1 if k < |R|.
     * `mrr`: 1 / (1 + rank of the best positive).
-    * `hit_rate_at_{k}`, where batches have `"positives"`: whether the best positive's rank is below
-      k. With one positive a query it is the recall.
+    * `hit_rate_at_{k}`, only if batches have `"positives"`: whether the best positive's rank is
+      below k. If each query has one positive, it equals the recall.
 
     A positive is ranked even if it is listed as excluded. Queries without any positive do not enter
     the means. A positive whose score is NaN has the worst rank.
 
     Args:
-      model: has `query_network` and `candidate_network`, as a `DualEncoder` has, or is the pair
-        `(query_network, candidate_network)`: layers, models or functions, features -> [n, d].
-      candidates: batches of candidate features, the corpus, re-iterable (a batched
-        `tf.data.Dataset`).
-      validation: batches as above; read once, in any order.
+      model: a model with `query_network` and `candidate_network`, such as a `DualEncoder`, or the
+        pair `(query_network, candidate_network)`. Networks are layers, models or functions,
+        features -> [n, d].
+      candidates: the corpus as batches of candidate features, re-iterable, for instance a batched
+        `tf.data.Dataset`.
+      validation: batches as described above. They are read once, in any order.
       k: the cut-offs.
-      candidate_id_key: name of the candidate feature that is unique in the corpus, integers or
-        strings. `"positives"` and `"excluded"` need it, unless a candidate's features are one
-        tensor: that tensor is the id then, under the name "candidate".
+      candidate_id_key: name of a candidate feature that is unique in the corpus, integers or
+        strings. `"positives"` and `"excluded"` need it. If a candidate's features are one tensor,
+        this tensor is the id, and its name is "candidate".
       verbose: 1 shows a progress bar while the corpus is encoded.
 
     Returns:
       The metrics by name.
 
     Raises:
-      ValueError: where `k`, the model or a batch does not fit, an id stands in the corpus twice, or
-        positives are not in it, all before the corpus is encoded; where a second pass over
-        `candidates`, made only if ids are used, brings others than the first.
+      ValueError: if `k`, the model or a batch is not valid, an id is in the corpus twice, or a
+        positive is not in the corpus. All of this is checked before the corpus is encoded. Also if
+        two passes over `candidates` yield different candidates. The second pass is only needed if
+        ids are used.
 
     Example:
       >>> evaluate(model, candidates.batch(1024), validation.batch(1024), candidate_id_key="title")
@@ -91,8 +95,8 @@ def evaluate(
     """
     check_cutoffs(k)
     query_encoder, candidate_encoder = encoders_of(model)
-    ids_of = functools.partial(held_out.ids_of, key=candidate_id_key)
-    held = held_out.read(
+    ids_of = functools.partial(validation_set.ids_of, key=candidate_id_key)
+    examples = validation_set.read(
         validation,
         embed_query=query_encoder.embed,
         embed_candidate=candidate_encoder.embed,
@@ -100,22 +104,22 @@ def evaluate(
         uses_ids=candidate_id_key is not None,
     )
     corpus_ids = None
-    if held.candidate_ids is not None:
-        corpus_ids = held_out.concatenate(ids_of(features) for features in candidates)
+    if examples.candidate_ids is not None:
+        corpus_ids = validation_set.concatenate(ids_of(features) for features in candidates)
         if not len(corpus_ids):
             raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
-    positives, excluded = held.look_up(corpus_ids)
+    positives, excluded = examples.look_up(corpus_ids)
     corpus = _encode_corpus(candidates, candidate_encoder, ids_of, corpus_ids, verbose)
-    thresholds = _thresholds_of_pairs(held.queries, positives, held.positives, corpus)
+    thresholds = _thresholds_of_pairs(examples.queries, positives, examples.positives, corpus)
     ranks = _ranks(
-        held.queries,
+        examples.queries,
         thresholds,
         corpus,
         positives.queries,
         None if corpus_ids is None else positives.rows,
         excluded,
     )
-    return retrieval_metrics(ranks, k, positives.queries if held.lists_positives else None)
+    return retrieval_metrics(ranks, k, positives.queries if examples.lists_positives else None)
 
 
 def positive_ranks(
@@ -134,20 +138,22 @@ def positive_ranks(
       query_embeddings: [Q, d] float.
       positive_embeddings: [M, d] float.
       candidate_embeddings: [C, d] float, the corpus.
-      positive_rows: [M] int64, the row of each positive in the corpus, which then never counts as
-        higher than itself; -1 for a positive that is not in the corpus. In any case a candidate
-        whose score is within float32 rounding of the positive's is a tie, and ties do not count.
-      positive_queries: [M] int64, the query that each positive belongs to. Where None there is one
-        positive a query, in order, M = Q. A query's positives do count against one another.
-      excluded_rows: [Q, None] int64, ragged or padded with -1: rows of the corpus that never count
-        as higher for this query, unless they are its own `positive_rows`.
-      block_size: candidates scored at a time. Chosen from the shapes where None.
+      positive_rows: [M] int64, the row of each positive in the corpus, or -1 for a positive that is
+        not in the corpus. With a row, a positive never counts as higher than itself. In any case a
+        candidate whose score is within float32 rounding of the positive's score is a tie, and ties
+        do not count.
+      positive_queries: [M] int64, the query of each positive. If None, each query has one positive,
+        in the same order, and M = Q. A query's positives count against each other.
+      excluded_rows: [Q, None] int64, ragged or padded with -1. These rows of the corpus never count
+        as higher for a query, unless they are its own `positive_rows`.
+      block_size: the number of candidates that are scored at a time. If None, it is chosen from the
+        shapes.
 
     Returns:
       [M] int64 ranks, 0 for a positive that no candidate beats.
 
     Raises:
-      ValueError: where the shapes do not fit, or a row or a query does not exist.
+      ValueError: if the shapes do not match, or a row or a query does not exist.
     """
     queries, positives, candidates = (
         tf.cast(tf.convert_to_tensor(values), tf.float32)
@@ -174,7 +180,7 @@ def positive_ranks(
     excluded = None
     known = Pairs.of_unknown_rows(owners) if rows is None else Pairs(owners, rows)
     if excluded_rows is not None:
-        excluded_queries, excluded_rows = held_out.flatten(
+        excluded_queries, excluded_rows = validation_set.flatten(
             excluded_rows, "excluded_rows", num_queries
         )
         size = len(excluded_rows)
@@ -194,10 +200,13 @@ def retrieval_metrics(
     Args:
       ranks: [M] int, 0 for the best rank.
       k: the cut-offs.
-      queries: [M] int, the query that each rank belongs to, where queries have several positives.
-        Then these are means over the queries: recall the share of a query's ranks below k, MRR that
-        of its best rank, and `hit_rate_at_{k}` says whether its best rank is below k. Where None,
-        every rank is of another query, and there is no hit rate: it is the recall.
+      queries: [M] int, the query of each rank, needed if queries have several positives. Then the
+        metrics are means over queries. Recall is the share of a query's ranks below k, MRR is that
+        of its best rank, and `hit_rate_at_{k}` is whether its best rank is below k. If None, every
+        rank belongs to another query, and there is no hit rate, as it would equal the recall.
+
+    Returns:
+      The metrics by name.
     """
     if queries is None:
         metrics = {f"recall_at_{cutoff}": float(np.mean(ranks < cutoff)) for cutoff in k}
@@ -214,7 +223,7 @@ def retrieval_metrics(
 
 
 def check_cutoffs(k: Sequence[int]) -> None:
-    """Checks that `k` are cut-offs of a recall."""
+    """Checks that `k` is a sequence of positive cut-offs."""
     if not isinstance(k, Sequence | np.ndarray) or not len(k) or min(k) < 1:
         raise ValueError(f"`k` must be positive cut-offs. Received: {k}.")
 
@@ -222,7 +231,7 @@ def check_cutoffs(k: Sequence[int]) -> None:
 def _check_indices(
     indices: np.ndarray | tf.Tensor, name: str, size: int, limit: int, smallest: int
 ) -> np.ndarray:
-    """[size] int64, from `smallest` to below `limit`."""
+    """Checks that indices are [size] integers from `smallest` to below `limit`."""
     indices = _validation.to_numpy(indices)
     if indices.shape != (size,) or indices.dtype.kind not in "iu":
         raise ValueError(
@@ -244,7 +253,7 @@ def _encode_corpus(
     expected_ids: np.ndarray | None,
     verbose: int,
 ) -> np.ndarray:
-    """[C, d] embeddings, in the order of `expected_ids` where the ids are known."""
+    """Returns [C, d] embeddings, in the order of `expected_ids` if it is not None."""
     ids_by_batch = []
 
     def batches() -> Iterator[Features]:
@@ -257,14 +266,14 @@ def _encode_corpus(
     corpus = encoder(batches(), bar.update if bar else None)
     if expected_ids is None:
         return corpus
-    ids = held_out.concatenate(ids_by_batch)
+    ids = validation_set.concatenate(ids_by_batch)
     if np.array_equal(ids, expected_ids):
         return corpus
-    # A dataset that shuffles has another order at each pass.
+    # A dataset that shuffles has another order in each pass.
     rows = rows_of(expected_ids, ids)
     if len(ids) != len(expected_ids) or np.any(rows < 0):
         raise ValueError(
-            "`candidates` must be the same candidates at every pass. Received"
+            "`candidates` must yield the same candidates in every pass. Received"
             f" {len(expected_ids)} and then {len(ids)}, of which {np.sum(rows >= 0)} the same."
         )
     return corpus[rows]
@@ -279,9 +288,10 @@ def _progress_bar(batches: Iterable[Features], verbose: int) -> keras.utils.Prog
 
 
 def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """[n] what a candidate must exceed to be higher: the positive's score, and its rounding.
+    """Returns [n] thresholds that higher candidates exceed: a positive's score plus rounding.
 
-    A copy of the positive, under another id, is scored in another product and may differ by it.
+    A copy of the positive under another id is scored in another product, so its score may differ by
+    rounding.
     """
     scores = tf.reduce_sum(queries * positives, axis=1).numpy()
     lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
@@ -291,7 +301,7 @@ def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
 def _thresholds_of_pairs(
     queries: np.ndarray, positives: Pairs, embeddings: np.ndarray, corpus: np.ndarray
 ) -> np.ndarray:
-    """[M] thresholds of positives: the first of `embeddings`, the others of their rows."""
+    """Returns [M] thresholds. The first positives have `embeddings`, the other ones have rows."""
     parts = [_thresholds(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
     for start in range(len(embeddings), len(positives.queries), 2**16):
         chunk = slice(start, start + 2**16)
@@ -308,7 +318,7 @@ def _ranks(
     excluded: Pairs | None,
     block_size: int | None = None,
 ) -> np.ndarray:
-    """[M] ranks, of a chunk of positives in the order of their queries at a time."""
+    """Returns [M] ranks, for chunks of positives in the order of their queries."""
     candidates = tf.convert_to_tensor(candidates)
     ranks = np.zeros(len(thresholds), np.int64)
     order = np.argsort(positive_queries, kind="stable")
@@ -330,13 +340,13 @@ def _ranks(
         )
         ranks[chunk] = higher.numpy()
         if excluded_here is not None:
-            # Excluded candidates are counted as higher.
+            # `_count_higher` counts all excluded candidates.
             ranks[chunk] -= np.bincount(excluded_here[:, 0], minlength=len(used))[owners]
     return ranks
 
 
 def _of_queries(pairs: Pairs, queries: np.ndarray) -> np.ndarray:
-    """[n, 2] positions in `queries` and rows of those of `pairs`, in the order of rows."""
+    """Returns [n, 2], the position in `queries` and the row of each of their pairs, by row."""
     first = np.searchsorted(pairs.queries, queries[0])
     last = np.searchsorted(pairs.queries, queries[-1], side="right")
     positions = np.searchsorted(queries, pairs.queries[first:last])
@@ -355,9 +365,19 @@ def _count_higher(
     excluded: tf.Tensor | None,
     block_size: tf.Tensor,
 ) -> tf.Tensor:
-    """[M] int64: how many candidates are not known to score at most a positive's threshold.
+    """Counts candidates whose score is not <= the threshold of a positive.
 
-    `excluded` [n, 2], of queries and rows in the order of rows, are counted always.
+    Args:
+      queries: [U, d] float32.
+      thresholds: [M] float32.
+      candidates: [C, d] float32.
+      positive_queries: [M] int64, or None if the positives are those of the queries in order.
+      positive_rows: [M] int64 rows that are not counted, or None.
+      excluded: [n, 2] int64 queries and rows, in the order of rows. They are always counted.
+      block_size: the number of candidates that are scored at a time.
+
+    Returns:
+      [M] int64 counts.
     """
     count = tf.zeros(tf.shape(thresholds), tf.int64)
     if excluded is not None:
@@ -374,8 +394,8 @@ def _count_higher(
             scores = tf.tensor_scatter_nd_update(scores, entries, nothing)
         if positive_queries is not None:
             scores = tf.gather(scores, positive_queries)
-        # All but those that do not score higher: a model of NaN has the worst ranks, not the best.
-        # A sum of float32 is the fastest count: `tf.math.count_nonzero` doubles the time of it all.
+        # Counting the complement gives NaN scores the worst rank, not the best.
+        # A float32 sum is the fastest count. `tf.math.count_nonzero` would double the total time.
         is_not_higher = tf.cast(scores <= thresholds[:, tf.newaxis], tf.float32)
         count += size - tf.cast(tf.reduce_sum(is_not_higher, axis=1), tf.int64)
         if positive_rows is not None:

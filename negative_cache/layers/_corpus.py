@@ -129,7 +129,7 @@ class Corpus:
             feature_specs = _features.specs_of_rows(dataset)
         self._takes_one_tensor = not isinstance(feature_specs, Mapping)
         id_key = _features.id_key_of(feature_specs, id_key)
-        self.specs = _validation.check_specs(_features.named(feature_specs))
+        self.specs = _validation.check_specs(_features.as_dict(feature_specs))
         if EMBEDDING in self.specs:
             raise ValueError(
                 f"The name {EMBEDDING!r} is reserved for the cached embedding. No feature of the"
@@ -182,7 +182,7 @@ class Corpus:
     def _batches(self) -> Iterator[dict[str, tf.Tensor]]:
         for features in self._dataset:
             if self._takes_one_tensor:
-                features = _features.named(features)
+                features = _features.as_dict(features)
             yield _validation.check_items(features, self.specs, what="dataset", exact=True)
 
 

@@ -222,7 +222,7 @@ class CachedRetrieval(Retrieval):
             )
         checks.check_network(candidate_network)
         cache_size = _validation.check_count(decided["cache_size"], "cache_size", at_least=0)
-        named_specs = dict(_features.named(feature_specs))
+        named_specs = dict(_features.as_dict(feature_specs))
         checks.check_features(named_specs, INTERNAL_KEYS)
         id_key = decided["candidate_id_key"]
         if id_key is not None:
@@ -404,7 +404,7 @@ class CachedRetrieval(Retrieval):
         self, features: Mapping[str, tf.Tensor] | tf.Tensor
     ) -> dict[str, tf.Tensor]:
         if self._takes_one_tensor:
-            features = _features.named(features)
+            features = _features.as_dict(features)
         return _validation.check_items(
             features, self.feature_specs, what="candidate_features", exact=True
         )

@@ -23,7 +23,7 @@ from negative_cache.layers._negatives.scores import Scores
 from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.layers.frequency import FrequencyEstimator
-from negative_cache.metrics import Latest
+from negative_cache.metrics import LatestValue
 from negative_cache.ops import contrastive
 
 # Of 12 bytes each; 2 % of 100,000 candidates share theirs.
@@ -148,7 +148,7 @@ class Retrieval(StateLayer):
             source.bind(self, prefix + own_prefix)
         self._encoded = None
         if any(source.encodes_candidates for source in sources):
-            self._encoded = Latest(name=prefix + "candidates_encoded")
+            self._encoded = LatestValue(name=prefix + "candidates_encoded")
         checks.check_log_names(self.training_metrics)
         self.supports_jit = all(getattr(source, "supports_jit", True) for source in sources)
         self.built = True
@@ -344,7 +344,7 @@ class Retrieval(StateLayer):
     def _check_features(self, features: Mapping[str, tf.Tensor] | tf.Tensor) -> dict:
         """The batch's features as tensors by name."""
         return {
-            key: tf.convert_to_tensor(values) for key, values in _features.named(features).items()
+            key: tf.convert_to_tensor(values) for key, values in _features.as_dict(features).items()
         }
 
     def _end_step(

@@ -36,7 +36,7 @@ def test_keras_is_that_of_tensorflow():
 @pytest.mark.parametrize("module", ["os", "tensorflow", "builtins.os", "subprocess"])
 def test_a_file_cannot_name_any_function_there_is(module):
     config = {"module": module, "class_name": "function", "config": "system"}
-    with pytest.raises(ValueError, match="A file can name functions that are registered"):
+    with pytest.raises(ValueError, match="A file can only name functions that are registered"):
         _compat.deserialize({**config, "registered_name": "function"})
 
 

@@ -9,9 +9,9 @@ from negative_cache import Cache, CachedRetrieval, GlobalContrastiveBatches, _fe
 
 def test_a_single_tensor_has_the_name_of_its_side():
     ids, by_name = tf.range(3), {"id": tf.range(3), "title": tf.constant(["a", "b", "c"])}
-    assert _features.named(ids)["candidate"] is ids
-    assert _features.named(ids, "query")["query"] is ids
-    assert _features.named(by_name) is by_name
+    assert _features.as_dict(ids)["candidate"] is ids
+    assert _features.as_dict(ids, "query")["query"] is ids
+    assert _features.as_dict(by_name) is by_name
     assert _features.id_feature(ids, None) is ids
     assert _features.id_feature(ids, "candidate") is ids
     assert _features.id_feature(ids, "query", "query") is ids
@@ -21,8 +21,8 @@ def test_a_single_tensor_has_the_name_of_its_side():
 @pytest.mark.parametrize(
     "features, key, side, message",
     [
-        ([0], "id", "candidate", r"`candidate_id_key` .* \['candidate'\], as .* 'id'"),
-        ([0], "candidate", "query", r"`query_id_key` .* a query, \['query'\], as .* 'candidate'"),
+        ([0], "id", "candidate", r"`candidate_id_key` .* \['candidate'\], .* 'id'"),
+        ([0], "candidate", "query", r"`query_id_key` .* a query, \['query'\], .* 'candidate'"),
         ({"id": [0]}, "candidate", "candidate", r"a candidate, \['id'\]. Received: 'candidate'"),
         ({"id": [0]}, None, "candidate", r"a candidate, \['id'\]. Received: None"),
     ],
@@ -65,7 +65,7 @@ def test_specs_of_rows():
     assert _features.specs_of_rows(batches.map(lambda row: row["a"])) == specs["a"]
     with pytest.raises(ValueError, match="can only be taken from a `tf.data.Dataset`.*list"):
         _features.specs_of_rows([np.zeros([2])])
-    with pytest.raises(ValueError, match=r"known but for the batch. Received for 'candidate': "):
+    with pytest.raises(ValueError, match=r"batch dimension unknown. Received for 'candidate': "):
         _features.specs_of_rows(tf.data.Dataset.range(3))
 
 

@@ -1,14 +1,14 @@
-"""Tests of `Latest`."""
+"""Tests of `LatestValue`."""
 
 import pytest
 import tensorflow as tf
 
-from negative_cache.metrics import Latest
+from negative_cache.metrics import LatestValue
 from negative_cache.tests.replicas import two_replicas
 
 
 def test_is_the_last_value_and_keeps_it_when_reset():
-    metric = Latest(name="fill")
+    metric = LatestValue(name="fill")
     assert metric.name == "fill"
     for value in (3.0, 1.0, 2):
         metric.update_state(value, sample_weight=5.0)
@@ -20,7 +20,7 @@ def test_is_the_last_value_and_keeps_it_when_reset():
 def test_is_the_mean_of_the_replicas_last_values():
     strategy = two_replicas()
     with strategy.scope():
-        metric = Latest(name="fill")
+        metric = LatestValue(name="fill")
 
     @tf.function
     def step():

@@ -22,7 +22,7 @@ from negative_cache.layers._variables import is_on_host, make_state_variable
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.metrics import Latest, TrainingMean
+from negative_cache.metrics import LatestValue, TrainingMean
 from negative_cache.ops.cache_rows import take_rows
 
 if TYPE_CHECKING:
@@ -137,11 +137,11 @@ class CachedNegatives(Negatives, StateLayer):
         prefix = self.log_prefix
         self._staleness = TrainingMean(name=prefix + "staleness")
         self._log_partition = TrainingMean(name=prefix + "log_partition")
-        self._fill = Latest(name=prefix + "fill")
-        self._skipped_rows = Latest(name=prefix + "skipped_rows")
+        self._fill = LatestValue(name=prefix + "fill")
+        self._skipped_rows = LatestValue(name=prefix + "skipped_rows")
         names = ["probe_staleness", "probe_corrected_staleness"]
         num_probes = 0 if not self.probe_size else 1 if self.corrector is None else 2
-        self.probe_metrics = [Latest(name=prefix + name) for name in names[:num_probes]]
+        self.probe_metrics = [LatestValue(name=prefix + name) for name in names[:num_probes]]
         known_dims = [_towers.known_output_dim(self._tower)]
         if self._cache is not None:
             known_dims.append(self.get_cache().embeddings.shape[1])

@@ -167,7 +167,7 @@ def check_corpus(cache: Any, feature_specs: Specs | None) -> Specs:
     if feature_specs is None:
         is_one = set(specs) == {_features.ONE_FEATURE}
         feature_specs = specs[_features.ONE_FEATURE] if is_one else specs
-    described = describe_specs(_features.named(feature_specs))
+    described = describe_specs(_features.as_dict(feature_specs))
     if described != describe_specs(specs):
         raise ValueError(
             "`feature_specs` must be those of the `cache`. Received:"

@@ -67,7 +67,7 @@ class CacheSpec:
     @property
     def named_specs(self) -> dict[str, tf.io.FixedLenFeature]:
         """Feature name -> spec; a single tensor has a fixed name."""
-        return dict(_features.named(self.feature_specs))
+        return dict(_features.as_dict(self.feature_specs))
 
     def make(self, embedding_dim: int, *, has_ids: bool) -> Cache:
         """The cache, for embeddings [n, d].

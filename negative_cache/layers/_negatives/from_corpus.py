@@ -90,7 +90,7 @@ class FromCorpus(CachedNegatives):
         feature_specs = checks.check_corpus(cache, feature_specs)
         self.write_back = write_back
         self.takes_one_tensor = not isinstance(feature_specs, Mapping)
-        self.feature_specs = dict(_features.named(feature_specs))
+        self.feature_specs = dict(_features.as_dict(feature_specs))
         self.cache_size = cache.cache_size
         self._cache = cache
         self._row_key = str(cache.row_key)

@@ -13,10 +13,10 @@ from negative_cache.tests.batching.contrastive_pairs import clusters, pairs_of
 
 @pytest.mark.parametrize("convert", [np.asarray, tf.constant])
 def test_codes_of_integers_and_strings(convert):
-    ids = Ids.given(3, convert([7, 5, 7]), convert(["b", "b", "a"]))
+    ids = Ids.from_arrays(3, convert([7, 5, 7]), convert(["b", "b", "a"]))
     np.testing.assert_array_equal(ids.queries, [1, 0, 1])
     np.testing.assert_array_equal(ids.candidates, [1, 1, 0])
-    assert Ids.given(3, None, None) == Ids()
+    assert Ids.from_arrays(3, None, None) == Ids()
 
 
 def test_an_open_batch_takes_no_false_negative():

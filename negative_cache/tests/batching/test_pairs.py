@@ -31,7 +31,7 @@ def test_pairs_become_arrays_or_stay_tensors():
         (tf.data.Dataset.range(3), "from_dataset` takes a `tf.data.Dataset`"),
         (
             {"query": np.array(["a", None, np.nan], object), "candidate": np.arange(3)},
-            "objects with 2 others, the first of them None",
+            "objects with 2 other values. The first is None",
         ),
     ],
 )

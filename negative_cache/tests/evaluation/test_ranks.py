@@ -243,7 +243,7 @@ def test_copies_of_a_positive_under_other_ids_are_ties_whatever_rounding_says():
 
 @pytest.mark.parametrize("model", [object(), (tf.identity,), (tf.identity, None)])
 def test_what_has_not_two_towers_is_refused(model):
-    with pytest.raises(ValueError, match="`query_network` and `candidate_network`, or be the pair"):
+    with pytest.raises(ValueError, match="`query_network` and `candidate_network`, or be a pair"):
         evaluate(model, [[0]], [{"query": [0], "candidate": [0]}])
 
 
@@ -257,7 +257,7 @@ def test_candidates_that_change_between_passes_are_refused():
 
     tower = lookup(np.zeros([2, 2], np.float32))
     with pytest.raises(
-        ValueError, match="same candidates at every pass. .* 2 and then 2, of which 1"
+        ValueError, match="same candidates in every pass. .* 2 and then 2, of which 1"
     ):
         evaluate(
             (tower, tower), Changing(), [{"query": [0], "positives": [[0]]}], candidate_id_key="id"

@@ -232,7 +232,7 @@ def ones(features):
                 lambda f: {**f, "words": tf.RaggedTensor.from_row_splits([1], [0, 1])}
             ),
             {},
-            "shape is known but for the batch.*'words'",
+            "only the batch dimension unknown.*'words'",
         ),
         (
             lambda: corpus_of(13).map(lambda f: {"id": tf.cast(f["id"], tf.float32)}),

@@ -194,7 +194,7 @@ def test_validation_that_does_not_fit_is_refused_before_the_corpus_is_encoded(pa
         ([{"id": [0, -1]}], {"candidate_id_key": "id"}, "'positives' is padded with -1, but"),
         ([{"id": [0, 1]}], {"candidate_id_key": "x"}, r"candidate, \['id'\]. Received: 'x'"),
         ([{"id": [0, 1]}], {}, r"candidate, \['id'\]. Received: None"),
-        ([[0, 1]], {"candidate_id_key": "id"}, "as a single tensor is called. Received: 'id'"),
+        ([[0, 1]], {"candidate_id_key": "id"}, "the name of a single tensor. Received: 'id'"),
         ([{"id": [[0], [1]]}], {"candidate_id_key": "id"}, r"ids must have shape \[n\].*\(2, 1\)"),
         ([], {"candidate_id_key": "id"}, "dataset to embed is empty: `candidates`"),
     ],
@@ -212,7 +212,7 @@ def test_candidates_that_do_not_fit_are_refused_before_they_are_encoded(
     [
         ([], "validation dataset to embed is empty"),
         ([(1, 2)], "must be a dictionary .* Received: tuple"),
-        ([{"query": [0, 0], "candidate": [0]}], "as many rows. Received: 2 and 1"),
+        ([{"query": [0, 0], "candidate": [0]}], "equally many rows. Received: 2 and 1"),
         (
             [{"query": [0], "candidate": [0]}, {"query": [0], "positives": [[0]]}],
             r"same parts. Received \['positives', 'query'\] after \['candidate', 'query'\]",

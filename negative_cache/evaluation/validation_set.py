@@ -1,6 +1,6 @@
-"""The validation set of `evaluate`: read in one pass, its ids looked up in the corpus.
+"""Reads the validation set of `evaluate` in one pass, and looks up its ids in the corpus.
 
-Nothing here scores or ranks.
+Scores and ranks are in `ranks`.
 """
 
 import dataclasses
@@ -15,10 +15,13 @@ from negative_cache._validation import to_numpy
 
 
 def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
-    """Finds the row of each of `ids` [n] in `corpus_ids` [C]: [n] int64, -1 where there is none.
+    """Finds the rows of `ids` [n] in `corpus_ids` [C].
+
+    Returns:
+      [n] int64 rows, with -1 for ids that are not in the corpus.
 
     Raises:
-      ValueError: where an id stands in the corpus twice.
+      ValueError: if an id is in the corpus twice.
     """
     order = np.argsort(corpus_ids, kind="stable")
     ordered = corpus_ids[order]
@@ -33,7 +36,12 @@ def rows_of(ids: np.ndarray, corpus_ids: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """Query i of `queries` [n] with row i of `rows` [n], -1 if it is unknown or there is none."""
+    """Pairs of a query and a row of the corpus.
+
+    Attributes:
+      queries: [n] int64.
+      rows: [n] int64, with -1 if the row is unknown or the candidate is not in the corpus.
+    """
 
     queries: np.ndarray
     rows: np.ndarray
@@ -47,25 +55,26 @@ class Pairs:
         return (self.queries << 32) + self.rows
 
     def unique(self) -> "Pairs":
-        """Each pair once, in the order of queries, and none without a row."""
+        """Returns each pair with a row once, in the order of queries."""
         keys = np.unique(self.keys[self.rows >= 0])
         return Pairs(keys >> 32, keys & 0xFFFFFFFF)
 
-    def without(self, others: "Pairs") -> "Pairs":
-        kept = ~np.isin(self.keys, others.keys)
+    def without(self, excluded: "Pairs") -> "Pairs":
+        kept = ~np.isin(self.keys, excluded.keys)
         return Pairs(self.queries[kept], self.rows[kept])
 
 
 @dataclasses.dataclass(frozen=True)
 class ValidationSet:
-    """What the validation batches hold. Ids are None if nothing needs them.
+    """The contents of the validation batches.
 
     Attributes:
       queries: [Q, d] float32 embeddings.
-      positives: [n, d] float32 embeddings of "candidate", of the first n queries: all or none.
-      candidate_ids: [n] ids of "candidate".
-      listed: name -> (the query [m] and the id [m] of each entry), of "positives" and "excluded".
-      padded: those of these names that came as padded tensors.
+      positives: [n, d] float32 embeddings of "candidate". Either all queries have one (n = Q), or
+        none has (n = 0).
+      candidate_ids: [n] ids of "candidate", or None if ids are not needed.
+      listed: "positives" or "excluded" -> the query [m] and the id [m] of each entry of the lists.
+      padded: the keys of `listed` whose lists were padded tensors.
     """
 
     queries: np.ndarray
@@ -79,11 +88,17 @@ class ValidationSet:
         return "positives" in self.listed
 
     def look_up(self, corpus_ids: np.ndarray | None) -> tuple[Pairs, Pairs | None]:
-        """The positives, first those of "candidate", and the excluded, as rows of the corpus.
+        """Looks up positives and excluded candidates in the corpus.
+
+        Args:
+          corpus_ids: [C] ids of the corpus, or None if ids are not needed.
+
+        Returns:
+          The positives, first those of "candidate", and the excluded pairs or None.
 
         Raises:
-          ValueError: where ids are not unique in the corpus, of another kind than its ids, or those
-            of "positives" are not in it; where there are no positives.
+          ValueError: if corpus ids are not unique, ids have another kind than corpus ids, an id of
+            "positives" is not in the corpus, or there are no positives.
         """
         queries = np.arange(len(self.positives))
         if corpus_ids is None or self.candidate_ids is None:
@@ -108,7 +123,7 @@ class ValidationSet:
     def _rows_by_name(
         self, candidate_ids: np.ndarray, corpus_ids: np.ndarray
     ) -> dict[str, np.ndarray]:
-        """Rows, -1 where there is none, of the ids of "candidate" and of what is listed."""
+        """Returns the rows of the ids of "candidate" and of all lists, with -1 for no row."""
         ids = {name: values for name, (_, values) in self.listed.items()}
         ids["candidate"] = candidate_ids
         for name, values in ids.items():
@@ -122,7 +137,7 @@ class ValidationSet:
                     f"{name!r} is padded with {_padding_of(values)!r}, but a candidate of the"
                     " corpus has that id. Use a `tf.RaggedTensor`, which needs no padding."
                 )
-        # All at once, because looking ids up sorts those of the corpus.
+        # All ids are looked up at once, because each look-up sorts the ids of the corpus.
         filled = [values for values in ids.values() if len(values)]
         rows = rows_of(np.concatenate([*filled, corpus_ids[:0]]), corpus_ids)
         ends = np.cumsum([len(values) for values in ids.values()])
@@ -144,10 +159,10 @@ def read(
       embed_query: features of n queries -> [n, d] float32.
       embed_candidate: features of n candidates -> [n, d] float32.
       ids_of: features of n candidates -> [n] ids.
-      uses_ids: whether ids are wanted even where no candidates are listed by theirs.
+      uses_ids: whether to read ids of candidates even if batches have no lists of ids.
 
     Raises:
-      ValueError: where there are no batches, or the parts of one do not fit.
+      ValueError: if there are no batches, or the parts of a batch do not match.
     """
     queries, positives, candidate_ids = [], [], []
     listed: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {}
@@ -163,7 +178,7 @@ def read(
             positives.append(embed_candidate(batch["candidate"]))
             if len(positives[-1]) != size:
                 raise ValueError(
-                    'The "query" and "candidate" of a validation batch must have as many rows.'
+                    '"query" and "candidate" of a validation batch must have equally many rows.'
                     f" Received: {size} and {len(positives[-1])}."
                 )
         for name in names & {"positives", "excluded"}:
@@ -189,7 +204,7 @@ def read(
 
 
 def _check_names(batch: object, names: set[str] | None) -> set[str]:
-    """The parts of a validation batch, which must be those of the first."""
+    """Returns the parts of a validation batch, which must be the same in all batches."""
     if (
         not isinstance(batch, Mapping)
         or "query" not in batch
@@ -210,7 +225,11 @@ def _check_names(batch: object, names: set[str] | None) -> set[str]:
 
 
 def flatten(values: Values, name: str, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """The row of each entry and the entries of a list a row: ragged, sparse or padded."""
+    """Flattens lists, one for each row, that are ragged, sparse or padded.
+
+    Returns:
+      The row [m] int64 of each entry, and the entries [m].
+    """
     if isinstance(values, tf.SparseTensor):
         shape, rows = values.shape, values.indices[:, 0].numpy()
         entries = values.values.numpy()
@@ -224,14 +243,14 @@ def flatten(values: Values, name: str, num_rows: int) -> tuple[np.ndarray, np.nd
         entries = entries.reshape([-1])
     if shape.rank != 2 or shape[0] not in (None, num_rows):
         raise ValueError(
-            f"`{name}` must have shape [{num_rows}, None], a list a query, ragged or padded."
+            f"`{name}` must have shape [{num_rows}, None], one list per query, ragged or padded."
             f" Received shape: {shape}."
         )
     return rows.astype(np.int64), entries
 
 
 def ids_of(features: Features, key: str | None) -> np.ndarray:
-    """[n] ids of a batch of candidate features."""
+    """Returns the [n] ids of a batch of candidate features."""
     ids = to_numpy(_features.id_feature(features, key))
     if ids.ndim != 1:
         raise ValueError(f"Candidate ids must have shape [n]. Received shape: {ids.shape}.")
@@ -243,7 +262,7 @@ def _padding_of(ids: np.ndarray) -> int | bytes:
 
 
 def concatenate(arrays: Iterable[np.ndarray]) -> np.ndarray:
-    """All arrays, one after the other; no ids [0] if there are none."""
+    """Concatenates arrays. The result is empty if there are none."""
     arrays = list(arrays)
     return np.concatenate(arrays) if arrays else np.zeros([0], np.int64)
 
@@ -253,6 +272,6 @@ def _check_found(ids: np.ndarray, rows: np.ndarray, name: str) -> None:
     unknown = ids[rows < 0]
     if unknown.size:
         raise ValueError(
-            f"The ids of {name!r} must be those of candidates in the corpus. Not in it:"
+            f"The ids of {name!r} must be ids of candidates in the corpus. Not in it:"
             f" {unknown[:5].tolist()} ({unknown.size} of {ids.size} ids)."
         )
