@@ -291,14 +291,10 @@ class Retrieval(StateLayer):
             metric.update_state(loss)
         weighted = {} if weight is None else {"sample_weight": weight}
         if compute_metrics:
-            positives = candidates[: batch.num_queries]
             for metric in self._task_metrics:
-                metric.update_state(queries, positives, **weighted)
-        if compute_batch_metrics and self._batch_metrics:
-            scores = contrastive.leave_out(batch.pair_logits, batch.not_negatives)
-            scores = tf.maximum(scores, tf.float32.min / 100.0)
-            for metric in self._batch_metrics:
-                metric.update_state(tf.cast(batch.is_positive, tf.float32), scores, **weighted)
+                metric.update_state(queries, candidates[: batch.num_queries], **weighted)
+        if compute_batch_metrics:
+            self._update_batch_metrics(batch, **weighted)
         return loss
 
     def get_config(self) -> dict[str, Any]:
@@ -344,8 +340,18 @@ class Retrieval(StateLayer):
     def _check_features(self, features: Mapping[str, tf.Tensor] | tf.Tensor) -> dict:
         """The batch's features as tensors by name."""
         return {
-            key: tf.convert_to_tensor(values) for key, values in _features.as_dict(features).items()
+            # Those of a task without caches may be ragged or sparse.
+            key: values if tf.is_tensor(values) else tf.convert_to_tensor(values)
+            for key, values in _features.as_dict(features).items()
         }
+
+    def _update_batch_metrics(self, batch: Batch, **weighted: tf.Tensor) -> None:
+        if not self._batch_metrics:
+            return
+        scores = contrastive.leave_out(batch.pair_logits, batch.not_negatives)
+        scores = tf.maximum(scores, tf.float32.min / 100.0)
+        for metric in self._batch_metrics:
+            metric.update_state(tf.cast(batch.is_positive, tf.float32), scores, **weighted)
 
     def _end_step(
         self, batch: Batch, contributions: Sequence[Contribution], loss: tf.Tensor

@@ -129,6 +129,8 @@ class CachedNegatives(Negatives, StateLayer):
 
     def bind(self, task: Retrieval, prefix: str) -> None:
         super().bind(task, prefix)
+        if self.candidate_network is task.candidate_network:
+            self.candidate_network = None
         if self.has_own_tower:
             # Its weights must be there before an optimizer takes the model's. Keras may call a
             # layer built that is not.

@@ -376,3 +376,21 @@ def test_xla_is_not_offered_to_strings():
     towers = functools.partial(Retrieval, lambda features: tf.zeros([2, DIM]))
     assert towers([stream(), InBatch()]).supports_jit
     assert not towers([FromCache(CacheSpec({"title": STRING_ID}, 4)), InBatch()]).supports_jit
+
+
+def test_a_sources_own_tower_that_is_the_tasks_is_none_of_its_own():
+    tower = Table(TABLE)
+    source = stream(candidate_network=tower)
+    task = Retrieval(tower, [source])
+    assert not source.has_own_tower
+    call(task, make_queries(2), [0, 1], TABLE, training=True)
+    # The batch's embeddings are taken, and not computed again: two draws are all.
+    assert int(source.num_encoded) == 2
+
+
+def test_without_a_cache_features_may_be_ragged():
+    queries, ids = make_queries(2), tf.constant([0, 1], tf.int64)
+    features = {"id": ids, "words": tf.ragged.constant([[1], [2, 3]])}
+    task = Retrieval(Table(TABLE), [InBatch()], candidate_id_key="id", remove_accidental_hits=True)
+    losses = [task(queries, TABLE[:2], part) for part in (features, {"id": ids})]
+    assert float(losses[0]) == float(losses[1]) > 0.0

@@ -1,5 +1,7 @@
 """Tests of the files of `Retrieval`: they hold every source of negatives."""
 
+import json
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -7,7 +9,7 @@ import tensorflow as tf
 import negative_cache as nc
 from negative_cache import CacheSpec, DualEncoder, Explicit, FromCache, InBatch, Retrieval
 from negative_cache._compat import keras
-from negative_cache.tests.layers.retrieval_cases import DIM
+from negative_cache.tests.layers.retrieval_cases import DIM, Table, make_table
 from negative_cache.tests.layers.source_cases import (
     SIZE,
     SPECS,
@@ -111,3 +113,13 @@ def test_a_keras_file_holds_every_source(tmp_path):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(model.task.cached_negatives, loaded.task.cached_negatives):
         np.testing.assert_array_equal(a.cache.embeddings, b.cache.embeddings)
+
+
+def test_a_checkpoint_from_before_sources_had_their_state_is_refused(tmp_path):
+    task, again = (
+        Retrieval(Table(make_table(SIZE)), [InBatch()], candidate_id_key="id") for _ in range(2)
+    )
+    task._description = json.dumps({"candidate_id_key": "id"})
+    where = tf.train.Checkpoint(task=task).save(str(tmp_path / "checkpoint"))
+    with pytest.raises(ValueError, match="by an earlier version of negative_cache"):
+        tf.train.Checkpoint(task=again).restore(where)
