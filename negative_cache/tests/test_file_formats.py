@@ -135,7 +135,7 @@ def train(model, steps):
     state = {
         "loss": logs["loss"],
         "age": cache.age,
-        "sampling": model.task._state.sampling,
+        "sampling": model.task.cached._state.sampling,
         **cache.data,
     }
     weights = [*model.trainable_variables, *(optimizer() if IS_KERAS_2 else optimizer)]
