@@ -127,11 +127,10 @@ class DualEncoder(_compat.Model):
 
     def test_step(self, data: Any) -> dict[str, tf.Tensor]:
         logs = super().test_step(data)
-        only_in_training = {metric.name for metric in self.task.training_metrics}
-        return {name: value for name, value in logs.items() if name not in only_in_training}
+        return self.task.evaluation_logs(logs)
 
     def get_config(self) -> dict[str, Any]:
-        _check_apart(self.query_network, self.candidate_network)
+        _check_apart(self)
         serialize = keras.utils.serialize_keras_object
         same = self.task.candidate_network is self.candidate_network
         return {
@@ -168,7 +167,7 @@ class DualEncoder(_compat.Model):
             older ones of Keras.
         """
         # Before a file of this name is written over.
-        _check_apart(self.query_network, self.candidate_network)
+        _check_apart(self)
         super().save(filepath, *args, **kwargs)
 
     def export(
@@ -223,16 +222,18 @@ class DualEncoder(_compat.Model):
         return tf.reshape(embeddings, tf.concat([batch_and_count, [embeddings.shape[1]]], axis=0))
 
 
-def _check_apart(query_network: Any, candidate_network: Any) -> None:
+def _check_apart(model: DualEncoder) -> None:
     """Refuses towers that share a part: Keras would make two of it."""
-    if query_network is candidate_network:
-        return
-    of_queries, of_candidates = (
-        list(network._flatten_layers()) if isinstance(network, keras.layers.Layer) else []
-        for network in (query_network, candidate_network)
-    )
-    in_both = {id(layer) for layer in of_queries} & {id(layer) for layer in of_candidates}
-    shared = [layer.name for layer in of_queries if id(layer) in in_both and _has_state(layer)]
+    towers = [model.query_network]
+    if model.candidate_network is not model.query_network:
+        towers.append(model.candidate_network)
+    towers += model.task.own_networks
+    seen: dict[int, str] = {}
+    shared = []
+    for tower in towers:
+        layers = list(tower._flatten_layers()) if isinstance(tower, keras.layers.Layer) else []
+        shared += [layer.name for layer in layers if id(layer) in seen and _has_state(layer)]
+        seen |= {id(layer): layer.name for layer in layers}
     if shared:
         raise ValueError(
             "A configuration, and so a '.keras' file, cannot say that the towers share layers. Save"

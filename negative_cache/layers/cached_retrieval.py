@@ -370,7 +370,7 @@ class CachedRetrieval(Retrieval):
     def get_config(self) -> dict[str, Any]:
         serialize = keras.utils.serialize_keras_object
         config = super().get_config()
-        del config["negatives"]
+        del config["negatives"], config["own_networks"]
         # A cache that streams is made by the task; one of a corpus was given, with its index.
         is_corpus = isinstance(self.cached, FromCorpus)
         specs = self.feature_specs

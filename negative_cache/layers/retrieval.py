@@ -56,8 +56,9 @@ class Retrieval(StateLayer):
         the features are a single tensor, its name is "candidate".
       remove_accidental_hits: leave out negatives that have the positive's id. Needs
         `candidate_id_key`.
-      false_negative_margin: leave out negatives, but explicit ones, that score above the positive
-        minus this margin; they are likely unlabelled positives.
+      false_negative_margin: leave out negatives of the batch and of caches that score above the
+        positive minus this margin; they are likely unlabelled positives. Explicit negatives stay. A
+        source of your own compares with `batch.max_scores`.
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives. True makes a `FrequencyEstimator` of 4 million
         buckets. Needs `candidate_id_key`.
@@ -142,14 +143,20 @@ class Retrieval(StateLayer):
         )
         self._num_sources = len(sources)
         prefix = given_name(self)
-        for i, (source, own_prefix) in enumerate(zip(sources, log_prefixes(sources))):
-            # Of layers in a list, TensorFlow checkpoints of Keras 3 would lose the state.
-            setattr(self, f"_source_{i}", source)
-            source.bind(self, prefix + own_prefix)
         self._encoded = None
         if any(source.encodes_candidates for source in sources):
             self._encoded = LatestValue(name=prefix + "candidates_encoded")
-        checks.check_log_names(self.training_metrics)
+        try:
+            for i, (source, own_prefix) in enumerate(zip(sources, log_prefixes(sources))):
+                # Of layers in a list, TensorFlow checkpoints of Keras 3 would lose the state.
+                setattr(self, f"_source_{i}", source)
+                source.bind(self, prefix + own_prefix)
+            checks.check_log_names(self.training_metrics)
+        except Exception:
+            # So that they can be given to a task without the fault.
+            for source in sources:
+                source.release(self)
+            raise
         self.supports_jit = all(getattr(source, "supports_jit", True) for source in sources)
         self.built = True
 
@@ -162,6 +169,16 @@ class Retrieval(StateLayer):
     def cached_negatives(self) -> tuple[CachedNegatives, ...]:
         """The sources that are caches."""
         return tuple(part for part in self.negatives if isinstance(part, CachedNegatives))
+
+    @property
+    def own_networks(self) -> list[Callable[..., tf.Tensor]]:
+        """The towers of caches that are not encoded by the task's tower, each once."""
+        networks: list[Callable[..., tf.Tensor]] = []
+        for source in self.cached_negatives:
+            network = source.candidate_network
+            if network is not None and not any(network is other for other in networks):
+                networks.append(network)
+        return networks
 
     @property
     def frequency(self) -> FrequencyEstimator | None:
@@ -184,6 +201,21 @@ class Retrieval(StateLayer):
         """The metrics that only a training call updates."""
         metrics = [metric for source in self.negatives for metric in source.training_metrics]
         return metrics if self._encoded is None else [*metrics, self._encoded]
+
+    def evaluation_logs(self, logs: Mapping[str, Any]) -> dict[str, Any]:
+        """The logs of an evaluation, without what only training measures.
+
+        Keras logs every metric of a model in an evaluation too, where those of training are zero or
+        left over. `DualEncoder` leaves them out. Another model does so in its `test_step`:
+
+        >>> def test_step(self, data):
+        ...     return self.task.evaluation_logs(super().test_step(data))
+
+        Args:
+          logs: metric name -> value.
+        """
+        of_training = {metric.name for metric in self.training_metrics}
+        return {name: value for name, value in logs.items() if name not in of_training}
 
     def build_cache(self, embedding_dim: int) -> None:
         """Makes the caches that wait for the embedding dimension; checks it against made ones.
@@ -275,10 +307,8 @@ class Retrieval(StateLayer):
             known_positive_ids=known_positive_ids,
             training=training,
         )
-        for metric in self.training_metrics:
-            metric.is_measured = training
         contributions = [
-            checks.check_contribution(source.logits(batch, training), source)
+            checks.check_contribution(source.logits(batch, training), source, queries)
             for source in self.negatives
         ]
         negative_logits = tf.concat([part.logits for part in contributions], axis=1)
@@ -303,7 +333,7 @@ class Retrieval(StateLayer):
         return {
             **super().get_config(),
             "candidate_network": serialize(self.candidate_network),
-            "negatives": [serialize(source) for source in self.negatives],
+            **self._described_sources(),
             "temperature": self.temperature,
             "score_transform": serialize(self.score_transform),
             "candidate_id_key": self.candidate_id_key,
@@ -317,8 +347,14 @@ class Retrieval(StateLayer):
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Retrieval:
         objects = ("candidate_network", "score_transform")
-        lists = {"negatives", "metrics", "batch_metrics", "loss_metrics"} & set(config)
+        lists = ("metrics", "batch_metrics", "loss_metrics")
         frequency = config["frequency_correction"]
+        config = dict(config)
+        if "negatives" in config:
+            networks = [deserialize(part) for part in config.pop("own_networks")]
+            config["negatives"] = [
+                deserialize(_with_network(part, networks)) for part in config["negatives"]
+            ]
         return cls(
             **{
                 **config,
@@ -327,6 +363,21 @@ class Retrieval(StateLayer):
                 "frequency_correction": deserialize(frequency) if frequency else False,
             }
         )
+
+    def _described_sources(self) -> dict[str, list]:
+        """The sources, and once each the towers that are theirs and not the task's."""
+        serialize = keras.utils.serialize_keras_object
+        described, networks = [], self.own_networks
+        for source in self.negatives:
+            part = serialize(source)
+            if source.is_cache and source.has_own_tower:
+                places = [network is source.candidate_network for network in networks]
+                part["config"]["candidate_network"] = places.index(True)
+            described.append(part)
+        return {
+            "negatives": described,
+            "own_networks": [serialize(network) for network in networks],
+        }
 
     def _described_metrics(self) -> dict[str, list]:
         lists = {
@@ -339,9 +390,14 @@ class Retrieval(StateLayer):
 
     def _check_features(self, features: Mapping[str, tf.Tensor] | tf.Tensor) -> dict:
         """The batch's features as tensors by name."""
+        dtypes = {
+            key: spec.dtype
+            for source in self.cached_negatives
+            for key, spec in source.feature_specs.items()
+        }
         return {
             # Those of a task without caches may be ragged or sparse.
-            key: values if tf.is_tensor(values) else tf.convert_to_tensor(values)
+            key: values if tf.is_tensor(values) else tf.convert_to_tensor(values, dtypes.get(key))
             for key, values in _features.as_dict(features).items()
         }
 
@@ -371,6 +427,14 @@ class Retrieval(StateLayer):
             num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
             self._encoded.update_state(total * num_replicas)
         return loss
+
+
+def _with_network(described: dict[str, Any], networks: Sequence[Any]) -> dict[str, Any]:
+    """A described source with its tower, if that is one of `networks`."""
+    place = described["config"].get("candidate_network")
+    if not isinstance(place, int):
+        return described
+    return {**described, "config": {**described["config"], "candidate_network": networks[place]}}
 
 
 def _as_list(metrics: Any) -> list[keras.metrics.Metric]:

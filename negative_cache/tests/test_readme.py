@@ -117,7 +117,7 @@ def test_batches_of_similar_pairs():
 
 
 @pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
-def test_tfrs_model():
+def test_tfrs_model(tmp_path):
     import tensorflow_recommenders as tfrs
 
     import negative_cache as nc
@@ -128,11 +128,19 @@ def test_tfrs_model():
     model.compile(optimizer="adam")
     features = {"user_id": TITLES, "movie_title": TITLES}
     dataset = tf.data.Dataset.from_tensor_slices(features).batch(64)
-    model.fit(dataset, verbose=0)
+    history = model.fit(
+        dataset,
+        validation_data=dataset,
+        verbose=2,
+        callbacks=[keras.callbacks.TensorBoard(tmp_path)],
+    ).history
     filled = int(model.task.cache.num_filled)
     assert filled == len(TITLES)
-    model.evaluate(dataset, verbose=0)
+    logs = model.evaluate(dataset, verbose=1, return_dict=True)
     assert int(model.task.cache.num_filled) == filled
+    assert "staleness" in history and np.isfinite(logs["total_loss"])
+    for name in (metric.name for metric in model.task.training_metrics):
+        assert name not in logs and f"val_{name}" not in history
 
 
 def test_published_api():

@@ -14,6 +14,7 @@ import tensorflow as tf
 from negative_cache import _towers
 from negative_cache._compat import kept_losses, keras
 from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._state import StateLayer
 
 if TYPE_CHECKING:
     from negative_cache.layers.retrieval import Retrieval
@@ -110,9 +111,7 @@ class Negatives(keras.layers.Layer):
         del batch, contribution
         return None
 
-    def call(self, batch: Batch, training: bool = False) -> tf.Tensor:
-        """The logits alone."""
-        return self.logits(batch, training).logits
+    call = StateLayer.call
 
     def get_task(self) -> Retrieval:
         """The task that the source belongs to.
@@ -145,6 +144,11 @@ class Negatives(keras.layers.Layer):
             )
         self._bound.task = task
         self._bound.prefix = prefix
+
+    def release(self, task: Retrieval) -> None:
+        """Undoes `bind`, if it was to `task`; called by the task if it cannot be made."""
+        if self._bound.task is task:
+            self._bound.task = None
 
     def encode(self, features: Any, training: bool = False) -> tf.Tensor:
         """[n, d] float32, candidates encoded by the task's tower, with gradient.
@@ -188,7 +192,9 @@ class Negatives(keras.layers.Layer):
 
 def given_name(layer: keras.layers.Layer) -> str:
     """What tells the logs of a layer that was given a name from those of others: "name_" or ""."""
-    is_automatic = re.fullmatch(rf"{re.escape(_words_of(layer))}(_\d+)?", layer.name)
+    # Keras makes words of the class's name in a way of its own.
+    letters = re.escape(_words_of(layer).replace("_", ""))
+    is_automatic = re.fullmatch(rf"{letters}\d*", layer.name.replace("_", ""))
     return "" if is_automatic else f"{layer.name}_"
 
 

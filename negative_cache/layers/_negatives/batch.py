@@ -51,7 +51,7 @@ class ExplicitNegatives:
     Attributes:
       embeddings: [B, M, d] float32.
       mask: [B, M] bool, which of them there are; None if all are.
-      ids: [B, M] int64 fingerprints, if they came with ids that matter.
+      ids: [B, M] ids of the kind of the candidates', if they came with ids that matter.
     """
 
     embeddings: tf.Tensor
@@ -69,6 +69,7 @@ class Batch:
       features: what the candidates were embedded from, feature name -> [N, ...].
       ids: [N] int64, fingerprints of the candidates' ids; None without a `candidate_id_key`. The
         fingerprint of an integer is the integer, that of a string a hash of it.
+      id_dtype: the dtype of the ids themselves; None without a `candidate_id_key`.
       log_probability: [N] float32, log of the given sampling probabilities, or marks of unknown.
       scores: how a query and a candidate are scored.
       pair_logits: [B, N] float32, the scores of all pairs, corrected by log Q if that is wanted.
@@ -88,6 +89,7 @@ class Batch:
     candidates: tf.Tensor
     features: Mapping[str, tf.Tensor]
     ids: tf.Tensor | None
+    id_dtype: tf.DType | None
     log_probability: tf.Tensor
     scores: Scores
     pair_logits: tf.Tensor
@@ -123,7 +125,11 @@ class Batch:
         Args:
           embeddings: [B, n, d] float32.
           mask: [B, n] bool, which of them there are; the others are padding, whatever they are.
-          ids: [B, n], their ids or fingerprints, to leave out those among `left_out_ids`.
+          ids: [B, n], their ids, of the kind of the task's `candidate_id_key`, to leave out those
+            among `left_out_ids`.
+
+        Raises:
+          ValueError: if `ids` are strings and the candidates' ids are not, or the other way round.
         """
         if mask is not None:
             # Padding may be embedded as anything.
@@ -132,5 +138,11 @@ class Batch:
         if mask is not None:
             logits = contrastive.leave_out(logits, ~mask)
         if ids is not None and self.left_out_ids is not None:
+            ids = tf.convert_to_tensor(ids)
+            if (ids.dtype == tf.string) != (self.id_dtype == tf.string):
+                raise ValueError(
+                    f"`ids` must be of the kind of the candidates' ids, {self.id_dtype}. Received"
+                    f" dtype: {ids.dtype.name}."
+                )
             logits = contrastive.leave_out(logits, is_among(fingerprint(ids), self.left_out_ids))
         return logits

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
@@ -19,6 +20,7 @@ from negative_cache.layers.frequency import (
     log_given_probability,
     log_unknown_probability,
 )
+from negative_cache.ops import _execution
 from negative_cache.ops._block_scorer import is_among
 
 
@@ -100,6 +102,7 @@ class BatchReader:
             candidates=candidates,
             features=features,
             ids=ids,
+            id_dtype=self._id_dtype(features),
             log_probability=log_probability,
             scores=self._scores,
             pair_logits=pair_logits,
@@ -133,7 +136,13 @@ class BatchReader:
             log_probability = log_given_probability(probabilities, smallest)
         if self._id_key is None:
             return None, log_probability
-        return fingerprint(_features.id_feature(features, self._id_key)), log_probability
+        ids = self._ids(features)
+        if ids.dtype == tf.string and _execution.is_in_xla():
+            raise ValueError(
+                f"XLA knows no strings, which the ids {self._id_key!r} are. Compile without"
+                " `jit_compile=True`, or look strings up before they enter the model."
+            )
+        return fingerprint(ids), log_probability
 
     def _left_out_ids(
         self,
@@ -150,12 +159,15 @@ class BatchReader:
         if known_positive_ids is None:
             return own
         known, is_there = checks.check_known_positives(known_positive_ids, queries)
-        self._check_id_kind(known, features, "known_positive_ids")
+        checks.check_id_kind(known, self._id_dtype(features), "known_positive_ids")
         return tf.concat([own, tf.where(is_there, fingerprint(known), own)], axis=1)
 
-    def _check_id_kind(self, ids: tf.Tensor, features: Mapping[str, tf.Tensor], name: str) -> None:
-        like = _features.id_feature(features, self._id_key)
-        checks.check_id_kind(ids, like, name, self._id_key)
+    def _id_dtype(self, features: Mapping[str, tf.Tensor]) -> tf.DType | None:
+        return None if self._id_key is None else self._ids(features).dtype
+
+    def _ids(self, features: Mapping[str, tf.Tensor]) -> tf.Tensor:
+        ids: Any = _features.id_feature(features, self._id_key)
+        return ids
 
     def _not_negatives(
         self,
@@ -202,6 +214,6 @@ class BatchReader:
         if ids is None or not leaves_out:
             return ExplicitNegatives(embeddings, mask)
         ids = tf.convert_to_tensor(ids)
-        self._check_id_kind(ids, features, "negative_ids")
+        checks.check_id_kind(ids, self._id_dtype(features), "negative_ids")
         checks.check_negative_ids(ids, embeddings)
-        return ExplicitNegatives(embeddings, mask, fingerprint(ids))
+        return ExplicitNegatives(embeddings, mask, ids)

@@ -11,9 +11,9 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features, _towers, _validation
-from negative_cache._compat import kept_losses, keras
+from negative_cache._compat import RunningMean, deserialize, kept_losses, keras
 from negative_cache.layers._negatives import checks
-from negative_cache.layers._negatives.base import Contribution, Negatives
+from negative_cache.layers._negatives.base import Contribution, Negatives, given_name
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.step import CachedStep, Outcome, probe
@@ -22,7 +22,7 @@ from negative_cache.layers._variables import is_on_host, make_state_variable
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
 from negative_cache.layers.tree_index import TreeIndex
-from negative_cache.metrics import LatestValue, TrainingMean
+from negative_cache.metrics import LatestValue
 from negative_cache.ops.cache_rows import take_rows
 
 if TYPE_CHECKING:
@@ -84,7 +84,8 @@ class CachedNegatives(Negatives, StateLayer):
         # Whatever seed a training began with, it goes on with it from a file.
         seed_and_step = tf.constant([self.seed, 0], tf.int64)
         self._hold_state(
-            description={},
+            # Two sources in another order are not each other's.
+            description={"name": given_name(self)},
             sampling=make_state_variable(lambda: seed_and_step, "sampling"),
             num_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "num_encoded"),
         )
@@ -135,10 +136,10 @@ class CachedNegatives(Negatives, StateLayer):
             # Its weights must be there before an optimizer takes the model's. Keras may call a
             # layer built that is not.
             example = self._inputs(_features.example_of(self.feature_specs))
-            _towers.embed(self._tower, example, training=False)
+            _towers.Encoder(self._tower).output_dim(example)
         prefix = self.log_prefix
-        self._staleness = TrainingMean(name=prefix + "staleness")
-        self._log_partition = TrainingMean(name=prefix + "log_partition")
+        self._staleness = RunningMean(name=prefix + "staleness")
+        self._log_partition = RunningMean(name=prefix + "log_partition")
         self._fill = LatestValue(name=prefix + "fill")
         self._skipped_rows = LatestValue(name=prefix + "skipped_rows")
         names = ["probe_staleness", "probe_corrected_staleness"]
@@ -299,7 +300,9 @@ class CachedNegatives(Negatives, StateLayer):
 
     def knows_features_of(self, batch: Batch) -> bool:
         """Whether rows are of what the batch's candidates are: they must be, by the same tower."""
-        return not self.has_own_tower or set(self.feature_specs) <= set(batch.features)
+        return not self.has_own_tower or all(
+            _is_of(batch.features.get(key), spec) for key, spec in self.feature_specs.items()
+        )
 
     def features_in(self, batch: Batch) -> dict[str, tf.Tensor]:
         """The batch's features that the cache has, checked."""
@@ -345,6 +348,19 @@ class CachedNegatives(Negatives, StateLayer):
             "candidate_network": serialize(self.candidate_network),
             "seed": self.seed,
         }
+
+
+def own_network(config: Mapping[str, Any]) -> Callable[..., tf.Tensor] | None:
+    """The `candidate_network` of a configuration; a task hands in one that sources share."""
+    network = config["candidate_network"]
+    return deserialize(network) if isinstance(network, Mapping) else network
+
+
+def _is_of(values: tf.Tensor | None, spec: tf.io.FixedLenFeature) -> bool:
+    """Whether values [n, ...] may be those of a feature with a spec."""
+    if values is None or (values.dtype == tf.string) != (tf.as_dtype(spec.dtype) == tf.string):
+        return False
+    return values.shape[1:].is_compatible_with(spec.shape)
 
 
 def count_encoded(counter: tf.Variable, count: tf.Tensor | int) -> None:

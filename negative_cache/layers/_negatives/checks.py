@@ -89,6 +89,18 @@ def check_sources(negatives: Any) -> tuple[Negatives, ...]:
             "`negatives` must be a list of sources of negatives, such as `[InBatch()]`. Received:"
             f" {negatives!r}."
         )
+    for what, parts in (
+        ("source", negatives),
+        ("cache", [source.cache for source in negatives if source.is_cache]),
+        ("index", [source.index for source in negatives if source.is_cache]),
+        ("corrector", [source.corrector for source in negatives if source.is_cache]),
+    ):
+        counts = Counter(id(part) for part in parts if part is not None)
+        if counts and max(counts.values()) > 1:
+            raise ValueError(
+                f"Every source of negatives needs a {what} of its own, which a step changes once."
+                f" Received one {what} twice in: {negatives!r}."
+            )
     return tuple(negatives)
 
 
@@ -112,12 +124,17 @@ def check_explicit_is_taken(negatives: tf.Tensor | None, sources: Sequence[Negat
         )
 
 
-def check_contribution(contribution: Any, source: Negatives) -> Contribution:
-    """Returns what the `logits` of a source has returned."""
+def check_contribution(contribution: Any, source: Negatives, queries: tf.Tensor) -> Contribution:
+    """Returns what the `logits` of a source has returned for `queries` [B, d]."""
     if not isinstance(contribution, Contribution):
         raise ValueError(
             f"`{type(source).__name__}.logits` must return a `Contribution`. Received:"
             f" {contribution!r}."
+        )
+    if not contribution.logits.shape[:1].is_compatible_with(queries.shape[:1]):
+        raise ValueError(
+            f"The logits of `{type(source).__name__}` must have shape [batch, negatives], for"
+            f" {queries.shape[0]} queries. Received shape: {contribution.logits.shape}."
         )
     return contribution
 
@@ -327,12 +344,12 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> tf.Tensor:
     return tf.cast(negatives, tf.float32)
 
 
-def check_id_kind(ids: tf.Tensor, like: tf.Tensor, name: str, id_key: str | None) -> None:
-    """Checks that `ids` are strings if the ids of candidates, `like`, are, and only then."""
-    if (ids.dtype == tf.string) != (like.dtype == tf.string):
+def check_id_kind(ids: tf.Tensor, dtype: tf.DType, name: str) -> None:
+    """Checks that `ids` are strings if the ids of candidates, of `dtype`, are, and only then."""
+    if (ids.dtype == tf.string) != (dtype == tf.string):
         raise ValueError(
-            f"`{name}` must be of the kind of the feature {id_key!r},"
-            f" {like.dtype.name}. Received dtype: {ids.dtype.name}."
+            f"`{name}` must be of the kind of the candidates' ids, {dtype.name}. Received dtype:"
+            f" {ids.dtype.name}."
         )
 
 

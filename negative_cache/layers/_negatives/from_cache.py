@@ -15,7 +15,7 @@ from negative_cache._features import fingerprint
 from negative_cache.layers._corpus import EMBEDDING
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.batch import Batch
-from negative_cache.layers._negatives.cached import CachedNegatives
+from negative_cache.layers._negatives.cached import CachedNegatives, own_network
 from negative_cache.layers._negatives.rows import (
     CANDIDATE_ID,
     INTERNAL_KEYS,
@@ -222,22 +222,31 @@ class FromCache(CachedNegatives):
         self._build_corrector(embedding_dim)
 
     def add(
-        self, features: Mapping[str, tf.Tensor], probabilities: tf.Tensor | None = None
+        self,
+        candidate_features: Mapping[str, tf.Tensor] | tf.Tensor,
+        candidate_sampling_probability: tf.Tensor | None = None,
     ) -> None:
         """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
 
         Args:
-          features: feature name -> [n, ...], n <= C.
-          probabilities: [n] float, their sampling probabilities, as in `Retrieval.call`.
+          candidate_features: the features [n, ...] of n <= C candidates.
+          candidate_sampling_probability: [n] float, as in `Retrieval.call`.
 
         Raises:
           ValueError: if features do not match the cache, or n exceeds C.
         """
+        if candidate_sampling_probability is not None:
+            self._check_keeps_probabilities()
         features = _validation.check_items(
-            features, self.feature_specs, what="candidate_features", exact=True
+            _features.as_dict(candidate_features),
+            self.feature_specs,
+            what="candidate_features",
+            exact=True,
         )
         embeddings = tf.stop_gradient(self.encode(features))
-        about = self.get_task().about_candidates(features, embeddings, probabilities)
+        about = self.get_task().about_candidates(
+            features, embeddings, candidate_sampling_probability
+        )
         self.get_cache().update(new_items=self._new_rows(features, embeddings, *about))
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
@@ -274,7 +283,7 @@ class FromCache(CachedNegatives):
                 **config,
                 "cache": CacheSpec.from_config(cache) if is_spec else deserialize(cache),
                 "corrector": deserialize(config["corrector"]),
-                "candidate_network": deserialize(config["candidate_network"]),
+                "candidate_network": own_network(config),
             }
         )
 

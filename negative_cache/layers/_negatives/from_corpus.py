@@ -12,7 +12,7 @@ from negative_cache._compat import deserialize, keras
 from negative_cache.layers._corpus import EMBEDDING, Corpus
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.batch import Batch
-from negative_cache.layers._negatives.cached import CachedNegatives
+from negative_cache.layers._negatives.cached import CachedNegatives, own_network
 from negative_cache.layers._negatives.from_cache import as_updates
 from negative_cache.layers._negatives.rows import EncodedRows
 from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
@@ -107,12 +107,12 @@ class FromCorpus(CachedNegatives):
                 "There is no `frequency_correction` with a `cache` of a corpus: it holds every"
                 " candidate once."
             )
+        super().bind(task, prefix)
         if not self.has_own_tower and task.candidate_id_key != self._row_key:
             raise ValueError(
                 "The `candidate_id_key` of a task must be that of its corpus. Received:"
                 f" {task.candidate_id_key!r}. Wanted: {self._row_key!r}."
             )
-        super().bind(task, prefix)
 
     def build_cache(self, embedding_dim: int) -> None:
         """Checks the dimension of the cache.
@@ -165,7 +165,7 @@ class FromCorpus(CachedNegatives):
                 "cache": deserialize(config["cache"]),
                 "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
                 "corrector": deserialize(config["corrector"]),
-                "candidate_network": deserialize(config["candidate_network"]),
+                "candidate_network": own_network(config),
             }
         )
 
@@ -175,12 +175,20 @@ class FromCorpus(CachedNegatives):
 
     def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
         row_key = self._row_key
+        own = batch.features.get(row_key)
+        if own is None or own.shape.rank != 1:
+            # By a tower of its own, the corpus may hold other things than the batch.
+            return {}
+        wanted = tf.as_dtype(self.feature_specs[row_key].dtype)
+        if (own.dtype == tf.string) != (wanted == tf.string):
+            raise ValueError(
+                f"The feature {row_key!r} identifies the rows of a corpus, where it is"
+                f" {wanted.name}, and must not be something else in a batch. Received dtype:"
+                f" {own.dtype.name}."
+            )
         ids = batch.left_out_ids if row_key == self.get_task().candidate_id_key else None
         if ids is None:
-            if row_key not in batch.features:
-                return {}
-            own = batch.features[row_key][: batch.num_queries]
-            ids = _features.fingerprint(own)[:, tf.newaxis]
+            ids = _features.fingerprint(own[: batch.num_queries])[:, tf.newaxis]
         # A fingerprint is its own.
         rows = self.get_cache().rows_of(tf.reshape(ids, [-1]))
         return {"positive_ids": tf.reshape(rows, tf.shape(ids))}

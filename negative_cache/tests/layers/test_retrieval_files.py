@@ -88,6 +88,7 @@ def test_a_keras_file_holds_every_source(tmp_path):
         Explicit(),
         FromCache(CacheSpec(SPECS, 6), seed=1, num_negatives=2, name="stream"),
         FromCache(CacheSpec(SPECS, 6), seed=3, candidate_network=other, name="other"),
+        FromCache(CacheSpec(SPECS, 6), seed=4, candidate_network=other, name="same"),
         corpus(tower, corrector=nc.Corrector(hidden_units=4), probe_size=3, name="corpus"),
         Anchors(2, penalty=0.1),
     ]
@@ -106,6 +107,8 @@ def test_a_keras_file_holds_every_source(tmp_path):
     model.save(tmp_path / "model.keras")
     loaded = keras.models.load_model(tmp_path / "model.keras")
     assert [type(source) for source in loaded.task.negatives] == [type(part) for part in sources]
+    others = [source.candidate_network for source in loaded.task.cached_negatives[1:3]]
+    assert others[0] is others[1]
     assert loaded.task.get_config()["false_negative_margin"] == 0.1
     for each in (model, loaded):
         each.fit(pairs(), verbose=0)
@@ -123,3 +126,27 @@ def test_a_checkpoint_from_before_sources_had_their_state_is_refused(tmp_path):
     where = tf.train.Checkpoint(task=task).save(str(tmp_path / "checkpoint"))
     with pytest.raises(ValueError, match="by an earlier version of negative_cache"):
         tf.train.Checkpoint(task=again).restore(where)
+
+
+def test_a_tower_of_a_source_that_is_the_query_tower_is_refused_when_saved(tmp_path):
+    query_tower, tower = SavedTable(SIZE), SavedTable(SIZE)
+    sources = [FromCache(CacheSpec(SPECS, 6), candidate_network=query_tower)]
+    model = DualEncoder(query_tower, tower, Retrieval(tower, sources))
+    model.compile(keras.optimizers.SGD(0.1))
+    model.fit(pairs(), verbose=0)
+    with pytest.raises(ValueError, match="cannot say that the towers share layers"):
+        model.save(tmp_path / "model.keras")
+
+
+def test_weights_of_sources_in_another_order_are_refused(tmp_path):
+    def model(names):
+        tower = SavedTable(SIZE)
+        sources = [FromCache(CacheSpec(SPECS, 6), seed=1, name=name) for name in names]
+        model = DualEncoder(SavedTable(SIZE), tower, Retrieval(tower, sources))
+        model(next(iter(pairs())))
+        return model
+
+    path = str(tmp_path / "model.weights.h5")
+    model(["one", "two"]).save_weights(path)
+    with pytest.raises(ValueError, match="The state in the file does not fit the layer"):
+        model(["two", "one"]).load_weights(path)
