@@ -235,8 +235,6 @@ class FromCache(CachedNegatives):
         Raises:
           ValueError: if features do not match the cache, or n exceeds C.
         """
-        if candidate_sampling_probability is not None:
-            self._check_keeps_probabilities()
         features = _validation.check_items(
             _features.as_dict(candidate_features),
             self.feature_specs,
@@ -244,6 +242,8 @@ class FromCache(CachedNegatives):
             exact=True,
         )
         embeddings = tf.stop_gradient(self.encode(features))
+        if candidate_sampling_probability is not None:
+            self._check_keeps_probabilities()
         about = self.get_task().about_candidates(
             features, embeddings, candidate_sampling_probability
         )

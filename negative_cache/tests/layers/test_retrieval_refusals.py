@@ -174,7 +174,9 @@ def test_xla_is_told_of_ids_that_are_strings():
 def test_a_source_takes_features_as_its_tower_does():
     source = FromCache(CacheSpec(INT_ID, 4), seed=1)
     task = Retrieval(lambda ids: tf.gather(TABLE, ids), [source])
-    source.add(tf.constant([3, 4], tf.int64))
+    # The dimension is not known before.
+    with pytest.warns(UserWarning, match="with `use_lru=False` only"):
+        source.add(tf.constant([3, 4], tf.int64), [0.1, 0.2])
     assert int(source.cache.num_filled) == 2
     queries = make_queries(2)
     assert float(task(queries, TABLE[:2], np.array([0, 1]), training=False)) > 0.0
