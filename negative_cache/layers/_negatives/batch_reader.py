@@ -159,7 +159,7 @@ class BatchReader:
         if known_positive_ids is None:
             return own
         known, is_there = checks.check_known_positives(known_positive_ids, queries)
-        checks.check_id_kind(known, self._id_dtype(features), "known_positive_ids")
+        checks.check_id_kind(known, self._id_dtype(features), "known_positive_ids", self._id_key)
         return tf.concat([own, tf.where(is_there, fingerprint(known), own)], axis=1)
 
     def _id_dtype(self, features: Mapping[str, tf.Tensor]) -> tf.DType | None:
@@ -214,6 +214,6 @@ class BatchReader:
         if ids is None or not leaves_out:
             return ExplicitNegatives(embeddings, mask)
         ids = tf.convert_to_tensor(ids)
-        checks.check_id_kind(ids, self._id_dtype(features), "negative_ids")
+        checks.check_id_kind(ids, self._id_dtype(features), "negative_ids", self._id_key)
         checks.check_negative_ids(ids, embeddings)
         return ExplicitNegatives(embeddings, mask, ids)

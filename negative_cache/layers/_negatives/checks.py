@@ -344,11 +344,11 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> tf.Tensor:
     return tf.cast(negatives, tf.float32)
 
 
-def check_id_kind(ids: tf.Tensor, dtype: tf.DType, name: str) -> None:
-    """Checks that `ids` are strings if the ids of candidates, of `dtype`, are, and only then."""
+def check_id_kind(ids: tf.Tensor, dtype: tf.DType, name: str, id_key: str | None) -> None:
+    """Checks that `ids` are strings if the feature `id_key`, of `dtype`, is, and only then."""
     if (ids.dtype == tf.string) != (dtype == tf.string):
         raise ValueError(
-            f"`{name}` must be of the kind of the candidates' ids, {dtype.name}. Received dtype:"
+            f"`{name}` must be of the kind of the feature {id_key!r}, {dtype.name}. Received dtype:"
             f" {ids.dtype.name}."
         )
 
