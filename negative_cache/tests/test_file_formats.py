@@ -297,4 +297,15 @@ def test_an_export_serves_the_towers(kind, model, tmp_path):
 @pytest.mark.parametrize("kind", ["functional", OWN], indirect=True)
 def test_tensorflow_saves_a_model_for_serving(kind, model, tmp_path):
     tf.saved_model.save(model, str(tmp_path))
-    tf.saved_model.load(str(tmp_path))
+    served = tf.saved_model.load(str(tmp_path)).signatures["serving_default"]
+    # Other ids for each tower, so that the order of the inputs counts.
+    ids = {"candidate": tf.range(6, dtype=tf.int64), "query": tf.range(6, 12, dtype=tf.int64)}
+    # Keras 3 calls them "inputs" and "inputs_1", in the order of their keys, and takes floats.
+    specs = served.structured_input_signature[1]
+    found = served(
+        **{name: tf.cast(ids[key], specs[name].dtype) for name, key in zip(sorted(specs), ids)}
+    )
+    expected = tf.nest.flatten(model(ids))
+    assert len(found) == len(expected) == 2
+    for name, embeddings in zip(sorted(found), expected):
+        np.testing.assert_allclose(found[name], embeddings, rtol=1e-6)
