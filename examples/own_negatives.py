@@ -53,9 +53,10 @@ class MinedNegatives(nc.Negatives):
         with np.load(self.file) as mined:
             self.neighbours = tf.constant(mined["neighbours"])
             self.words = tf.constant(mined["words"])
+        # Not int32, which TensorFlow keeps in host memory even if there is a GPU.
         self.visits = self.add_weight(
             shape=(len(self.words),),
-            dtype="int32",
+            dtype="int64",
             initializer="zeros",
             trainable=False,
             name="visits",
@@ -72,13 +73,13 @@ class MinedNegatives(nc.Negatives):
 
     @property
     def num_encoded(self):
-        return self.per_query * tf.reduce_sum(tf.cast(self.visits, tf.int64))
+        return self.per_query * tf.reduce_sum(self.visits)
 
     def logits(self, batch, training):
         positives = batch.features["id"][: batch.num_queries]
         count, length = self.per_query, self.neighbours.shape[1]
         first = count * tf.gather(self.visits, positives)
-        columns = (first[:, tf.newaxis] + tf.range(count)) % length
+        columns = (first[:, tf.newaxis] + tf.range(count, dtype=tf.int64)) % length
         mined = tf.gather(tf.gather(self.neighbours, positives), columns, batch_dims=1)
         words = tf.gather(self.words, tf.maximum(tf.reshape(mined, [-1]), 0))
         embeddings = self.encode({"words": words}, training)
@@ -110,7 +111,7 @@ def mine(words, num_train, file, count=8):
     likeness[(likeness > 0.9) | (likeness < 0.2)] = -1.0
     neighbours = np.argsort(-likeness, axis=1)[:, :count]
     is_there = np.take_along_axis(likeness, neighbours, axis=1) > 0.0
-    np.savez(file, neighbours=np.where(is_there, neighbours, -1).astype(np.int32), words=words)
+    np.savez(file, neighbours=np.where(is_there, neighbours, -1), words=words)
 
 
 @tf.keras.utils.register_keras_serializable("own_negatives")
@@ -134,8 +135,8 @@ def make_model(mined=None):
     tf.keras.utils.set_random_seed(0)
     tower = Tower()
     specs = {
-        "words": tf.io.FixedLenFeature([CODE_LENGTH], tf.int32),
-        "id": tf.io.FixedLenFeature([], tf.int32),
+        "words": tf.io.FixedLenFeature([CODE_LENGTH], tf.int64),
+        "id": tf.io.FixedLenFeature([], tf.int64),
     }
     sources = [nc.InBatch(), nc.FromCache(nc.CacheSpec(specs, 1024), name="stream")]
     if mined is not None:
@@ -161,7 +162,7 @@ def load_data(folder):
     )
     order = np.concatenate([train, corpus.validation, corpus.test])
     words = (
-        ids(tf.constant(texts[order])).numpy().astype(np.int32)
+        ids(tf.constant(texts[order])).numpy().astype(np.int64)
         for ids, texts in ((query_ids, corpus.summaries), (code_ids, corpus.codes))
     )
     return *words, len(train)
@@ -178,7 +179,7 @@ def main():
 def run(folder, epochs):
     queries, codes, num_train = load_data(folder)
     mine(codes, num_train, folder / "mined.npz")
-    candidates = {"words": codes, "id": np.arange(len(codes), dtype=np.int32)}
+    candidates = {"words": codes, "id": np.arange(len(codes), dtype=np.int64)}
     pairs = tf.data.Dataset.from_tensor_slices(
         {"query": {"words": queries}, "candidate": candidates}
     )

@@ -37,6 +37,16 @@ def as_dict(features: _Part | Mapping[str, _Part], side: str = ONE_FEATURE) -> M
     return features if isinstance(features, Mapping) else {side: features}
 
 
+def as_given(by_name: Mapping[str, _Part], is_one: bool) -> _Part | Mapping[str, _Part]:
+    """Returns features or specs as they were before `as_dict`.
+
+    Args:
+      by_name: a dictionary of features of candidates, or of their specs.
+      is_one: whether they were a single one.
+    """
+    return by_name[ONE_FEATURE] if is_one else by_name
+
+
 def id_key_of(features: Features | Specs, key: str | None, side: str = ONE_FEATURE) -> str | None:
     """Returns `key`, or if it is None and the features are one tensor, the name of this tensor.
 
@@ -80,6 +90,11 @@ def fingerprint(ids: tf.Tensor) -> tf.Tensor:
     )
 
 
+def are_of_one_kind(dtype: tf.DType, other: tf.DType) -> bool:
+    """Whether ids of two dtypes can be compared: both are strings, or neither is."""
+    return (dtype == tf.string) == (other == tf.string)
+
+
 def specs_of_rows(
     dataset: tf.data.Dataset,
 ) -> tf.io.FixedLenFeature | dict[str, tf.io.FixedLenFeature]:
@@ -111,17 +126,17 @@ def specs_of_rows(
     specs = {
         key: tf.io.FixedLenFeature(list(part.shape[1:]), part.dtype) for key, part in parts.items()
     }
-    return specs if parts is element else specs[ONE_FEATURE]
+    return as_given(specs, parts is not element)
+
+
+def blank(shape: Sequence[int], dtype: str | tf.DType) -> tf.Tensor:
+    """Returns a tensor of zeros, or of empty strings."""
+    return tf.fill(shape, "") if tf.as_dtype(dtype) == tf.string else tf.zeros(shape, dtype)
 
 
 def example_of(specs: Mapping[str, Spec], num_rows: int = 1) -> dict[str, tf.Tensor]:
     """Returns features of `num_rows` rows of zeros or empty strings that match `specs`."""
-    return {
-        key: tf.zeros([num_rows, *spec.shape], spec.dtype)
-        if tf.as_dtype(spec.dtype) != tf.string
-        else tf.fill([num_rows, *spec.shape], "")
-        for key, spec in specs.items()
-    }
+    return {key: blank([num_rows, *spec.shape], spec.dtype) for key, spec in specs.items()}
 
 
 def specs_of_any_size(features: Features) -> Specs:

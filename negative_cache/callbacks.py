@@ -10,7 +10,7 @@
 
 import copy
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 import tensorflow as tf
@@ -155,17 +155,15 @@ class CacheWarmStart(keras.callbacks.Callback):
         if isinstance(source, FromCorpus):
             source.fill(self.candidates, verbose=self.verbose)
             return
-        batches = map(_features.as_dict, self.candidates)
-        first = next(batches, None)
-        if first is None:
-            raise ValueError("The dataset to fill the cache from is empty.")
-        if source.cache is None:
+        batches: Iterator[Mapping[str, Values]] = map(_features.as_dict, self.candidates)
+        if source.cache is None and (first := next(batches, None)) is not None:
             # Creates the cache. A checkpoint that was read before restores its rows now.
             source.encode(_features.first_rows(first, 1))
             if _holds_rows(source):
                 return
+            batches = itertools.chain([first], batches)
         bar = keras.utils.Progbar(source.cache_size, unit_name="row", verbose=self.verbose)
-        num_added = _add_until_full(source, itertools.chain([first], batches), bar)
+        num_added = _add_until_full(source, batches, bar)
         if not num_added:
             raise ValueError("The dataset to fill the cache from is empty.")
         if num_added < source.cache_size:

@@ -77,11 +77,10 @@ class _Handler(keras.layers.Layer):
             )
         )
         _write_summaries(loss)
+        updates = self._refreshed_rows(loss)
         if self.use_cross_replica:
             new_items = {key: _concat_replicas(value) for key, value in new_items.items()}
             masks = {source: _concat_replicas(mask) for source, mask in masks.items()}
-        updates = self._refreshed_rows(loss)
-        if self.use_cross_replica:
             updates = {source: _concat_updates(update) for source, update in updates.items()}
         for source, cache in self._caches.items():
             cache.update(

@@ -228,12 +228,12 @@ def _check_apart(model: DualEncoder) -> None:
     if model.candidate_network is not model.query_network:
         towers.append(model.candidate_network)
     towers += model.task.own_networks
-    seen: dict[int, str] = {}
+    seen: set[int] = set()
     shared = []
     for tower in towers:
         layers = list(tower._flatten_layers()) if isinstance(tower, keras.layers.Layer) else []
         shared += [layer.name for layer in layers if id(layer) in seen and _has_state(layer)]
-        seen |= {id(layer): layer.name for layer in layers}
+        seen |= {id(layer) for layer in layers}
     if shared:
         raise ValueError(
             "A configuration, and so a '.keras' file, cannot say that the towers share layers. Save"
@@ -331,7 +331,7 @@ def _example_batch(description: dict[str, Any] | list) -> Features | list[Featur
         return [_example_batch(part) for part in description]
     *kind, shape, dtype = description
     shape = [size or 1 for size in shape]
-    values = tf.fill(shape, "") if dtype == "string" else tf.zeros(shape, dtype)
+    values = _features.blank(shape, dtype)
     if "ragged" in kind:
         return tf.RaggedTensor.from_tensor(values, ragged_rank=kind[0])
     return tf.sparse.from_dense(values) if "sparse" in kind else values

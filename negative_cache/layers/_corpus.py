@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from negative_cache import _features, _validation
 from negative_cache._compat import keras
-from negative_cache._features import ONE_FEATURE, fingerprint
+from negative_cache._features import fingerprint
 from negative_cache._towers import Encoder
 from negative_cache.layers._variables import StateVariable, make_state_variable
 from negative_cache.ops import _execution
@@ -177,7 +177,7 @@ class Corpus:
 
     def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
         """The input of the tower: the mapping `features`, or its single tensor."""
-        return features[ONE_FEATURE] if self._takes_one_tensor else features
+        return _features.as_given(features, self._takes_one_tensor)
 
     def _batches(self) -> Iterator[dict[str, tf.Tensor]]:
         for features in self._dataset:

@@ -52,25 +52,19 @@ def next_seed(seed_and_step: tf.Variable) -> tf.Tensor:
     return tf.stack([seed, step * num_replicas + tf.cast(replica, tf.int64)])
 
 
-def describe_spec(spec: tf.io.FixedLenFeature) -> list:
-    """A spec as JSON values, for configurations and files."""
-    return [list(spec.shape), tf.as_dtype(spec.dtype).name]
+def describe_specs(specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature) -> Any:
+    """Specs by name, or a single one, as JSON values, for configurations and files."""
+    if isinstance(specs, Mapping):
+        return {key: describe_specs(spec) for key, spec in specs.items()}
+    return [list(specs.shape), tf.as_dtype(specs.dtype).name]
 
 
-def spec_of(description: list) -> tf.io.FixedLenFeature:
-    """The inverse of `describe_spec`."""
+def specs_of(description: Any) -> Any:
+    """The inverse of `describe_specs`."""
+    if isinstance(description, Mapping):
+        return {key: specs_of(part) for key, part in description.items()}
     shape, dtype = description
     return tf.io.FixedLenFeature(shape, tf.as_dtype(dtype))
-
-
-def describe_specs(specs: Mapping[str, tf.io.FixedLenFeature]) -> dict:
-    """Every spec of a cache, described."""
-    return {key: describe_spec(spec) for key, spec in specs.items()}
-
-
-def specs_of(description: Mapping) -> dict[str, tf.io.FixedLenFeature]:
-    """The inverse of `describe_specs`."""
-    return {key: spec_of(part) for key, part in description.items()}
 
 
 class StateLayer(keras.layers.Layer):

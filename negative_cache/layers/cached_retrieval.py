@@ -9,8 +9,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from negative_cache import _features, _towers, _validation
-from negative_cache._compat import deserialize, kept_losses, keras
+from negative_cache import _features, _validation
+from negative_cache._compat import deserialize, keras
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Negatives
 from negative_cache.layers._negatives.cached import CachedNegatives
@@ -19,7 +19,7 @@ from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
 from negative_cache.layers._negatives.from_corpus import FromCorpus
 from negative_cache.layers._negatives.in_batch import InBatch
 from negative_cache.layers._negatives.rows import INTERNAL_KEYS
-from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers._state import describe_specs, specs_of
 from negative_cache.layers._variables import is_on_host
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
@@ -331,10 +331,8 @@ class CachedRetrieval(Retrieval):
         features = self._check_features(candidate_features)
         if self.cached is not None:
             return tf.stop_gradient(self.cached.encode(features))
-        inputs = features[_features.ONE_FEATURE] if self._takes_one_tensor else features
-        with kept_losses(self.candidate_network):
-            embeddings = _towers.embed(self.candidate_network, inputs, training=False)
-        return tf.stop_gradient(tf.cast(embeddings, tf.float32))
+        inputs = _features.as_given(features, self._takes_one_tensor)
+        return tf.stop_gradient(self.negatives[0].encode(inputs))
 
     def fill_cache(self, candidates: Iterable, *, verbose: int = 1) -> None:
         """Encodes a corpus into the `cache` that covers it, whatever it held.
@@ -373,15 +371,11 @@ class CachedRetrieval(Retrieval):
         del config["negatives"], config["own_networks"]
         # A cache that streams is made by the task; one of a corpus was given, with its index.
         is_corpus = isinstance(self.cached, FromCorpus)
-        specs = self.feature_specs
+        specs = _features.as_given(self.feature_specs, self._takes_one_tensor)
         return {
             **config,
             **{name: getattr(self, name) for name in _PLAIN},
-            "feature_specs": (
-                describe_spec(specs[_features.ONE_FEATURE])
-                if self._takes_one_tensor
-                else describe_specs(specs)
-            ),
+            "feature_specs": describe_specs(specs),
             "corrector": serialize(self.corrector),
             "cache": serialize(self.cache) if is_corpus else None,
             "index": None if is_corpus else serialize(self.index),
@@ -391,12 +385,11 @@ class CachedRetrieval(Retrieval):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CachedRetrieval:
-        specs = config["feature_specs"]
         objects = ("corrector", "cache", "index")
         config = {
             **config,
             **{name: deserialize(config[name]) for name in objects},
-            "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
+            "feature_specs": specs_of(config["feature_specs"]),
         }
         return super().from_config(config)
 

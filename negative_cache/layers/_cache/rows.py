@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tensorflow as tf
 
+from negative_cache import _features
 from negative_cache.layers._variables import (
     StateVariable,
     is_on_host,
@@ -75,7 +76,4 @@ class CacheRows:
 
 
 def _make(name: str, shape: list[int], dtype: tf.DType, on_host: bool) -> StateVariable:
-    def nothing() -> tf.Tensor:
-        return tf.fill(shape, "") if dtype == tf.string else tf.zeros(shape, dtype)
-
-    return make_state_variable(nothing, name, on_host=on_host)
+    return make_state_variable(lambda: _features.blank(shape, dtype), name, on_host=on_host)

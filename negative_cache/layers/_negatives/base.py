@@ -6,7 +6,7 @@ import dataclasses
 import re
 import types
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
@@ -160,9 +160,12 @@ class Negatives(keras.layers.Layer):
           features: of n candidates, as the tower takes them.
           training: whether the tower trains.
         """
-        tower = self.get_task().candidate_network
-        with kept_losses(tower):
-            return tf.cast(_towers.embed(tower, features, training), tf.float32)
+        with kept_losses(self._tower):
+            return tf.cast(_towers.embed(self._tower, features, training), tf.float32)
+
+    @property
+    def _tower(self) -> Callable[..., tf.Tensor]:
+        return self.get_task().candidate_network
 
     def build_cache(self, embedding_dim: int) -> None:
         """Makes what needs to know d, or checks it; called before the first `logits`."""

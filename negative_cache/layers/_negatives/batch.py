@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 import tensorflow as tf
 
-from negative_cache._features import fingerprint
+from negative_cache._features import are_of_one_kind, fingerprint
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.layers.frequency import (
     FrequencyEstimator,
@@ -139,7 +139,7 @@ class Batch:
             logits = contrastive.leave_out(logits, ~mask)
         if ids is not None and self.left_out_ids is not None:
             ids = tf.convert_to_tensor(ids)
-            if (ids.dtype == tf.string) != (self.id_dtype == tf.string):
+            if not are_of_one_kind(ids.dtype, self.id_dtype):
                 raise ValueError(
                     f"`ids` must be of the kind of the candidates' ids, {self.id_dtype}. Received"
                     f" dtype: {ids.dtype.name}."

@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features, _towers, _validation
-from negative_cache._compat import RunningMean, deserialize, kept_losses, keras
+from negative_cache._compat import RunningMean, deserialize, keras
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Contribution, Negatives, given_name
 from negative_cache.layers._negatives.batch import Batch
@@ -137,7 +137,6 @@ class CachedNegatives(Negatives, StateLayer):
             # layer built that is not.
             example = self._inputs(_features.example_of(self.feature_specs))
             _towers.Encoder(self._tower).output_dim(example)
-        prefix = self.log_prefix
         self._staleness = RunningMean(name=prefix + "staleness")
         self._log_partition = RunningMean(name=prefix + "log_partition")
         self._fill = LatestValue(name=prefix + "fill")
@@ -147,7 +146,7 @@ class CachedNegatives(Negatives, StateLayer):
         self.probe_metrics = [LatestValue(name=prefix + name) for name in names[:num_probes]]
         known_dims = [_towers.known_output_dim(self._tower)]
         if self._cache is not None:
-            known_dims.append(self.get_cache().embeddings.shape[1])
+            known_dims.append(self._cache.embeddings.shape[1])
         for dim in known_dims:
             if dim is not None:
                 self.build_cache(dim)
@@ -179,7 +178,7 @@ class CachedNegatives(Negatives, StateLayer):
     def _tower(self) -> Callable[..., tf.Tensor]:
         if self.candidate_network is not None:
             return self.candidate_network
-        return self.get_task().candidate_network
+        return super()._tower
 
     @property
     def num_encoded(self) -> tf.Tensor:
@@ -230,15 +229,13 @@ class CachedNegatives(Negatives, StateLayer):
           features: feature name -> [n, ...].
           training: whether the tower trains.
         """
-        # What the tower adds to the loss counts for the batch's own encoding, which is not here.
-        with kept_losses(self._tower):
-            embeddings = _towers.embed(self._tower, self._inputs(features), training)
+        embeddings = super().encode(self._inputs(features), training)
         self.build_cache(embeddings.shape[1])
         self._count(tf.shape(embeddings)[0])
-        return tf.cast(embeddings, tf.float32)
+        return embeddings
 
     def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
-        return features[_features.ONE_FEATURE] if self.takes_one_tensor else features
+        return _features.as_given(features, self.takes_one_tensor)
 
     # A step.
 
@@ -327,7 +324,7 @@ class CachedNegatives(Negatives, StateLayer):
         """Writes the state into a Keras file; called by Keras."""
         super().save_own_variables(store)
         if self._cache is not None:
-            store[_DIMENSION] = np.array([self.get_cache().embeddings.shape[1]])
+            store[_DIMENSION] = np.array([self._cache.embeddings.shape[1]])
 
     def load_own_variables(self, store: Any) -> None:
         """Reads the state from a Keras file; called by Keras before it reads that of the cache."""
@@ -358,9 +355,10 @@ def own_network(config: Mapping[str, Any]) -> Callable[..., tf.Tensor] | None:
 
 def _is_of(values: tf.Tensor | None, spec: tf.io.FixedLenFeature) -> bool:
     """Whether values [n, ...] may be those of a feature with a spec."""
-    if values is None or (values.dtype == tf.string) != (tf.as_dtype(spec.dtype) == tf.string):
+    if values is None:
         return False
-    return values.shape[1:].is_compatible_with(spec.shape)
+    is_of_kind = _features.are_of_one_kind(values.dtype, tf.as_dtype(spec.dtype))
+    return is_of_kind and values.shape[1:].is_compatible_with(spec.shape)
 
 
 def count_encoded(counter: tf.Variable, count: tf.Tensor | int) -> None:

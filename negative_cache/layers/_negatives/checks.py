@@ -182,8 +182,7 @@ def check_corpus(cache: Any, feature_specs: Specs | None) -> Specs:
     _check_embedding_key(cache)
     specs = {key: spec for key, spec in cache.specs.items() if key != EMBEDDING}
     if feature_specs is None:
-        is_one = set(specs) == {_features.ONE_FEATURE}
-        feature_specs = specs[_features.ONE_FEATURE] if is_one else specs
+        feature_specs = _features.as_given(specs, set(specs) == {_features.ONE_FEATURE})
     described = describe_specs(_features.as_dict(feature_specs))
     if described != describe_specs(specs):
         raise ValueError(
@@ -346,7 +345,7 @@ def check_negatives(negatives: tf.Tensor, queries: tf.Tensor) -> tf.Tensor:
 
 def check_id_kind(ids: tf.Tensor, dtype: tf.DType, name: str, id_key: str | None) -> None:
     """Checks that `ids` are strings if the feature `id_key`, of `dtype`, is, and only then."""
-    if (ids.dtype == tf.string) != (dtype == tf.string):
+    if not _features.are_of_one_kind(ids.dtype, dtype):
         raise ValueError(
             f"`{name}` must be of the kind of the feature {id_key!r}, {dtype.name}. Received dtype:"
             f" {ids.dtype.name}."

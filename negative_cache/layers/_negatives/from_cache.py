@@ -22,7 +22,7 @@ from negative_cache.layers._negatives.rows import (
     LOG_PROBABILITY,
     EncodedRows,
 )
-from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers._state import describe_specs, specs_of
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -95,10 +95,8 @@ class CacheSpec:
 
     def get_config(self) -> dict[str, Any]:
         """The arguments as JSON values."""
-        is_mapping = isinstance(self.feature_specs, Mapping)
-        describe = describe_specs if is_mapping else describe_spec
         return {
-            "feature_specs": describe(self.feature_specs),
+            "feature_specs": describe_specs(self.feature_specs),
             "cache_size": self.cache_size,
             "use_lru": self.use_lru,
             "index": keras.utils.serialize_keras_object(self.index),
@@ -110,8 +108,7 @@ class CacheSpec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CacheSpec:
         """The inverse of `get_config`."""
-        specs = config["feature_specs"]
-        specs = specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs)
+        specs = specs_of(config["feature_specs"])
         return cls(**{**config, "feature_specs": specs, "index": deserialize(config["index"])})
 
 

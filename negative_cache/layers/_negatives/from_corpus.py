@@ -15,7 +15,7 @@ from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.cached import CachedNegatives, own_network
 from negative_cache.layers._negatives.from_cache import as_updates
 from negative_cache.layers._negatives.rows import EncodedRows
-from negative_cache.layers._state import describe_spec, describe_specs, spec_of, specs_of
+from negative_cache.layers._state import describe_specs, specs_of
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -147,31 +147,27 @@ class FromCorpus(CachedNegatives):
         return super().logits(batch, training)
 
     def get_config(self) -> dict[str, Any]:
-        specs = self._plain_specs()
-        describe = describe_specs if isinstance(specs, Mapping) else describe_spec
         return {
             **super().get_config(),
             "cache": keras.utils.serialize_keras_object(self._cache),
             "write_back": self.write_back,
-            "feature_specs": describe(specs),
+            "feature_specs": describe_specs(self._plain_specs()),
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FromCorpus:
-        specs = config["feature_specs"]
         return cls(
             **{
                 **config,
                 "cache": deserialize(config["cache"]),
-                "feature_specs": specs_of(specs) if isinstance(specs, Mapping) else spec_of(specs),
+                "feature_specs": specs_of(config["feature_specs"]),
                 "corrector": deserialize(config["corrector"]),
                 "candidate_network": own_network(config),
             }
         )
 
     def _plain_specs(self) -> Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature:
-        specs = self.feature_specs
-        return specs[_features.ONE_FEATURE] if self.takes_one_tensor else specs
+        return _features.as_given(self.feature_specs, self.takes_one_tensor)
 
     def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
         row_key = self._row_key
@@ -180,7 +176,7 @@ class FromCorpus(CachedNegatives):
             # By a tower of its own, the corpus may hold other things than the batch.
             return {}
         wanted = tf.as_dtype(self.feature_specs[row_key].dtype)
-        if (own.dtype == tf.string) != (wanted == tf.string):
+        if not _features.are_of_one_kind(own.dtype, wanted):
             raise ValueError(
                 f"The feature {row_key!r} identifies the rows of a corpus, where it is"
                 f" {wanted.name}, and must not be something else in a batch. Received dtype:"
