@@ -62,9 +62,7 @@ class MinedNegatives(nc.Negatives):
             name="visits",
         )
 
-    def bind(self, task, prefix):
-        super().bind(task, prefix)
-        # Only now it is known what the names of the source's logs begin with.
+    def make_metrics(self):
         self.beaten = tf.keras.metrics.Mean(name=self.log_prefix + "beaten")
 
     @property

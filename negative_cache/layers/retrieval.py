@@ -151,6 +151,8 @@ class Retrieval(StateLayer):
                 # Of layers in a list, TensorFlow checkpoints of Keras 3 would lose the state.
                 setattr(self, f"_source_{i}", source)
                 source.bind(self, prefix + own_prefix)
+            for source in sources:
+                source.make_metrics()
             checks.check_log_names(self.training_metrics)
         except Exception:
             # So that they can be given to a task without the fault.

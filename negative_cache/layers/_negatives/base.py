@@ -145,6 +145,13 @@ class Negatives(keras.layers.Layer):
         self._bound.task = task
         self._bound.prefix = prefix
 
+    def make_metrics(self) -> None:
+        """Makes the metrics, whose names begin with `log_prefix`.
+
+        Called by the task when all its sources are bound: of a task that cannot be made, nothing is
+        to be logged.
+        """
+
     def release(self, task: Retrieval) -> None:
         """Undoes `bind`, if it was to `task`; called by the task if it cannot be made."""
         if self._bound.task is task:

@@ -137,6 +137,15 @@ class CachedNegatives(Negatives, StateLayer):
             # layer built that is not.
             example = self._inputs(_features.example_of(self.feature_specs))
             _towers.Encoder(self._tower).output_dim(example)
+        known_dims = [_towers.known_output_dim(self._tower)]
+        if self._cache is not None:
+            known_dims.append(self._cache.embeddings.shape[1])
+        for dim in known_dims:
+            if dim is not None:
+                self.build_cache(dim)
+
+    def make_metrics(self) -> None:
+        prefix = self.log_prefix
         self._staleness = RunningMean(name=prefix + "staleness")
         self._log_partition = RunningMean(name=prefix + "log_partition")
         self._fill = LatestValue(name=prefix + "fill")
@@ -144,12 +153,6 @@ class CachedNegatives(Negatives, StateLayer):
         names = ["probe_staleness", "probe_corrected_staleness"]
         num_probes = 0 if not self.probe_size else 1 if self.corrector is None else 2
         self.probe_metrics = [LatestValue(name=prefix + name) for name in names[:num_probes]]
-        known_dims = [_towers.known_output_dim(self._tower)]
-        if self._cache is not None:
-            known_dims.append(self._cache.embeddings.shape[1])
-        for dim in known_dims:
-            if dim is not None:
-                self.build_cache(dim)
 
     @property
     def cache(self) -> Cache | None:

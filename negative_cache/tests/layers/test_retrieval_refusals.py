@@ -109,8 +109,16 @@ def test_sources_can_be_used_again_if_their_task_could_not_be_made():
     sources = [stream(), corpus(tower)]
     with pytest.raises(ValueError, match="`candidate_id_key` must be one of the features"):
         Retrieval(tower, sources, candidate_id_key="title")
+    # The stream is bound before the corpus refuses.
+    with pytest.raises(ValueError, match="must be that of its corpus"):
+        Retrieval(tower, sources, name="first")
     task = Retrieval(tower, sources, candidate_id_key="id")
     assert all(source.get_task() is task for source in sources)
+    # Nothing is logged of the tasks that could not be made.
+    names = [metric.name for source in sources for metric in source.metrics]
+    assert sorted(names) == sorted(
+        {metric.name for metric in task.training_metrics} - {"candidates_encoded"}
+    )
 
 
 def test_a_corpus_of_other_things_is_not_taken_for_the_batchs():
