@@ -30,6 +30,7 @@ from negative_cache.layers.tree_index import TreeIndex
 # The arguments that are attributes too, and that a configuration holds as they are.
 _OF_CACHES = (
     "cache_size",
+    "num_draws",
     "num_negatives",
     "use_lru",
     "exact_query_gradient",
@@ -86,7 +87,10 @@ class CachedRetrieval(Retrieval):
         it must be a Keras layer such as `LearnedTemperature`: Keras does not find variables that a
         function closes over. Their gradient is estimated by the draws. On a GPU, XLA must be able
         to compile the function.
-      num_negatives: S, draws from the cache for each query, encoded at every training step.
+      num_draws: n, rows of the cache that are drawn and encoded at every training step, for all
+        queries of the batch together (`docs/shared_draws.md`). None draws one for every four
+        queries.
+      num_negatives: S, draws of each query for itself, instead of those that all share.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact
         gradient.
       num_hard_negatives: keep only this many of the highest-scoring in-batch negatives of a query.
@@ -176,7 +180,8 @@ class CachedRetrieval(Retrieval):
         *,
         temperature: float | None = None,
         score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
-        num_negatives: int = 1,
+        num_draws: int | None = None,
+        num_negatives: int | None = None,
         in_batch_negatives: bool = False,
         num_hard_negatives: int | None = None,
         candidate_id_key: str | None = None,
@@ -228,8 +233,9 @@ class CachedRetrieval(Retrieval):
         if id_key is not None:
             _validation.check_id(id_key, named_specs, "candidate_id_key", "feature_specs")
         seed = random.randrange(2**31) if seed is None else operator.index(seed)
-        num_negatives = _validation.check_count(num_negatives, "num_negatives")
+        num_draws, num_negatives = checks.check_draws(num_draws, num_negatives)
         of_rows: dict[str, Any] = {
+            "num_draws": num_draws,
             "num_negatives": num_negatives,
             "exact_query_gradient": exact_query_gradient,
             "corrector": corrector,

@@ -263,7 +263,7 @@ class TreeIndex(StateLayer):
 
         Args:
           query_embeddings: [B, d] float.
-          num_samples: S, the number of draws per query.
+          num_samples: S, the number of draws per query. 0 only estimates the log partition.
           correction_steps: K; that of the index if None.
           **options: the options of `sample_with_log_probability`.
 
@@ -434,7 +434,7 @@ class TreeIndex(StateLayer):
         return draw(
             transformed(self.tree, self._candidates, row_transform),
             checks.scaled_queries(query_embeddings, temperature, self.embedding_dim),
-            _validation.check_count(num_samples, "num_samples"),
+            _validation.check_count(num_samples, "num_samples", at_least=0),
             beam=self._checked_beam(beam),
             correction_steps=_validation.check_count(steps, "correction_steps", at_least=0),
             like=self.state_variable,

@@ -25,6 +25,12 @@ class Draws(NamedTuple):
     mean: tf.Tensor
 
 
+def no_draws(log_partition: tf.Tensor, mean: tf.Tensor) -> Draws:
+    """`Draws` with S = 0: only the log partition [B] and the mean [B, d]."""
+    nothing = tf.zeros([tf.shape(log_partition)[0], 0])
+    return Draws(tf.cast(nothing, tf.int32), nothing, log_partition, mean)
+
+
 def inverse_cdf(weights: tf.Tensor, uniforms: tf.Tensor) -> tf.Tensor:
     """[..., S] int32 positions drawn in proportion to `weights` [..., n] by `uniforms` [..., S].
 

@@ -23,7 +23,7 @@ from negative_cache.ops._block_scorer import (
     BlockScorer,
     is_admissible,
 )
-from negative_cache.ops._draws import Draws, Seed, draw_uniforms, inverse_cdf
+from negative_cache.ops._draws import Draws, Seed, draw_uniforms, inverse_cdf, no_draws
 
 # Above this, float32 holds a probability in full precision, so that its logarithm is exact too.
 _SMALLEST_PROBABILITY = 1e-30
@@ -39,7 +39,7 @@ def draw_from_small_blocks(
     Args:
       scorer: scores queries [B, d] with C candidates. C may be unknown during tracing.
       seed: as in `sample_softmax`.
-      num_samples: S, the number of draws per query.
+      num_samples: S, the number of draws per query. With 0, groups are not summed either.
       block_size: number of candidates scored at a time; chosen from the shapes if None.
       with_mean: whether to compute `Draws.mean`.
 
@@ -47,8 +47,11 @@ def draw_from_small_blocks(
       The `Draws`.
     """
     block_size, group_size = _choose_sizes(scorer, num_samples, block_size)
-    blocks = _scan_blocks(scorer, block_size, group_size, with_mean)
+    wanted = _Wanted(groups=num_samples > 0, mean=with_mean)
+    blocks = _scan_blocks(scorer, block_size, group_size, wanted)
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
+    if not num_samples:
+        return no_draws(log_partition, blocks.mean)
 
     random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
     block = inverse_cdf(tf.nn.softmax(blocks.log_partition), random[0])
@@ -102,12 +105,20 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
     return tf.where(is_some, strict, widened)
 
 
+class _Wanted(NamedTuple):
+    """What a pass over the candidates is to find besides log partitions: flags, `_Block` says more."""
+
+    groups: bool
+    mean: bool
+
+
 class _Block(NamedTuple):
     """What one pass over a block finds.
 
     Attributes:
       log_partition: [B].
-      group_probability: [B, groups per block], the softmax over the block, summed by groups.
+      group_probability: [B, groups per block], the softmax over the block, summed by groups; [B, 0]
+        if it is not wanted.
       mean: [B, d], Σ_y P(y|x) s' y over the block; None where it is not wanted.
     """
 
@@ -130,7 +141,9 @@ class _Blocks(NamedTuple):
     mean: tf.Tensor
 
 
-def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mean: bool) -> _Blocks:
+def _scan_blocks(
+    scorer: BlockScorer, block_size: int, group_size: int, wanted: _Wanted
+) -> _Blocks:
     num_full_blocks = scorer.num_candidates // block_size
     remainder = scorer.num_candidates - num_full_blocks * block_size
     has_remainder = tf.is_tensor(remainder) or remainder > 0
@@ -144,8 +157,8 @@ def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, with_mea
         seen_partition: tf.Tensor,
         seen_mean: tf.Tensor,
     ) -> tuple[tf.TensorArray, tf.TensorArray, tf.Tensor, tf.Tensor]:
-        block = _scan_block(scorer, number * block_size, size, block_size, group_size, with_mean)
-        if with_mean:
+        block = _scan_block(scorer, number * block_size, size, block_size, group_size, wanted)
+        if block.mean is not None:
             seen_partition, seen_mean = _add_to_mean(seen_partition, seen_mean, block)
         return (
             log_partitions.write(number, block.log_partition),
@@ -183,12 +196,12 @@ def _scan_block(
     size: int | tf.Tensor,
     block_size: int,
     group_size: int,
-    with_mean: bool,
+    wanted: _Wanted,
 ) -> _Block:
     """The softmax over the `size` candidates from `start` on, padded to `block_size`."""
     groups_per_block = block_size // group_size
     embeddings = scorer.read_block(start, size)
-    scores, slopes = scorer.score_block(embeddings, start, size, with_slopes=with_mean)
+    scores, slopes = scorer.score_block(embeddings, start, size, with_slopes=wanted.mean)
     if size is not block_size:
         padding = [[0, 0], [0, block_size - size]]
         scores = tf.pad(scores, padding, constant_values=INADMISSIBLE)
@@ -198,15 +211,17 @@ def _scan_block(
     with tf.control_dependencies([some_scores]):
         probability = tf.nn.softmax(scores)
     # Groups are columns here: this sum is of whole rows, faster than one within short rows.
-    grouped = [scorer.num_queries, group_size, groups_per_block]
-    group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
+    group_probability = probability[:, :0]
+    if wanted.groups:
+        grouped = [scorer.num_queries, group_size, groups_per_block]
+        group_probability = tf.reduce_sum(tf.reshape(probability, grouped), axis=1)
     log_partition = _log_partition(
         some_scores,
         probability[:, :groups_per_block],
         lambda: scorer.score_block(embeddings, start, size)[0],
     )
     mean = None
-    if with_mean:
+    if wanted.mean:
         mean = scorer.combine(probability[:, :size], slopes, embeddings, start, size)
     return _Block(log_partition, group_probability, mean)
 
@@ -253,7 +268,7 @@ def _choose_sizes(scorer: BlockScorer, num_samples: int, block_size: int | None)
     num_candidates = scorer.num_candidates
     if not isinstance(num_candidates, int):
         num_candidates = _LIKELY_CANDIDATES
-    balanced = math.sqrt(max(num_candidates, 1) / (num_samples * scorer.dim))
+    balanced = math.sqrt(max(num_candidates, 1) / (max(num_samples, 1) * scorer.dim))
     group_size = min(max(2 ** round(math.log2(max(balanced, 1.0))), 16), 256)
     if block_size is None:
         block_size = max(min(2**21 // scorer.dim, 2**21 // max(num_queries, 1)), group_size)

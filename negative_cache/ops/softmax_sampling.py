@@ -77,7 +77,7 @@ def sample_softmax(
     Args:
       query_embeddings: [B, d] float.
       candidate_embeddings: [C, d] float32, bfloat16 or float16, a tensor or a variable.
-      num_samples: S, the number of draws per query.
+      num_samples: S, the number of draws per query. 0 only computes the log partition.
       score_transform: elementwise function of the inner products, of any shape, for instance a
         division by a temperature. If None, scores are inner products.
       embedding_transform: function [n, d] -> [n, d] applied to candidates before they are scored.
@@ -99,8 +99,8 @@ def sample_softmax(
       A `SoftmaxSample`.
 
     Raises:
-      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` or `block_size` is
-        not positive, or two arguments exclude each other.
+      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` is negative,
+        `block_size` is not positive, or two arguments exclude each other.
     """
     sample, _ = sample_softmax_with_gradient(
         query_embeddings,
@@ -140,7 +140,7 @@ def sample_softmax_with_gradient(
     Args:
       query_embeddings: [B, d] float.
       candidate_embeddings: [C, d] float, a tensor or a variable.
-      num_samples: S, the number of draws per query.
+      num_samples: S, the number of draws per query; 0 for none.
       block_size: number of candidates scored at a time; chosen from the shapes if None.
       seed: as in `sample_softmax`.
       compute_gradient: whether to compute the gradient.
@@ -154,12 +154,12 @@ def sample_softmax_with_gradient(
         `compute_gradient` is False.
 
     Raises:
-      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` or `block_size` is
-        not positive, or two arguments exclude each other.
+      ValueError: if a rank, a dimension or a dtype does not fit, `num_samples` is negative,
+        `block_size` is not positive, or two arguments exclude each other.
     """
     scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
-    if num_samples < 1:
-        raise ValueError(f"`num_samples` must be at least 1. Received: {num_samples}.")
+    if num_samples < 0:
+        raise ValueError(f"`num_samples` must not be negative. Received: {num_samples}.")
     if block_size is not None and block_size < 1:
         raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:

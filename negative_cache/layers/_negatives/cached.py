@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from negative_cache.layers.retrieval import Retrieval
 
 _DIMENSION = "embedding_dim"
+# Of which there is one draw for so many by default.
+QUERIES_PER_DRAW = 4
 
 
 class CachedNegatives(Negatives, StateLayer):
@@ -50,7 +52,8 @@ class CachedNegatives(Negatives, StateLayer):
     def __init__(
         self,
         *,
-        num_negatives: int,
+        num_draws: int | None,
+        num_negatives: int | None,
         exact_query_gradient: bool,
         corrector: DriftCorrector | None,
         refresh_fraction: float,
@@ -61,7 +64,7 @@ class CachedNegatives(Negatives, StateLayer):
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
-        self.num_negatives = _validation.check_count(num_negatives, "num_negatives")
+        self.num_draws, self.num_negatives = checks.check_draws(num_draws, num_negatives)
         self.exact_query_gradient = exact_query_gradient
         self.corrector = corrector
         if not 0.0 <= refresh_fraction <= 1.0:
@@ -267,6 +270,15 @@ class CachedNegatives(Negatives, StateLayer):
         self._skipped_rows.update_state(self.get_cache().num_skipped)
         return outcome.drift_loss
 
+    def num_draws_of(self, batch: Batch) -> int | tf.Tensor:
+        """Scalar int32, n, the draws that the queries of a batch share."""
+        if self.num_draws is not None:
+            return self.num_draws
+        num_queries = batch.queries.shape[0]
+        if num_queries is None:
+            num_queries = batch.num_queries
+        return -(-num_queries // QUERIES_PER_DRAW)
+
     def correction(self) -> RowCorrection | None:
         """The corrector as it is now, if there is one."""
         return None if self.corrector is None else RowCorrection(self.corrector, self.get_cache())
@@ -339,6 +351,7 @@ class CachedNegatives(Negatives, StateLayer):
         serialize = keras.utils.serialize_keras_object
         return {
             **super().get_config(),
+            "num_draws": self.num_draws,
             "num_negatives": self.num_negatives,
             "exact_query_gradient": self.exact_query_gradient,
             "corrector": serialize(self.corrector),

@@ -125,7 +125,9 @@ class FromCache(CachedNegatives):
 
     Args:
       cache: a `CacheSpec`; or a `Cache` without a `row_key` whose embedding is called "embedding".
-      num_negatives: S, draws for each query, encoded at every training step.
+      num_draws: n, rows that are drawn and encoded at every training step, for all queries of the
+        batch together. None draws one for every four queries.
+      num_negatives: S, draws of each query for itself, instead of those that all share.
       exact_query_gradient: whether the queries' gradient is computed and not sampled, see
         `CachedRetrieval`.
       corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
@@ -147,7 +149,8 @@ class FromCache(CachedNegatives):
         self,
         cache: CacheSpec | Cache,
         *,
-        num_negatives: int = 1,
+        num_draws: int | None = None,
+        num_negatives: int | None = None,
         exact_query_gradient: bool = True,
         corrector: DriftCorrector | None = None,
         refresh_fraction: float = 0.0,
@@ -158,6 +161,7 @@ class FromCache(CachedNegatives):
         **kwargs: Any,
     ):
         super().__init__(
+            num_draws=num_draws,
             num_negatives=num_negatives,
             exact_query_gradient=exact_query_gradient,
             corrector=corrector,

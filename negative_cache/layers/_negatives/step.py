@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.draws import Draws, draw_shared, shared_weights
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.samplers import sampler_of
-from negative_cache.ops import SoftmaxSample, _execution, contrastive
+from negative_cache.ops import SoftmaxSample, _execution, contrastive, shared_draws
 from negative_cache.ops.landmarks import uniform_rows
 
 if TYPE_CHECKING:
@@ -23,8 +24,8 @@ class Outcome(NamedTuple):
       logit: [B] float32, the log partition, with the sampled gradient.
       log_partition: [B] float32, without gradient; 0 for queries without negatives.
       has_negatives: [B] bool, whether there is a row that is a negative of the query.
-      drawn: the drawn rows, B S of them, without gradient.
-      staleness: [B S] float32, ‖ĝ - g‖² / ‖g‖² of the drawn rows.
+      drawn: the m drawn rows, without gradient.
+      staleness: [m] float32, ‖ĝ - g‖² / ‖g‖² of the drawn rows.
       oldest: the oldest rows, encoded; None if no rows are refreshed in turn.
       drift_loss: scalar whose gradient trains the corrector; None if nothing is trained.
     """
@@ -46,9 +47,12 @@ class CachedStep:
       log Z(x) = log Σ_y exp(score(x, ĝ(y)) + log_weight(y)),
 
     and its gradient is estimated from draws ŷ in proportion to exp(score(x, ĝ(ŷ)) + log_weight(ŷ)),
-    which are encoded: it is that of their mean score(x, g(ŷ)), or with `exact_query_gradient` that
-    of ⟨x, ∇_x log Z⟩ + mean of (score(x, g(ŷ)) - score(x, ĝ(ŷ))), with ∇_x log Z and ĝ constant
-    (Lindgren et al., NeurIPS 2021).
+    which are encoded: it is that of a weighted mean score(x, g(ŷ)), or with `exact_query_gradient`
+    that of ⟨x, ∇_x log Z⟩ + weighted mean of (score(x, g(ŷ)) - score(x, ĝ(ŷ))), with ∇_x log Z and
+    ĝ constant (Lindgren et al., NeurIPS 2021).
+
+    Each query has S draws of its own, which weigh the same; or all queries share n draws, with the
+    weights of `ops.shared_draws`.
 
     A cache with an index draws from that: the law is nearly the same, and log Z and its gradient
     are the index's estimates. With a corrector h, every ĝ above is h(ĝ).
@@ -65,7 +69,7 @@ class CachedStep:
 
     def log_partition(self) -> tf.Tensor:
         """[B] float32, without gradient; changes nothing."""
-        return self._draw(0, compute_gradient=False)[0].log_partition
+        return self._sample(0, self._options(), compute_gradient=False)[0].log_partition
 
     def sampled_log_partition(self, seed: tf.Tensor) -> Outcome:
         """The log partition with the sampled gradient, and what there is to write.
@@ -73,16 +77,14 @@ class CachedStep:
         Args:
           seed: [2] int64.
         """
-        sample, query_gradient = self._draw(seed, self._source.exact_query_gradient)
-        drawn = self._encode_drawn(sample)
+        log_partition, query_gradient, draws = self._draw(seed)
+        drawn = self._encode_drawn(draws)
         stale = self._source.stale(drawn.rows)
         staleness = contrastive.relative_staleness(stale, drawn.embeddings)
-        surrogate = self._surrogate(drawn, stale, query_gradient)
+        surrogate = self._surrogate(draws, drawn.embeddings, stale, query_gradient)
         drawn = EncodedRows(drawn.rows, tf.stop_gradient(drawn.embeddings), drawn.mask)
         oldest = self._encode_oldest()
-        log_partition = sample.log_partition
-        has_negatives = tf.math.is_finite(log_partition)
-        has_negatives &= log_partition > 0.5 * contrastive.NOT_A_CANDIDATE
+        has_negatives = _has_negatives(log_partition)
         return Outcome(
             logit=contrastive.value_with_gradient(log_partition, surrogate),
             log_partition=tf.where(has_negatives, log_partition, 0.0),
@@ -93,51 +95,90 @@ class CachedStep:
             drift_loss=self._learn(drawn, oldest, seed),
         )
 
-    def _draw(
-        self, seed: tf.Tensor | int, compute_gradient: bool
-    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-        """Draws S rows a query; if `compute_gradient`, [B, d] ∇_x log Z comes with them."""
+    def _options(self) -> dict[str, Any]:
+        """How the sampler is to score rows, and which it is to leave out."""
         correction, log_weights = self._correction, self._source.log_weights(self._batch)
         options: dict[str, Any] = {
             "score_transform": self._batch.scores.transform,
             "row_transform": None if correction is None else correction.correct,
             "max_scores": self._batch.max_scores,
-            "seed": seed,
-            "compute_gradient": compute_gradient,
             "log_zero": contrastive.NOT_A_CANDIDATE,
             **self._source.left_out_rows(self._batch),
         }
         if log_weights is not None:
             options["log_weights"] = log_weights
-        return sampler_of(self._source.get_cache()).sample_with_gradient(
-            self._batch.queries, self._source.num_negatives, **options
-        )
+        return options
 
-    def _encode_drawn(self, sample: SoftmaxSample) -> EncodedRows:
-        is_drawn = tf.reshape(sample.indices >= 0, [-1])
-        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
+    def _sample(
+        self, num_samples: int, options: dict[str, Any], **more: Any
+    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
+        sampler = sampler_of(self._source.get_cache())
+        return sampler.sample_with_gradient(self._batch.queries, num_samples, **options, **more)
+
+    def _draw(self, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None, Draws]:
+        """[B] log Z, [B, d] ∇_x log Z if it is to be exact, and draws."""
+        source, batch, options = self._source, self._batch, self._options()
+        wanted = {"seed": seed, "compute_gradient": source.exact_query_gradient}
+        if source.num_negatives is not None:
+            sample, query_gradient = self._sample(source.num_negatives, options, **wanted)
+            return sample.log_partition, query_gradient, Draws.own(sample)
+        sample, query_gradient = self._sample(0, options, **wanted)
+        log_partition = sample.log_partition
+        shares = self._shares(log_partition)
+        rows, is_drawn, chosen = draw_shared(
+            sampler_of(source.get_cache()),
+            batch.queries,
+            source.num_draws_of(batch),
+            shares,
+            options,
+            seed,
+        )
+        known = self._known(source.stale(rows), rows)
+        weights = shared_weights(
+            batch.queries, known, rows, is_drawn, log_partition, shares, options
+        )
+        return log_partition, query_gradient, Draws(rows, is_drawn, chosen, weights, True)
+
+    def _shares(self, log_partition: tf.Tensor) -> tf.Tensor:
+        """[B] float32, π: how much each query's negatives matter to the loss.
+
+        The gradient of a query's loss by its log Z is at most 1 - p⁺ = Z / (exp s⁺ + Z); it is less
+        if there are other sources.
+        """
+        log_odds = log_partition - self._batch.positive_logits
+        log_weights = tf.where(
+            _has_negatives(log_partition), tf.math.log_sigmoid(log_odds), contrastive.NOT_A_CANDIDATE
+        )
+        return tf.stop_gradient(shared_draws.mixture_shares(log_weights))
+
+    def _encode_drawn(self, draws: Draws) -> EncodedRows:
         # A query without an admissible row has its own positive encoded instead.
-        own = tf.range(tf.size(rows)) // self._source.num_negatives
-        features = self._source.features_of(rows, is_drawn, self._batch, own)
-        return EncodedRows(rows, self._source.encode(features, training=True), is_drawn)
+        features = self._source.features_of(
+            draws.rows, draws.is_drawn, self._batch, draws.drawn_for
+        )
+        embeddings = self._source.encode(features, training=True)
+        return EncodedRows(draws.rows, embeddings, draws.is_drawn)
+
+    def _known(self, stale: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+        """[m, d] float32, the cached embeddings of `rows` [m] as the sampler sees them."""
+        return stale if self._correction is None else self._correction.correct(stale, rows)
 
     def _surrogate(
-        self, drawn: EncodedRows, stale: tf.Tensor, query_gradient: tf.Tensor | None
+        self,
+        draws: Draws,
+        fresh: tf.Tensor,
+        stale: tf.Tensor,
+        query_gradient: tf.Tensor | None,
     ) -> tf.Tensor:
         """[B] float32, what has the gradient of the log partition, and not its value."""
         queries, scores = self._batch.queries, self._batch.scores
-        num_draws = self._source.num_negatives
-        surrogate = scores.mean_of_draws(queries, drawn.embeddings, drawn.mask, num_draws)
+        surrogate = draws.mean_score(scores, queries, fresh)
         if query_gradient is None:
             return surrogate
         surrogate += tf.reduce_sum(queries * query_gradient, axis=1)
-        known = stale
-        if self._correction is not None:
-            known = self._correction.correct(stale, drawn.rows)
         # What the transform learns has its gradient from the draws alone, as they were drawn.
-        return surrogate - scores.mean_of_draws(
-            queries, known, drawn.mask, num_draws, as_given=True
-        )
+        known = self._known(stale, draws.rows)
+        return surrogate - draws.mean_score(scores, queries, known, as_given=True)
 
     def _encode_oldest(self) -> EncodedRows | None:
         """ρC rows at each step, rounded; if that is less than a half, one every 1 / ρC steps."""
@@ -178,7 +219,9 @@ class CachedStep:
             lambda encoded: correction.corrector.learn(
                 encoded,
                 correction.displacement,
-                lambda embeddings: batch.scores.of_all_pairs_as_given(batch.queries, embeddings),
+                lambda embeddings: batch.scores.of_all_pairs(
+                    tf.stop_gradient(batch.queries), embeddings, as_given=True
+                ),
             ),
             correction.examples(examples, source.stale(examples.rows)),
             like=correction.corrector.state_variable,
@@ -202,6 +245,12 @@ class CachedStep:
             correction.examples(landmarks, source.stale(rows)),
             like=corrector.state_variable,
         )
+
+
+def _has_negatives(log_partition: tf.Tensor) -> tf.Tensor:
+    """[B] bool, whether there is a row that is a negative of each query."""
+    has_some = log_partition > 0.5 * contrastive.NOT_A_CANDIDATE
+    return tf.math.is_finite(log_partition) & has_some
 
 
 def probe(source: CachedNegatives, seed: tf.Tensor) -> None:

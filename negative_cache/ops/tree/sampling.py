@@ -58,7 +58,7 @@ def sample_tree(
     Args:
       tree: the tree.
       scoring: scores queries [B, d].
-      num_samples: S, the number of draws per query.
+      num_samples: S, the number of draws per query. 0 only estimates log Z.
       beam: number of leaves to open.
       correction_steps: K, the number of Metropolis-Hastings steps per draw.
       seed: as in `sample_softmax`.
@@ -88,6 +88,10 @@ def sample_tree(
         has_some = is_admissible(log_partition)[:, tf.newaxis]
         gradient = tf.stop_gradient(tf.where(has_some, gradient, 0.0))
     num_queries = tf.shape(log_masses)[0]
+    if not num_samples:
+        nothing = tf.zeros([num_queries, 0])
+        log_partition = tf.stop_gradient(without_nothing(log_partition, log_zero))
+        return SoftmaxSample(tf.cast(nothing, tf.int64), nothing, log_partition), nothing, gradient
     num_draws = num_samples * (1 + correction_steps)
     random = draw_uniforms([tree.shape.num_levels + 3, num_queries, num_draws], seed)
     position = wide_inverse_cdf(probability, random[0], random[1])
