@@ -28,6 +28,7 @@ from negative_cache.layers._tree.upkeep import TreeUpkeep
 from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
 from negative_cache.ops._block_scorer import TensorFn
+from negative_cache.ops._draws import Choice
 from negative_cache.ops.tree.cut import COUNT, Tree
 from negative_cache.ops.tree.sampling import search_tree
 from negative_cache.ops.tree.shape import TreeShape
@@ -325,13 +326,15 @@ class TreeIndex(StateLayer):
         compute_gradient: bool = True,
         log_zero: float = -math.inf,
         correction_steps: int | None = None,
+        choose_queries: Choice | None = None,
         **options: Unpack[DrawOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor | None]:
         """`sample`, and [B, d] the gradient of its `log_partition` with respect to the queries.
 
         The gradient is with respect to the queries divided by the temperature. The derivatives of a
-        `score_transform` in the second-order terms are treated as constants. `compute_gradient` and
-        `log_zero` are as in `ops.sample_softmax_with_gradient`, other arguments as in `sample`.
+        `score_transform` in the second-order terms are treated as constants. `compute_gradient`,
+        `log_zero` and `choose_queries` are as in `ops.sample_softmax_with_gradient`, other
+        arguments as in `sample`.
         """
         sample, _, gradient = self._draw(
             query_embeddings,
@@ -339,6 +342,7 @@ class TreeIndex(StateLayer):
             correction_steps,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
+            choose_queries=choose_queries,
             **options,
         )
         return sample, gradient
@@ -428,6 +432,7 @@ class TreeIndex(StateLayer):
         row_transform: RowTransform | None = None,
         compute_gradient: bool = False,
         log_zero: float = -math.inf,
+        choose_queries: Choice | None = None,
         **options: Unpack[ScoreOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
         steps = self.correction_steps if correction_steps is None else correction_steps
@@ -440,6 +445,7 @@ class TreeIndex(StateLayer):
             like=self.state_variable,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
+            choose_queries=choose_queries,
             **options,
         )
 

@@ -4,6 +4,7 @@
 candidates.
 """
 
+import copy
 from collections.abc import Callable
 from typing import TypeAlias, TypedDict
 
@@ -108,6 +109,18 @@ class BlockScorer:
         self.num_candidates = num_candidates
         if num_candidates is None:
             self.num_candidates = tf.shape(candidate_embeddings)[0]
+
+    def of_queries(self, chosen: tf.Tensor) -> "BlockScorer":
+        """The scorer of some of the queries, [n] int32, which may come several times."""
+        part = copy.copy(self)
+        part._queries = tf.gather(self._queries, chosen)
+        if self._positive_ids is not None:
+            part._positive_ids = tf.gather(self._positive_ids, chosen)
+        if self._max_scores is not None:
+            part._max_scores = tf.gather(self._max_scores, chosen)
+        num_chosen = part._queries.shape[0]
+        part.num_queries = tf.shape(chosen)[0] if num_chosen is None else num_chosen
+        return part
 
     def read_block(
         self, start: int | tf.Tensor, size: int | tf.Tensor, *, as_kept: bool = False

@@ -7,22 +7,28 @@ from typing import NamedTuple, TypeAlias
 import tensorflow as tf
 
 Seed: TypeAlias = int | tf.Tensor | Sequence[int] | None
+# From log partitions [B] to the queries [n] int32 that draws are for.
+Choice: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 
 
 class Draws(NamedTuple):
     """Draws from the softmax over a set of candidates.
+
+    If queries are chosen, n of them stand for B in the shapes of `indices` and `scores`.
 
     Attributes:
       indices: [B, S] int32, the drawn candidates.
       scores: [B, S] float32, their scores; arbitrary if a query has no admissible candidate.
       log_partition: [B] float32; about `INADMISSIBLE` if a query has no admissible candidate.
       mean: [B, d] float32, Σ_y P(y|x) s' y; zero if it was not asked for.
+      chosen: [n] int32, the chosen queries; None if draws are for all.
     """
 
     indices: tf.Tensor
     scores: tf.Tensor
     log_partition: tf.Tensor
     mean: tf.Tensor
+    chosen: tf.Tensor | None = None
 
 
 def no_draws(log_partition: tf.Tensor, mean: tf.Tensor) -> Draws:

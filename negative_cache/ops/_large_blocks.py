@@ -16,7 +16,7 @@ import math
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, BlockScorer
-from negative_cache.ops._draws import Draws, Seed, random_of_blocks
+from negative_cache.ops._draws import Choice, Draws, Seed, random_of_blocks
 
 # Scores in memory at a time. They take 64 MiB. Their exponentials take as much again, and so do
 # their slopes with a gradient and a `score_transform`.
@@ -30,7 +30,13 @@ _LIKELY_QUERIES = 1024
 
 
 def draw_from_large_blocks(
-    scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
+    scorer: BlockScorer,
+    seed: Seed,
+    *,
+    num_samples: int,
+    block_size: int | None,
+    with_mean: bool,
+    choose: Choice | None = None,
 ) -> Draws:
     """Draws from all candidates of `scorer`.
 
@@ -40,10 +46,25 @@ def draw_from_large_blocks(
       num_samples: S, the number of draws per query.
       block_size: number of candidates scored at a time; chosen from the shapes if None.
       with_mean: whether to compute `Draws.mean`.
+      choose: chooses the queries that draws are made for; all of them if None. Those are scored
+        again, so that no block's scores must be kept.
 
     Returns:
       The `Draws`.
     """
+    if choose is not None:
+        of_all = draw_from_large_blocks(
+            scorer, seed, num_samples=0, block_size=block_size, with_mean=with_mean
+        )
+        chosen = choose(of_all.log_partition)
+        of_chosen = draw_from_large_blocks(
+            scorer.of_queries(chosen),
+            seed,
+            num_samples=num_samples,
+            block_size=block_size,
+            with_mean=False,
+        )
+        return Draws(of_chosen.indices, of_chosen.scores, of_all.log_partition, of_all.mean, chosen)
     size, num_blocks = choose_blocks(scorer.num_queries, scorer.num_candidates, block_size)
     random = random_of_blocks(seed, num_blocks)
 

@@ -23,7 +23,7 @@ from negative_cache.ops._block_scorer import (
     BlockScorer,
     is_admissible,
 )
-from negative_cache.ops._draws import Draws, Seed, draw_uniforms, inverse_cdf, no_draws
+from negative_cache.ops._draws import Choice, Draws, Seed, draw_uniforms, inverse_cdf, no_draws
 
 # Above this, float32 holds a probability in full precision, so that its logarithm is exact too.
 _SMALLEST_PROBABILITY = 1e-30
@@ -32,7 +32,13 @@ _LIKELY_QUERIES, _LIKELY_CANDIDATES = 256, 2**17
 
 
 def draw_from_small_blocks(
-    scorer: BlockScorer, seed: Seed, *, num_samples: int, block_size: int | None, with_mean: bool
+    scorer: BlockScorer,
+    seed: Seed,
+    *,
+    num_samples: int,
+    block_size: int | None,
+    with_mean: bool,
+    choose: Choice | None = None,
 ) -> Draws:
     """Draws from all candidates of `scorer`.
 
@@ -42,6 +48,7 @@ def draw_from_small_blocks(
       num_samples: S, the number of draws per query. With 0, groups are not summed either.
       block_size: number of candidates scored at a time; chosen from the shapes if None.
       with_mean: whether to compute `Draws.mean`.
+      choose: chooses the queries that draws are made for; all of them if None.
 
     Returns:
       The `Draws`.
@@ -52,15 +59,22 @@ def draw_from_small_blocks(
     log_partition = tf.reduce_logsumexp(blocks.log_partition, axis=1)
     if not num_samples:
         return no_draws(log_partition, blocks.mean)
+    block_partitions, block_groups = blocks.log_partition, blocks.group_probability
+    chosen = None
+    if choose is not None:
+        chosen = choose(log_partition)
+        scorer = scorer.of_queries(chosen)
+        block_partitions = tf.gather(block_partitions, chosen)
+        block_groups = tf.gather(block_groups, chosen)
 
     random = draw_uniforms([3, scorer.num_queries, num_samples], seed)
-    block = inverse_cdf(tf.nn.softmax(blocks.log_partition), random[0])
-    groups_of_block = tf.gather(blocks.group_probability, block, batch_dims=1)
+    block = inverse_cdf(tf.nn.softmax(block_partitions), random[0])
+    groups_of_block = tf.gather(block_groups, block, batch_dims=1)
     group = inverse_cdf(groups_of_block, random[1][..., tf.newaxis])[..., 0]
     groups_per_block = block_size // group_size
     first = block * block_size + group
     rows = first[..., tf.newaxis] + tf.range(group_size) * groups_per_block
-    log_masses = tf.gather(blocks.log_partition, block, batch_dims=1)
+    log_masses = tf.gather(block_partitions, block, batch_dims=1)
     log_masses += tf.math.log(
         tf.gather(groups_of_block, group[..., tf.newaxis], batch_dims=2)[..., 0]
     )
@@ -72,6 +86,7 @@ def draw_from_small_blocks(
         tf.gather(scores, pick, batch_dims=2)[..., 0],
         log_partition,
         blocks.mean,
+        chosen,
     )
 
 
@@ -106,7 +121,7 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
 
 
 class _Wanted(NamedTuple):
-    """What a pass over the candidates is to find besides log partitions: flags, `_Block` says more."""
+    """What a pass over the candidates is to find besides log partitions, see `_Block`."""
 
     groups: bool
     mean: bool
@@ -141,9 +156,7 @@ class _Blocks(NamedTuple):
     mean: tf.Tensor
 
 
-def _scan_blocks(
-    scorer: BlockScorer, block_size: int, group_size: int, wanted: _Wanted
-) -> _Blocks:
+def _scan_blocks(scorer: BlockScorer, block_size: int, group_size: int, wanted: _Wanted) -> _Blocks:
     num_full_blocks = scorer.num_candidates // block_size
     remainder = scorer.num_candidates - num_full_blocks * block_size
     has_remainder = tf.is_tensor(remainder) or remainder > 0

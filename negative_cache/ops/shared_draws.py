@@ -23,7 +23,6 @@ import tensorflow as tf
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
 from negative_cache.ops._draws import draw_uniforms, inverse_cdf
 
-
 # The part of π that all queries have alike, so that no weight exceeds B / (n · this).
 _DEFENSIVE_SHARE = 0.1
 

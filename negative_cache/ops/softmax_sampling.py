@@ -23,7 +23,7 @@ from negative_cache.ops._block_scorer import (
     ScoringOptions,
     is_admissible,
 )
-from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, seed_or_random
+from negative_cache.ops._draws import Choice, Seed, draw_uniforms, inverse_cdf, seed_or_random
 from negative_cache.ops._large_blocks import draw_from_large_blocks
 from negative_cache.ops._small_blocks import draw_from_small_blocks
 
@@ -130,6 +130,7 @@ def sample_softmax_with_gradient(
     seed: Seed = None,
     compute_gradient: bool = True,
     log_zero: float = -math.inf,
+    choose_queries: Choice | None = None,
     **scoring: Unpack[ScoringOptions],
 ) -> tuple[SoftmaxSample, tf.Tensor | None]:
     """`sample_softmax`, and in the same pass the exact gradient of log Z with respect to the query.
@@ -146,6 +147,8 @@ def sample_softmax_with_gradient(
       compute_gradient: whether to compute the gradient.
       log_zero: used in the sample as the logarithm of zero. A number below -1e29 keeps all values
         finite, for `tf.debugging.enable_check_numerics`.
+      choose_queries: a function from the log partitions [B] to queries [n] int32. Draws are made
+        for those only, so that the `indices` and `scores` of the sample are [n, S].
       **scoring: the arguments of `sample_softmax` from `score_transform` to `max_scores`.
 
     Returns:
@@ -163,7 +166,7 @@ def sample_softmax_with_gradient(
     if block_size is not None and block_size < 1:
         raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:
-        return _sample_of_nothing(scorer, num_samples, compute_gradient, log_zero)
+        return _sample_of_nothing(scorer, num_samples, compute_gradient, log_zero, choose_queries)
     seed = seed_or_random(seed)
     like = candidate_embeddings if isinstance(candidate_embeddings, tf.Variable) else None
     is_for_accelerator = _execution.is_on_accelerator(like) and scorer.has_known_size
@@ -173,8 +176,9 @@ def sample_softmax_with_gradient(
         num_samples=num_samples,
         block_size=block_size,
         with_mean=compute_gradient,
+        choose=choose_queries,
     )
-    indices, scores, log_partition, gradient = _execution.as_constant(
+    indices, scores, log_partition, gradient, chosen = _execution.as_constant(
         draw, seed, like=like, may_compile=scorer.has_known_size
     )
     # Not `~is_admissible(log_partition)`: NaN must stay NaN.
@@ -183,7 +187,7 @@ def sample_softmax_with_gradient(
         tf.cast(indices, tf.int64), scores, tf.where(is_empty, log_zero, log_partition)
     )
     gradient = tf.where(is_empty[:, tf.newaxis], 0.0, gradient) if compute_gradient else None
-    return _without_draws_from_nothing(sample, log_zero), gradient
+    return _without_draws_from_nothing(sample, log_zero, chosen), gradient
 
 
 def merge_samples(
@@ -228,23 +232,27 @@ def merge_samples(
 
 
 def _sample_of_nothing(
-    scorer: BlockScorer, num_samples: int, with_gradient: bool, log_zero: float
+    scorer: BlockScorer,
+    num_samples: int,
+    with_gradient: bool,
+    log_zero: float,
+    choose: Choice | None,
 ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-    draws = [scorer.num_queries, num_samples]
+    log_partition = tf.fill([scorer.num_queries], log_zero)
+    num_drawn = scorer.num_queries if choose is None else tf.size(choose(log_partition))
+    draws = [num_drawn, num_samples]
     sample = SoftmaxSample(
-        tf.fill(draws, tf.constant(-1, tf.int64)),
-        tf.fill(draws, log_zero),
-        tf.fill([scorer.num_queries], log_zero),
+        tf.fill(draws, tf.constant(-1, tf.int64)), tf.fill(draws, log_zero), log_partition
     )
     return sample, tf.zeros([scorer.num_queries, scorer.dim]) if with_gradient else None
 
 
 def _without_draws_from_nothing(
-    sample: SoftmaxSample, log_zero: float = -math.inf
+    sample: SoftmaxSample, log_zero: float = -math.inf, chosen: tf.Tensor | None = None
 ) -> SoftmaxSample:
     # There is no law to draw from if there is no candidate, or if a score is NaN or inf.
     has_law = tf.math.is_finite(sample.log_partition) & is_admissible(sample.log_partition)
-    has_law = has_law[:, tf.newaxis]
+    has_law = (has_law if chosen is None else tf.gather(has_law, chosen))[:, tf.newaxis]
     return SoftmaxSample(
         tf.where(has_law, sample.indices, tf.constant(-1, tf.int64)),
         tf.where(has_law, sample.scores, log_zero),

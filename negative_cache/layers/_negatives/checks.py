@@ -232,9 +232,7 @@ def _check_embedding_key(cache: Cache) -> None:
         )
 
 
-def check_draws(
-    num_draws: int | None, num_negatives: int | None
-) -> tuple[int | None, int | None]:
+def check_draws(num_draws: int | None, num_negatives: int | None) -> tuple[int | None, int | None]:
     """Checks how many draws there are: shared by the batch, or of each query's own."""
     if num_draws is not None and num_negatives is not None:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from negative_cache.layers._negatives.samplers import Sampler
+from negative_cache.layers._negatives.rows import EncodedRows
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.ops import SoftmaxSample, _execution, shared_draws
 from negative_cache.ops._block_scorer import BlockScorer
@@ -23,7 +23,7 @@ class Draws(NamedTuple):
     Attributes:
       rows: [m] int64; 0 where nothing is drawn.
       is_drawn: [m] bool.
-      drawn_for: [m] int32, the query whose softmax each was drawn from.
+      stand_ins: [m] int32, a candidate of the batch to encode if nothing is drawn.
       weights: [B, n] float32: of all draws for each query if they are shared, n = m; else of the S
         draws of its own, m = B S.
       are_shared: whether all queries use all draws.
@@ -31,7 +31,7 @@ class Draws(NamedTuple):
 
     rows: tf.Tensor
     is_drawn: tf.Tensor
-    drawn_for: tf.Tensor
+    stand_ins: tf.Tensor
     weights: tf.Tensor
     are_shared: bool
 
@@ -42,9 +42,9 @@ class Draws(NamedTuple):
         weights = tf.cast(is_drawn, tf.float32)
         weights /= tf.maximum(tf.reduce_sum(weights, axis=1, keepdims=True), 1.0)
         num_queries, num_draws = tf.unstack(tf.shape(is_drawn))
-        drawn_for = tf.repeat(tf.range(num_queries), num_draws)
+        stand_ins = tf.repeat(tf.range(num_queries), num_draws)
         rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
-        return cls(rows, tf.reshape(is_drawn, [-1]), drawn_for, weights, False)
+        return cls(rows, tf.reshape(is_drawn, [-1]), stand_ins, weights, False)
 
     def mean_score(
         self, scores: Scores, queries: tf.Tensor, embeddings: tf.Tensor, *, as_given: bool = False
@@ -67,46 +67,9 @@ class Draws(NamedTuple):
         return tf.reduce_sum(self.weights * of_pairs, axis=1)
 
 
-def draw_shared(
-    sampler: Sampler,
-    queries: tf.Tensor,
-    num_draws: int | tf.Tensor,
-    shares: tf.Tensor,
-    options: Mapping[str, Any],
-    seed: tf.Tensor,
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Draws n rows from the mixture Σ_x π_x P(·|x); see `ops.shared_draws`.
-
-    Args:
-      sampler: draws rows for queries.
-      queries: [B, d] float32, scaled.
-      num_draws: n.
-      shares: [B] float32, π.
-      options: of the sampler.
-      seed: [2] int64.
-
-    Returns:
-      rows: [n] int64; 0 where nothing is drawn.
-      is_drawn: [n] bool.
-      chosen: [n] int32, the queries that they were drawn for.
-    """
-    # A seed that no step has: those are not negative.
-    chosen = shared_draws.choose_queries(shares, num_draws, tf.bitwise.invert(seed))
-    of_chosen = {
-        name: tf.gather(value, chosen) if name in _OF_QUERIES and value is not None else value
-        for name, value in options.items()
-    }
-    of_chosen.update(seed=seed, compute_gradient=False)
-    sample, _ = sampler.sample_with_gradient(tf.gather(queries, chosen), 1, **of_chosen)
-    indices = sample.indices[:, 0]
-    return tf.maximum(indices, 0), indices >= 0, chosen
-
-
 def shared_weights(
     queries: tf.Tensor,
-    embeddings: tf.Tensor,
-    rows: tf.Tensor,
-    is_drawn: tf.Tensor,
+    drawn: EncodedRows,
     log_partition: tf.Tensor,
     shares: tf.Tensor,
     options: Mapping[str, Any],
@@ -115,9 +78,7 @@ def shared_weights(
 
     Args:
       queries: [B, d] float32, scaled.
-      embeddings: [n, d] float32, of the drawn rows as the sampler knows them.
-      rows: [n] int64.
-      is_drawn: [n] bool.
+      drawn: n rows, with their embeddings as the sampler knows them.
       log_partition: [B] float32, of the softmax that was drawn from.
       shares: [B] float32, π.
       options: of the sampler.
@@ -125,13 +86,13 @@ def shared_weights(
     of_pairs = {name: options.get(name) for name in (*_OF_QUERIES, "score_transform")}
     for name in _OF_ROWS:
         if options.get(name) is not None:
-            of_pairs[name] = tf.gather(options[name], rows)
+            of_pairs[name] = tf.gather(options[name], drawn.rows)
     if of_pairs["positive_ids"] is not None and "candidate_ids" not in of_pairs:
-        of_pairs["candidate_ids"] = rows
-    scorer = BlockScorer(queries, embeddings, candidate_mask=is_drawn, **of_pairs)
+        of_pairs["candidate_ids"] = drawn.rows
+    scorer = BlockScorer(queries, drawn.embeddings, candidate_mask=drawn.mask, **of_pairs)
 
     def weigh() -> tf.Tensor:
-        scores, _ = scorer.score_block(embeddings, 0, tf.size(rows))
+        scores, _ = scorer.score_block(drawn.embeddings, 0, tf.size(drawn.rows))
         return shared_draws.balanced_weights(scores - log_partition[:, tf.newaxis], shares)
 
     return _execution.as_constant(weigh)

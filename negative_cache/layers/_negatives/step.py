@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import tensorflow as tf
 
 from negative_cache.layers._negatives.batch import Batch
-from negative_cache.layers._negatives.draws import Draws, draw_shared, shared_weights
+from negative_cache.layers._negatives.draws import Draws, shared_weights
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.samplers import sampler_of
 from negative_cache.ops import SoftmaxSample, _execution, contrastive, shared_draws
@@ -122,22 +122,27 @@ class CachedStep:
         if source.num_negatives is not None:
             sample, query_gradient = self._sample(source.num_negatives, options, **wanted)
             return sample.log_partition, query_gradient, Draws.own(sample)
-        sample, query_gradient = self._sample(0, options, **wanted)
-        log_partition = sample.log_partition
-        shares = self._shares(log_partition)
-        rows, is_drawn, chosen = draw_shared(
-            sampler_of(source.get_cache()),
-            batch.queries,
-            source.num_draws_of(batch),
-            shares,
-            options,
-            seed,
-        )
+        num_draws = source.num_draws_of(batch)
+
+        def choose(log_partition: tf.Tensor) -> tf.Tensor:
+            # No step has a seed of negative numbers.
+            other_seed = tf.bitwise.invert(seed)
+            shares = self._shares(log_partition)
+            return shared_draws.choose_queries(shares, num_draws, other_seed)
+
+        sample, query_gradient = self._sample(1, options, choose_queries=choose, **wanted)
+        indices, log_partition = sample.indices[:, 0], sample.log_partition
+        rows, is_drawn = tf.maximum(indices, 0), indices >= 0
         known = self._known(source.stale(rows), rows)
         weights = shared_weights(
-            batch.queries, known, rows, is_drawn, log_partition, shares, options
+            batch.queries,
+            EncodedRows(rows, known, is_drawn),
+            log_partition,
+            self._shares(log_partition),
+            options,
         )
-        return log_partition, query_gradient, Draws(rows, is_drawn, chosen, weights, True)
+        stand_ins = tf.range(tf.size(rows)) % tf.maximum(batch.num_queries, 1)
+        return log_partition, query_gradient, Draws(rows, is_drawn, stand_ins, weights, True)
 
     def _shares(self, log_partition: tf.Tensor) -> tf.Tensor:
         """[B] float32, π: how much each query's negatives matter to the loss.
@@ -147,14 +152,16 @@ class CachedStep:
         """
         log_odds = log_partition - self._batch.positive_logits
         log_weights = tf.where(
-            _has_negatives(log_partition), tf.math.log_sigmoid(log_odds), contrastive.NOT_A_CANDIDATE
+            _has_negatives(log_partition),
+            tf.math.log_sigmoid(log_odds),
+            contrastive.NOT_A_CANDIDATE,
         )
         return tf.stop_gradient(shared_draws.mixture_shares(log_weights))
 
     def _encode_drawn(self, draws: Draws) -> EncodedRows:
         # A query without an admissible row has its own positive encoded instead.
         features = self._source.features_of(
-            draws.rows, draws.is_drawn, self._batch, draws.drawn_for
+            draws.rows, draws.is_drawn, self._batch, draws.stand_ins
         )
         embeddings = self._source.encode(features, training=True)
         return EncodedRows(draws.rows, embeddings, draws.is_drawn)

@@ -10,7 +10,7 @@ from negative_cache.layers._tree.coded import TreeCandidates
 from negative_cache.layers._tree.stored import RowTransform
 from negative_cache.ops import SoftmaxSample, _execution
 from negative_cache.ops._block_scorer import TensorFn
-from negative_cache.ops._draws import Seed, seed_or_random
+from negative_cache.ops._draws import Choice, Seed, seed_or_random
 from negative_cache.ops.tree.cut import ROUNDING, Scoring, Tree, log_partition_bounds, make_cut
 from negative_cache.ops.tree.sampling import sample_tree
 
@@ -58,6 +58,7 @@ def draw(
     seed: Seed = None,
     compute_gradient: bool = False,
     log_zero: float = -math.inf,
+    choose_queries: Choice | None = None,
 ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
     """`ops.tree.sampling.sample_tree` on the device of `like`, hidden from gradient tapes."""
     if candidate_ids is not None and positive_ids is None:
@@ -79,6 +80,7 @@ def draw(
         seed=seed_or_random(seed),
         compute_gradient=compute_gradient,
         log_zero=log_zero,
+        choose=choose_queries,
     )
     return _execution.as_constant(sample, like=like)
 

@@ -16,6 +16,7 @@ nodes of the root block. At each level, a fixed number of nodes, those with the 
 *opened*: they are replaced by their children. All shapes are fixed.
 """
 
+import copy
 import math
 from typing import NamedTuple, Protocol
 
@@ -139,6 +140,16 @@ class Scoring:
                 positive_ids = positive_ids[:, tf.newaxis]
         self._positive_ids = positive_ids
         self._max_scores = None if max_scores is None else tf.cast(max_scores, tf.float32)
+
+    def of_queries(self, chosen: tf.Tensor) -> "Scoring":
+        """The scoring of some of the queries, [n] int32, which may come several times."""
+        part = copy.copy(self)
+        part.queries = tf.gather(self.queries, chosen)
+        if self._positive_ids is not None:
+            part._positive_ids = tf.gather(self._positive_ids, chosen)
+        if self._max_scores is not None:
+            part._max_scores = tf.gather(self._max_scores, chosen)
+        return part
 
     def log_masses(self, products: tf.Tensor, stats: tf.Tensor) -> tf.Tensor:
         """Estimates log Z_n to second order; `INADMISSIBLE` for empty nodes.

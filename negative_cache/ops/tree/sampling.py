@@ -11,12 +11,12 @@ min(1, w(y') / w(y)), where w = exp(score) / q.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from negative_cache.ops._block_scorer import INADMISSIBLE, is_admissible
-from negative_cache.ops._draws import Seed, draw_uniforms, inverse_cdf, wide_inverse_cdf
+from negative_cache.ops._draws import Choice, Seed, draw_uniforms, inverse_cdf, wide_inverse_cdf
 from negative_cache.ops.softmax_sampling import SoftmaxSample
 from negative_cache.ops.tree.cut import (
     Cut,
@@ -52,6 +52,7 @@ def sample_tree(
     seed: Seed = None,
     compute_gradient: bool = False,
     log_zero: float = -math.inf,
+    choose: Choice | None = None,
 ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
     """Draws candidates nearly in proportion to exp(score), and estimates log Z.
 
@@ -64,6 +65,8 @@ def sample_tree(
       seed: as in `sample_softmax`.
       compute_gradient: whether to compute the gradient.
       log_zero: as in `sample_softmax_with_gradient`.
+      choose: chooses the n queries that draws are made for, which then stand for B in the shapes of
+        draws; all queries if None.
 
     Returns:
       sample: a `SoftmaxSample`, with the scores of the draws and the cut's estimate of log Z.
@@ -72,6 +75,21 @@ def sample_tree(
       gradient: [B, d] float32, the gradient of the estimate of log Z with respect to the query;
         None if `compute_gradient` is False.
     """
+    options: dict[str, Any] = {"beam": beam, "correction_steps": correction_steps, "seed": seed}
+    if choose is not None:
+        of_all, _, gradient = sample_tree(
+            tree,
+            scoring,
+            num_samples=0,
+            compute_gradient=compute_gradient,
+            log_zero=log_zero,
+            **options,
+        )
+        some = scoring.of_queries(choose(of_all.log_partition))
+        draws, log_probability, _ = sample_tree(
+            tree, some, num_samples=num_samples, log_zero=log_zero, **options
+        )
+        return draws._replace(log_partition=of_all.log_partition), log_probability, gradient
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(scoring.queries)
         cut = make_cut(tree, scoring, beam)
