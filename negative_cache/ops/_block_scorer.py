@@ -11,6 +11,7 @@ from typing import TypeAlias, TypedDict
 import tensorflow as tf
 
 from negative_cache.ops import _execution
+from negative_cache.ops._left_out_pairs import LeftOutPairs
 
 TensorFn: TypeAlias = Callable[[tf.Tensor], tf.Tensor]
 RowTransform: TypeAlias = Callable[[tf.Tensor, tf.Tensor], tf.Tensor]
@@ -21,6 +22,9 @@ INADMISSIBLE = -1e30
 
 # The largest number of ids per query that is compared in an unrolled loop.
 _UNROLLED_IDS = 8
+
+# Below this, comparing all pairs is faster than finding the few that are left out.
+_MANY_CANDIDATES = 2048
 
 # A second scoring of a candidate may round differently from the first, by this relative amount.
 RESCORING_TOLERANCE = 1e-4
@@ -103,6 +107,15 @@ class BlockScorer:
                 "`candidate_ids` and `positive_ids` must have one dtype. Received:"
                 f" {ids.dtype.name} and {positive_ids.dtype.name}."
             )
+        like = candidate_embeddings if self._is_variable else None
+        is_for_cpu = not _execution.is_in_xla() and not _execution.is_on_accelerator(like)
+        is_large = num_candidates is not None and num_candidates >= _MANY_CANDIDATES
+        self._pairs = self._is_full = None
+        if is_for_cpu and is_large:
+            if ids is not None and positive_ids is not None and ids.dtype.is_integer:
+                self._pairs = LeftOutPairs.of(ids, positive_ids)
+            if self._mask is not None:
+                self._is_full = tf.reduce_all(self._mask)
         self.dim = candidate_embeddings.shape[1]
         self.has_known_size = num_candidates is not None
         self.num_queries = tf.shape(queries)[0] if num_queries is None else num_queries
@@ -118,6 +131,8 @@ class BlockScorer:
             part._positive_ids = tf.gather(self._positive_ids, chosen)
         if self._max_scores is not None:
             part._max_scores = tf.gather(self._max_scores, chosen)
+        # Those are of all queries.
+        part._pairs = None
         num_chosen = part._queries.shape[0]
         part.num_queries = tf.shape(chosen)[0] if num_chosen is None else num_chosen
         return part
@@ -175,7 +190,8 @@ class BlockScorer:
         def take(values: tf.Tensor) -> tf.Tensor:
             return tf.slice(values, [start], [size])[tf.newaxis]
 
-        return self._admit(products, take, self._max_scores), slopes
+        pairs = None if self._pairs is None else self._pairs.between(start, size)
+        return self._admit(products, take, self._max_scores, pairs), slopes
 
     def combine(
         self,
@@ -246,7 +262,11 @@ class BlockScorer:
         return tf.stop_gradient(tf.cast(block, tf.float32))
 
     def _admit(
-        self, products: tf.Tensor, take: TensorFn, max_scores: tf.Tensor | None
+        self,
+        products: tf.Tensor,
+        take: TensorFn,
+        max_scores: tf.Tensor | None,
+        pairs: LeftOutPairs | None = None,
     ) -> tf.Tensor:
         scores = products
         if self._score_transform is not None:
@@ -258,11 +278,24 @@ class BlockScorer:
         if self._log_weights is not None:
             scores = tf.maximum(scores + take(self._log_weights), INADMISSIBLE)
         if self._mask is not None:
-            scores = tf.where(take(self._mask), scores, INADMISSIBLE)
-        if self._ids is not None:
+            scores = self._leave_out_masked(scores, take)
+        if pairs is not None:
+            scores = pairs.set_to(scores, INADMISSIBLE)
+        elif self._ids is not None:
             is_positive = is_among(take(self._ids), self._positive_ids)
             scores = tf.where(is_positive, INADMISSIBLE, scores)
         return scores
+
+    def _leave_out_masked(self, scores: tf.Tensor, take: TensorFn) -> tf.Tensor:
+        def leave_out() -> tf.Tensor:
+            return tf.where(take(self._mask), scores, INADMISSIBLE)
+
+        # A pass over all scores takes a while on a CPU, and a full cache needs none.
+        return (
+            leave_out()
+            if self._is_full is None
+            else tf.cond(self._is_full, lambda: scores, leave_out)
+        )
 
 
 def _matmul(one: tf.Tensor, block: tf.Tensor, transpose: bool = False) -> tf.Tensor:
