@@ -88,7 +88,7 @@ class CachedRetrieval(Retrieval):
         function closes over. Their gradient is estimated by the draws. On a GPU, XLA must be able
         to compile the function.
       num_draws: n, rows of the cache that are drawn and encoded at every training step, for all
-        queries of the batch together (`docs/shared_draws.md`). None draws one for every four
+        queries of the batch together (`docs/shared_draws.md`). None draws one for every two
         queries.
       num_negatives: S, draws of each query for itself, instead of those that all share.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact

@@ -126,7 +126,7 @@ class FromCache(CachedNegatives):
     Args:
       cache: a `CacheSpec`; or a `Cache` without a `row_key` whose embedding is called "embedding".
       num_draws: n, rows that are drawn and encoded at every training step, for all queries of the
-        batch together. None draws one for every four queries.
+        batch together. None draws one for every two queries.
       num_negatives: S, draws of each query for itself, instead of those that all share.
       exact_query_gradient: whether the queries' gradient is computed and not sampled, see
         `CachedRetrieval`.
