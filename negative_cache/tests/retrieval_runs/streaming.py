@@ -45,6 +45,17 @@ STREAMING = (
         in_tests=True,
     ),
     Run(
+        "shared draws",
+        lambda: {"num_draws": 5, **IN_BATCH, **BY_ID, "false_negative_margin": 0.1},
+        before_step=warm_start,
+        in_tests=True,
+    ),
+    Run(
+        "shared draws, sampled query gradient, in graph",
+        lambda: {"num_draws": None, "exact_query_gradient": False},
+        in_graph=True,
+    ),
+    Run(
         "sampled query gradient, in graph, with the batch",
         lambda: {"exact_query_gradient": False, **IN_BATCH},
         in_graph=True,
