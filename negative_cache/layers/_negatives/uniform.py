@@ -60,9 +60,9 @@ class Uniform(Negatives, StateLayer):
 
       Σ_i (N / n) exp s(x, y_i) has the expectation Σ_y exp s(x, y),
 
-    the sum that `FromCorpus` or `FromCache` computes over as many rows: one takes the place of the
-    other at the same temperature. With `scaled=False` a draw counts once, as a candidate of the
-    batch does in `InBatch`, and the softmax is that of n + 1 candidates.
+    the sum of `FromCorpus` or `FromCache` over as many rows: one takes the place of the other at
+    the same temperature, which is why this is the default. (The logarithm of the estimate is less
+    on average, the less the more draws.) With `scaled=False` a draw counts once, as in `InBatch`.
 
     Draws from the stream are as frequent as it brings them, and `frequency_correction` or
     `candidate_sampling_probability` correct them as they do the batch. Draws from a corpus need no
@@ -80,7 +80,7 @@ class Uniform(Negatives, StateLayer):
       num_negatives: n, at most N or M.
       feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
         what the tower needs, or one such spec if the tower takes a single tensor. If None, it is
-        taken from the `candidates`. It should have the task's `candidate_id_key`.
+        taken from the `candidates`. It must have the task's `candidate_id_key`.
       memory_size: M, how many candidates of the stream are kept, without `candidates`.
       scaled: whether draws are weighted as above.
       saved: whether files hold the features. If not, a corpus must be given again, to `fill`, when
@@ -139,12 +139,9 @@ class Uniform(Negatives, StateLayer):
         self.memory_size = memory_size
         self.scaled = scaled
         self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
+        is_stream = memory_size is not None
         self._memory = CandidateMemory(
-            self.feature_specs,
-            size,
-            is_stream=memory_size is not None,
-            saved=saved,
-            name="candidates",
+            self.feature_specs, size, is_stream=is_stream, saved=saved, name="candidates"
         )
         if corpus is not None:
             self._memory.fill(corpus)
@@ -176,7 +173,6 @@ class Uniform(Negatives, StateLayer):
         return tf.convert_to_tensor(self._state.num_encoded)
 
     def num_stream_draws(self, num_candidates: tf.Tensor) -> tf.Tensor | None:
-        del num_candidates
         if self.memory_size is None:
             return None
         num_filled = tf.cast(self._memory.num_filled, tf.float32)
@@ -220,8 +216,7 @@ class Uniform(Negatives, StateLayer):
             seed = tf.convert_to_tensor(self._state.sampling) * tf.constant([1, 0], tf.int64)
         rows, part_sizes = draw_evenly(memory.num_filled, self.num_negatives, seed)
         features = self._features_at(rows, batch)
-        given = _features.as_given(features, self.takes_one_tensor)
-        embeddings = self.encode(given, training)
+        embeddings = self.encode(_features.as_given(features, self.takes_one_tensor), training)
         scores = batch.scores.of_all_pairs(batch.queries, embeddings)
         left_out = tf.equal(part_sizes, 0)[tf.newaxis]
         id_key = self.get_task().candidate_id_key
@@ -234,7 +229,6 @@ class Uniform(Negatives, StateLayer):
         return Contribution(contrastive.leave_out(logits, left_out))
 
     def end_step(self, batch: Batch, contribution: Contribution) -> tf.Tensor | None:
-        del contribution
         if self.memory_size is not None:
             self._memory.push(self._features_in(batch), batch.log_probability)
         return None
@@ -366,8 +360,7 @@ class CandidateMemory(StateLayer):
 
     def forget(self) -> None:
         """Empties all rows."""
-        zero = tf.zeros([], tf.int64)
-        on_every_replica(self._state.num_written.assign, zero)
+        on_every_replica(self._state.num_written.assign, tf.zeros([], tf.int64))
 
     def push(self, features: Mapping[str, tf.Tensor], log_probability: tf.Tensor) -> None:
         """Writes n <= M new candidates over the oldest ones.
