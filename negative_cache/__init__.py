@@ -40,6 +40,7 @@ from negative_cache.layers import (
     NystromCorrector,
     Retrieval,
     TreeIndex,
+    Uniform,
 )
 from negative_cache.models import DualEncoder
 from negative_cache.version import __version__
@@ -68,6 +69,7 @@ __all__ = [
     "NystromCorrector",
     "Retrieval",
     "TreeIndex",
+    "Uniform",
     "__version__",
     "batching",
     "contrastive_order",

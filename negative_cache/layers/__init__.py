@@ -9,6 +9,7 @@ from negative_cache.layers._negatives import (
     FromCorpus,
     InBatch,
     Negatives,
+    Uniform,
 )
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.cached_retrieval import CachedRetrieval
@@ -38,4 +39,5 @@ __all__ = [
     "NystromCorrector",
     "Retrieval",
     "TreeIndex",
+    "Uniform",
 ]

@@ -394,11 +394,11 @@ class Retrieval(StateLayer):
         """The batch's features as tensors by name."""
         dtypes = {
             key: spec.dtype
-            for source in self.cached_negatives
-            for key, spec in source.feature_specs.items()
+            for source in self.negatives
+            for key, spec in getattr(source, "feature_specs", {}).items()
         }
         return {
-            # Those of a task without caches may be ragged or sparse.
+            # Those of a task that keeps none may be ragged or sparse.
             key: values if tf.is_tensor(values) else tf.convert_to_tensor(values, dtypes.get(key))
             for key, values in _features.as_dict(features).items()
         }

@@ -166,6 +166,7 @@ def test_page_on_negatives():
         "candidate_tower": TitleTower(),
         "other_tower": TitleTower(),
         "candidates": tf.data.Dataset.from_tensor_slices({"title": titles}),
+        "titles": titles,
         "pairs": tf.data.Dataset.from_tensor_slices(pairs),
     }
     first, *others = blocks(ROOT / "docs" / "negatives.md")

@@ -6,6 +6,7 @@
 | `batch` | `Batch`, the checked batch that every source is given, and `LogQ`, its correction |
 | `batch_reader` | from the arguments of a call to a `Batch` |
 | `in_batch`, `explicit` | the batch's other candidates; lists of negatives of each query |
+| `uniform` | fresh negatives, drawn uniformly from a corpus or a memory of the stream |
 | `cached` | what the two caches share from step to step: the tower, metrics, refreshes, files |
 | `step` | what the two caches do in a step: draw, encode, estimate, learn |
 | `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |
@@ -21,6 +22,7 @@ from negative_cache.layers._negatives.explicit import Explicit
 from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
 from negative_cache.layers._negatives.from_corpus import FromCorpus
 from negative_cache.layers._negatives.in_batch import InBatch
+from negative_cache.layers._negatives.uniform import Uniform
 
 __all__ = [
     "Batch",
@@ -31,4 +33,5 @@ __all__ = [
     "FromCorpus",
     "InBatch",
     "Negatives",
+    "Uniform",
 ]
