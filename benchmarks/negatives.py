@@ -1,11 +1,12 @@
 """In-batch softmax against the cache on `installed_code`, over seeds and temperatures.
 
     python benchmarks/negatives.py                   # about twenty minutes on two cores
+    python benchmarks/negatives.py --temperatures 0.05 0.1 learned learned:0.1:0.05
 
 Trains the demo's towers for the same number of steps with each setting, and ranks the held-out
 queries' functions among the whole corpus. Prints, for each setting, mean and spread over the seeds,
 and the ratio of its mean MRR to that of in-batch softmax at the same temperature and at in-batch
-softmax's best one.
+softmax's best one. A temperature is a number, "learned", or "learned:INITIAL:SMALLEST".
 """
 
 import argparse
@@ -18,6 +19,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import _measure
 import numpy as np
 
+import negative_cache as nc
 from negative_cache import demo
 from negative_cache.datasets import installed_code
 
@@ -25,19 +27,33 @@ TEMPERATURES = (0.05, 0.07, 0.1)
 METRICS = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
 
 
+def parsed_temperature(text):
+    return text if text.startswith("learned") else float(text)
+
+
+def made_temperature(temperature):
+    """What a task takes; a layer is one of its own for each training."""
+    if isinstance(temperature, float) or temperature == "learned":
+        return temperature
+    initial, smallest = map(float, temperature.split(":")[1:])
+    return nc.LearnedTemperature(initial, smallest=smallest)
+
+
 def settings_of(kind, temperature, options):
     """What a row of the table trains: the cache size and the demo's settings."""
     num_negatives = {"in-batch": 1, "cache, 1 draw": 1, "cache, 4 draws": 4}[kind]
     settings = demo.Settings(
-        steps=options.steps, temperature=temperature, num_negatives=num_negatives
+        steps=options.steps,
+        temperature=made_temperature(temperature),
+        num_negatives=num_negatives,
     )
     return 0 if kind == "in-batch" else settings.cache_size, settings
 
 
 def measure(data, kind, temperature, options):
-    cache_size, settings = settings_of(kind, temperature, options)
     runs = []
     for seed in range(options.seeds):
+        cache_size, settings = settings_of(kind, temperature, options)
         seeded = dataclasses.replace(settings, seed=seed)
         result = demo.train(f"{kind}, temperature {temperature}", data, cache_size, seeded)
         runs.append([result.final(metric) for metric in METRICS])
@@ -46,6 +62,7 @@ def measure(data, kind, temperature, options):
         "negatives": kind,
         "temperature": temperature,
         **{metric: float(value) for metric, value in zip(METRICS, runs.mean(axis=0))},
+        "temperature at the end": result.history.get("temperature", [temperature])[-1],
         "mrr of seeds": [round(float(mrr), 4) for mrr in runs[:, 0]],
         "candidates encoded": result.candidates_encoded,
     }
@@ -56,6 +73,13 @@ def main():
     parser.add_argument("--steps", type=int, default=demo.Settings.steps)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
+        "--temperatures",
+        type=parsed_temperature,
+        nargs="+",
+        default=TEMPERATURES,
+        help='numbers, "learned", or "learned:INITIAL:SMALLEST"',
+    )
+    parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/negatives.json")
     )
     options = parser.parse_args()
@@ -63,7 +87,7 @@ def main():
     rows = [
         measure(data, kind, temperature, options)
         for kind in ("in-batch", "cache, 1 draw", "cache, 4 draws")
-        for temperature in TEMPERATURES
+        for temperature in options.temperatures
     ]
     baselines = {row["temperature"]: row["mrr"] for row in rows if row["negatives"] == "in-batch"}
     for row in rows:

@@ -42,7 +42,7 @@ class Settings:
     num_negatives: int = 1
     exact_query_gradient: bool = True
     dim: int = 128
-    temperature: float = 0.05
+    temperature: float | str | nc.LearnedTemperature = 0.05
     learning_rate: float = 2e-3
     seed: int = 0
 

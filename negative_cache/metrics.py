@@ -1,4 +1,7 @@
-"""A metric that Keras lacks: the latest value."""
+"""Metrics that Keras lacks: the latest value, and the value of now."""
+
+from collections.abc import Callable
+from typing import Any
 
 import tensorflow as tf
 
@@ -21,3 +24,22 @@ class LatestValue(RunningMean):
 
     def reset_state(self) -> None:
         """Keeps the value."""
+
+
+class CurrentValue(keras.metrics.Metric):
+    """The value of now, for quantities that can be asked for: after a step, that of its end.
+
+    Args:
+      function: returns the value, a scalar.
+      **kwargs: of the metric.
+    """
+
+    def __init__(self, function: Callable[[], tf.Tensor], **kwargs: Any):
+        super().__init__(**kwargs)
+        self._function = function
+
+    def update_state(self, *args: Any, **kwargs: Any) -> None:
+        """There is nothing to keep."""
+
+    def result(self) -> tf.Tensor:
+        return self._function()

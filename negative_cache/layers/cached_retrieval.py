@@ -25,6 +25,7 @@ from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.frequency import FrequencyEstimator
 from negative_cache.layers.retrieval import Retrieval
+from negative_cache.layers.temperature import LearnedTemperature
 from negative_cache.layers.tree_index import TreeIndex
 
 # The arguments that are attributes too, and that a configuration holds as they are.
@@ -82,11 +83,13 @@ class CachedRetrieval(Retrieval):
         `cache`.
       cache_size: C, the number of cached candidates. 0 trains without a cache, the baseline to
         compare with. Not needed with a `cache`.
-      temperature: a number by which inner products are divided to give scores.
+      temperature: scores are inner products divided by it: a number; "learned", which stands for
+        `LearnedTemperature(0.1, smallest=0.07)` and suits embeddings of length 1; or a
+        `LearnedTemperature` of your own. The attribute `temperature`, and the logs if it is
+        learned, have its value of now.
       score_transform: elementwise function of the (divided) inner products. If it learns something,
-        it must be a Keras layer such as `LearnedTemperature`: Keras does not find variables that a
-        function closes over. Their gradient is estimated by the draws. On a GPU, XLA must be able
-        to compile the function.
+        it must be a Keras layer: Keras does not find variables that a function closes over. Their
+        gradient is estimated by the draws. On a GPU, XLA must be able to compile the function.
       num_draws: n, rows of the cache that are drawn and encoded at every training step, for all
         queries of the batch together (`docs/shared_draws.md`). None draws one for every two
         queries.
@@ -178,7 +181,7 @@ class CachedRetrieval(Retrieval):
         feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature | None = None,
         cache_size: int | None = None,
         *,
-        temperature: float | None = None,
+        temperature: float | str | LearnedTemperature | None = None,
         score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
         num_draws: int | None = None,
         num_negatives: int | None = None,

@@ -18,12 +18,13 @@ from negative_cache.layers._negatives.base import (
 )
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.batch_reader import BatchReader
-from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded
+from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded, with_network
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.layers.frequency import FrequencyEstimator
-from negative_cache.metrics import LatestValue
+from negative_cache.layers.temperature import LearnedTemperature
+from negative_cache.metrics import CurrentValue, LatestValue
 from negative_cache.ops import contrastive
 
 # Of 12 bytes each; 2 % of 100,000 candidates share theirs.
@@ -49,9 +50,11 @@ class Retrieval(StateLayer):
       candidate_network: the candidate tower, a Keras layer or a function: candidate features with a
         batch dimension -> [n, d] embeddings.
       negatives: the sources, in the order of their logits.
-      temperature: scores are inner products divided by it; a number.
-      score_transform: elementwise function of the (divided) inner products, or a layer that learns
-        one, such as `LearnedTemperature`.
+      temperature: scores are inner products divided by it: a number; "learned", which stands for
+        `LearnedTemperature(0.1, smallest=0.07)` and suits embeddings of length 1; or a
+        `LearnedTemperature` of your own. The attribute `temperature`, and the logs if it is
+        learned, have its value of now.
+      score_transform: elementwise function, or a layer, of the (divided) inner products.
       candidate_id_key: name of the feature that identifies a candidate; scalar int or string. If
         the features are a single tensor, its name is "candidate".
       remove_accidental_hits: leave out negatives that have the positive's id. Needs
@@ -88,7 +91,7 @@ class Retrieval(StateLayer):
         candidate_network: Callable[..., tf.Tensor],
         negatives: Sequence[Negatives],
         *,
-        temperature: float | None = None,
+        temperature: float | str | LearnedTemperature | None = None,
         score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
         candidate_id_key: str | None = None,
         remove_accidental_hits: bool = False,
@@ -104,10 +107,9 @@ class Retrieval(StateLayer):
         # policy is. Of another dtype, Keras 3 would let metrics count in half precision.
         super().__init__(**{"autocast": False, "dtype": "float32", **kwargs})
         checks.check_network(candidate_network)
-        checks.check_scores(temperature, score_transform)
+        self._temperature = checks.check_scores(temperature, score_transform)
         checks.check_frequency(frequency_correction)
         self.candidate_network = candidate_network
-        self.temperature = temperature
         self.score_transform = score_transform
         self.candidate_id_key = candidate_id_key
         self.remove_accidental_hits = remove_accidental_hits
@@ -133,8 +135,9 @@ class Retrieval(StateLayer):
             description={**LAYOUT, "candidate_id_key": candidate_id_key},
             num_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "num_encoded"),
         )
+        self._scores = Scores(self._temperature, score_transform)
         self._reader = BatchReader(
-            Scores(temperature, score_transform),
+            self._scores,
             sources,
             id_key=candidate_id_key,
             leaves_out_ids=remove_accidental_hits,
@@ -146,6 +149,10 @@ class Retrieval(StateLayer):
         self._encoded = None
         if any(source.encodes_candidates for source in sources):
             self._encoded = LatestValue(name=prefix + "candidates_encoded")
+        self._current_temperature = None
+        if isinstance(self._temperature, LearnedTemperature):
+            name = prefix + "temperature"
+            self._current_temperature = CurrentValue(lambda: self.temperature, name=name)
         try:
             for i, (source, own_prefix) in enumerate(zip(sources, log_prefixes(sources))):
                 # Of layers in a list, TensorFlow checkpoints of Keras 3 would lose the state.
@@ -161,6 +168,11 @@ class Retrieval(StateLayer):
             raise
         self.supports_jit = all(getattr(source, "supports_jit", True) for source in sources)
         self.built = True
+
+    @property
+    def temperature(self) -> float | tf.Tensor | None:
+        """What inner products are divided by: the number, or if it is learned its value of now."""
+        return self._scores.temperature
 
     @property
     def negatives(self) -> tuple[Negatives, ...]:
@@ -202,7 +214,8 @@ class Retrieval(StateLayer):
     def training_metrics(self) -> list[keras.metrics.Metric]:
         """The metrics that only a training call updates."""
         metrics = [metric for source in self.negatives for metric in source.training_metrics]
-        return metrics if self._encoded is None else [*metrics, self._encoded]
+        own = (self._encoded, self._current_temperature)
+        return metrics + [metric for metric in own if metric is not None]
 
     def evaluation_logs(self, logs: Mapping[str, Any]) -> dict[str, Any]:
         """The logs of an evaluation, without what only training measures.
@@ -336,7 +349,7 @@ class Retrieval(StateLayer):
             **super().get_config(),
             "candidate_network": serialize(self.candidate_network),
             **self._described_sources(),
-            "temperature": self.temperature,
+            "temperature": serialize(self._temperature),
             "score_transform": serialize(self.score_transform),
             "candidate_id_key": self.candidate_id_key,
             "remove_accidental_hits": self.remove_accidental_hits,
@@ -348,14 +361,14 @@ class Retrieval(StateLayer):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Retrieval:
-        objects = ("candidate_network", "score_transform")
+        objects = ("candidate_network", "temperature", "score_transform")
         lists = ("metrics", "batch_metrics", "loss_metrics")
         frequency = config["frequency_correction"]
         config = dict(config)
         if "negatives" in config:
             networks = [deserialize(part) for part in config.pop("own_networks")]
             config["negatives"] = [
-                deserialize(_with_network(part, networks)) for part in config["negatives"]
+                deserialize(with_network(part, networks)) for part in config["negatives"]
             ]
         return cls(
             **{
@@ -382,13 +395,12 @@ class Retrieval(StateLayer):
         }
 
     def _described_metrics(self) -> dict[str, list]:
-        lists = {
-            "metrics": self._task_metrics,
-            "batch_metrics": self._batch_metrics,
-            "loss_metrics": self._loss_metrics,
-        }
         serialize = keras.utils.serialize_keras_object
-        return {name: [serialize(metric) for metric in part] for name, part in lists.items()}
+        return {
+            "metrics": [serialize(metric) for metric in self._task_metrics],
+            "batch_metrics": [serialize(metric) for metric in self._batch_metrics],
+            "loss_metrics": [serialize(metric) for metric in self._loss_metrics],
+        }
 
     def _check_features(self, features: Mapping[str, tf.Tensor] | tf.Tensor) -> dict:
         """The batch's features as tensors by name."""
@@ -431,15 +443,7 @@ class Retrieval(StateLayer):
         return loss
 
 
-def _with_network(described: dict[str, Any], networks: Sequence[Any]) -> dict[str, Any]:
-    """A described source with its tower, if that is one of `networks`."""
-    place = described["config"].get("candidate_network")
-    if not isinstance(place, int):
-        return described
-    return {**described, "config": {**described["config"], "candidate_network": networks[place]}}
-
-
 def _as_list(metrics: Any) -> list[keras.metrics.Metric]:
-    if metrics is None:
-        return []
-    return list(metrics) if isinstance(metrics, Sequence) else [metrics]
+    if isinstance(metrics, Sequence):
+        return list(metrics)
+    return [] if metrics is None else [metrics]

@@ -6,27 +6,44 @@ from typing import Any
 import tensorflow as tf
 
 from negative_cache._compat import keras
+from negative_cache.ops import contrastive
 
 
 @keras.utils.register_keras_serializable("negative_cache")
 class LearnedTemperature(keras.layers.Layer):
-    """Divides scores by a temperature that is trained with the towers, as a `score_transform`.
+    """A temperature that is trained with the towers, between two bounds.
 
-    The weight is the logarithm of the temperature (Radford et al., arXiv 2103.00020). It is clipped
-    when it is used, so the gradient is zero beyond a limit. Exclude the weight `log_temperature`
-    from weight decay, which would pull the temperature to 1. The property `temperature` is the
-    current value.
+    It is the `temperature` of a `Retrieval` or `CachedRetrieval`. Scores are inner products of
+    candidates with u = x / T, so a loss L has dL / d log T = -⟨u, ∂L/∂u⟩, whatever the sources of
+    negatives are. Of a cache it is as good as the queries' gradient: with `exact_query_gradient`
+    it is computed, d log Z / d log T = -Σ_y P̂(y|x) s' ⟨u, ĝ(y)⟩, with s' the derivative of a
+    `score_transform`, and the draws only correct it for staleness.
+
+    The layer also works as a `score_transform`, which divides scores. A cache then estimates the
+    gradient by its draws alone, and the temperature is not in the logs.
+
+    The temperature with the lowest training loss is lower than the one that retrieves best, so
+    expect a training to end at `smallest`: choose that with care. docs/negatives.md has figures.
+
+    The weight is log T (Radford et al., arXiv 2103.00020). Optimizers keep it between the bounds,
+    by its constraint. If something else has moved it out, the nearest bound is used, with the
+    gradient there, so that it can return. Adam moves log T by about the learning rate a step.
+
+    Weight decay pulls the temperature to 1. Exclude the weight before the optimizer is built, by
+    `optimizer.exclude_from_weight_decay(var_names=["log_temperature"])`.
 
     Args:
       initial: the temperature at the start.
-      smallest: the smallest temperature. CLIP uses 0.01.
+      smallest: the smallest temperature.
       largest: the largest temperature.
+      **kwargs: of the layer.
 
     Raises:
       ValueError: if 0 < `smallest` <= `initial` <= `largest` does not hold.
 
     Example:
-      >>> task = CachedRetrieval(tower, specs, 65536, score_transform=LearnedTemperature(0.07))
+      >>> temperature = LearnedTemperature(0.1, smallest=0.05)
+      >>> task = CachedRetrieval(tower, specs, 65536, temperature=temperature)
     """
 
     def __init__(
@@ -44,6 +61,7 @@ class LearnedTemperature(keras.layers.Layer):
             shape=[],
             initializer=keras.initializers.Constant(math.log(initial)),
             dtype="float32",
+            constraint=self._clip,
         )
         self.built = True
 
@@ -51,13 +69,13 @@ class LearnedTemperature(keras.layers.Layer):
     def temperature(self) -> tf.Tensor:
         """Scalar float32, the current temperature."""
         log_temperature = tf.convert_to_tensor(self.log_temperature)
-        return tf.exp(
-            tf.clip_by_value(log_temperature, math.log(self.smallest), math.log(self.largest))
-        )
+        # The gradient of a clip is zero beyond a bound: a weight there would never return. One that
+        # pushes outwards is not left out here, since a sum over replicas or uses may push inwards.
+        return tf.exp(contrastive.value_with_gradient(self._clip(log_temperature), log_temperature))
 
-    def call(self, scores: tf.Tensor) -> tf.Tensor:
-        """Returns `scores` [...] divided by the temperature, float32."""
-        return tf.cast(scores, tf.float32) / self.temperature
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """Returns `inputs` [...], queries or scores, divided by the temperature, float32."""
+        return tf.cast(inputs, tf.float32) / self.temperature
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -66,3 +84,8 @@ class LearnedTemperature(keras.layers.Layer):
             "smallest": self.smallest,
             "largest": self.largest,
         }
+
+    def _clip(self, log_temperature: tf.Tensor) -> tf.Tensor:
+        return tf.clip_by_value(
+            tf.convert_to_tensor(log_temperature), math.log(self.smallest), math.log(self.largest)
+        )

@@ -28,7 +28,6 @@ from negative_cache.layers._tree.upkeep import TreeUpkeep
 from negative_cache.layers._variables import StateVariable
 from negative_cache.ops import SoftmaxSample, _execution
 from negative_cache.ops._block_scorer import TensorFn
-from negative_cache.ops._draws import Choice
 from negative_cache.ops.tree.cut import COUNT, Tree
 from negative_cache.ops.tree.sampling import search_tree
 from negative_cache.ops.tree.shape import TreeShape
@@ -297,6 +296,7 @@ class TreeIndex(StateLayer):
         | `positive_ids`    | [B] or [B, P], candidates with these ids are excluded            |
         | `max_scores`      | [B], candidates with a higher score are excluded                 |
         | `row_transform`   | function (embeddings [n, d], candidates [n]) -> [n, d]           |
+        | `choose_queries`  | as in `ops.sample_softmax_with_gradient`                         |
 
         In nodes that are not opened, candidates with a positive id are excluded only when they are
         drawn, so they count in the log partition. The mass above `max_scores` is estimated there as
@@ -326,15 +326,13 @@ class TreeIndex(StateLayer):
         compute_gradient: bool = True,
         log_zero: float = -math.inf,
         correction_steps: int | None = None,
-        choose_queries: Choice | None = None,
         **options: Unpack[DrawOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor | None]:
         """`sample`, and [B, d] the gradient of its `log_partition` with respect to the queries.
 
         The gradient is with respect to the queries divided by the temperature. The derivatives of a
-        `score_transform` in the second-order terms are treated as constants. `compute_gradient`,
-        `log_zero` and `choose_queries` are as in `ops.sample_softmax_with_gradient`, other
-        arguments as in `sample`.
+        `score_transform` in the second-order terms are treated as constants. Arguments are as in
+        `sample` and in `ops.sample_softmax_with_gradient`.
         """
         sample, _, gradient = self._draw(
             query_embeddings,
@@ -342,7 +340,6 @@ class TreeIndex(StateLayer):
             correction_steps,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
-            choose_queries=choose_queries,
             **options,
         )
         return sample, gradient
@@ -386,7 +383,7 @@ class TreeIndex(StateLayer):
         Args:
           query_embeddings: [B, d] float.
           k: number of candidates to find.
-          beam: number of leaves to open. None is that of the index, or more for a large k.
+          beam: leaves to open. None is that of the index, or more for a large k.
 
         Returns:
           scores: [B, k] float32, inner products in descending order; -inf for missing candidates.
@@ -432,7 +429,6 @@ class TreeIndex(StateLayer):
         row_transform: RowTransform | None = None,
         compute_gradient: bool = False,
         log_zero: float = -math.inf,
-        choose_queries: Choice | None = None,
         **options: Unpack[ScoreOptions],
     ) -> tuple[SoftmaxSample, tf.Tensor, tf.Tensor | None]:
         steps = self.correction_steps if correction_steps is None else correction_steps
@@ -445,7 +441,6 @@ class TreeIndex(StateLayer):
             like=self.state_variable,
             compute_gradient=compute_gradient,
             log_zero=log_zero,
-            choose_queries=choose_queries,
             **options,
         )
 

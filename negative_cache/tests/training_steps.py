@@ -113,6 +113,7 @@ TASKS: dict[str, Callable[[], CachedRetrieval]] = {
         num_negatives=2,
     ),
     "sampled gradient": lambda: streaming(exact_query_gradient=False, use_lru=False),
+    "learned temperature": lambda: streaming(temperature="learned", in_batch_negatives=True),
     "score transform": lambda: streaming(score_transform=lambda scores: 3.0 * tf.tanh(scores)),
     "bfloat16": lambda: streaming(embedding_dtype="bfloat16"),
     "float16": lambda: streaming(embedding_dtype="float16"),

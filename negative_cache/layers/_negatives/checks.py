@@ -45,12 +45,15 @@ def check_reduction(reduction: str | None) -> str:
     return reduction
 
 
-def check_scores(temperature: Any, transform: Any) -> None:
-    """Checks `temperature` and `score_transform`."""
-    if temperature is not None and not isinstance(temperature, int | float):
+def check_scores(temperature: Any, transform: Any) -> float | LearnedTemperature | None:
+    """Checks `temperature` and `score_transform`; returns the temperature."""
+    if isinstance(temperature, str) and temperature == "learned":
+        temperature = LearnedTemperature(0.1, smallest=0.07)
+    is_learned = isinstance(temperature, LearnedTemperature)
+    if not is_learned and temperature is not None and not isinstance(temperature, int | float):
         raise ValueError(
-            "`temperature` must be a number. To learn it, leave it out and give"
-            f" `score_transform=LearnedTemperature()`. Received: {temperature!r}."
+            '`temperature` must be a number, "learned" or a `LearnedTemperature`. Received:'
+            f" {temperature!r}."
         )
     if transform is not None and (not callable(transform) or isinstance(transform, type)):
         raise ValueError(
@@ -59,10 +62,11 @@ def check_scores(temperature: Any, transform: Any) -> None:
     if temperature is not None and isinstance(transform, LearnedTemperature):
         raise ValueError(
             "A `LearnedTemperature` is the temperature: leave `temperature` out. Received:"
-            f" temperature={temperature}."
+            f" temperature={temperature!r}."
         )
-    if temperature is not None and not temperature > 0:
+    if not is_learned and temperature is not None and not temperature > 0:
         raise ValueError(f"`temperature` must be positive. Received: {temperature}.")
+    return temperature
 
 
 def check_frequency(value: Any) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
+from negative_cache.layers.temperature import LearnedTemperature
 from negative_cache.ops import contrastive
 
 
@@ -12,15 +13,25 @@ class Scores:
 
     def __init__(
         self,
-        temperature: float | None,
+        temperature: float | LearnedTemperature | None,
         transform: Callable[[tf.Tensor], tf.Tensor] | None,
     ):
         self._temperature = temperature
         self.transform = transform
 
+    @property
+    def temperature(self) -> float | tf.Tensor | None:
+        """The number, or scalar float32, the value of now of one that is learned."""
+        if isinstance(self._temperature, LearnedTemperature):
+            return self._temperature.temperature
+        return self._temperature
+
     def scale(self, queries: tf.Tensor) -> tf.Tensor:
-        """Divides queries by the temperature, which is cheaper than to divide scores."""
-        return queries if self._temperature is None else queries / self._temperature
+        """Divides queries by the temperature, which is cheaper than to divide scores.
+
+        What has a gradient by the scaled queries has one by a temperature that is learned.
+        """
+        return queries if self._temperature is None else queries / self.temperature
 
     def of_all_pairs(
         self, scaled_queries: tf.Tensor, candidates: tf.Tensor, *, as_given: bool = False

@@ -23,6 +23,7 @@ class ScoreOptions(TypedDict, total=False):
     positive_ids: tf.Tensor | None
     max_scores: tf.Tensor | None
     seed: Seed
+    choose_queries: Choice | None
 
 
 class DrawOptions(ScoreOptions, total=False):

@@ -118,9 +118,9 @@ def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
     # A candidate that came again stands in another row.
     assert int(sources[0].cache.num_filled) == 6
     assert int(sources[1].cache.step) == 3
-    # The corpus, the batches, and the draws of both.
+    # The corpus, the batches, and the draws: two for each query, and two for all three.
     counted = {metric.name: float(metric.result()) for metric in task.training_metrics}
-    assert counted["candidates_encoded"] == SIZE + 3 * (3 + 2 * 3 + 3)
+    assert counted["candidates_encoded"] == SIZE + 3 * (3 + 2 * 3 + 2)
 
 
 def test_the_usual_list_is_what_cached_retrieval_builds():
@@ -231,7 +231,8 @@ def test_logs_and_callbacks_know_every_cache(tmp_path):
         history
     )
     assert history["stream_fill"] == [1.0, 1.0]
-    batches, draws, oldest = 2 * SIZE, 2 * (2 * SIZE) + 2 * SIZE, 2 * 4
+    # Two draws for each query from the stream, and two for each batch of three from the corpus.
+    batches, draws, oldest = 2 * SIZE, 2 * (2 * SIZE) + 2 * (2 * 4), 2 * 4
     # A row of the first batch makes the cache. It is filled by two updates, of 5 rows and of 1, so
     # that its steps 3, 6 and 9 are the training's 1, 4 and 7. The corpus has the training's steps.
     warm_start, refreshes = 1 + 6, 3 * 6 + 2 * SIZE
