@@ -29,7 +29,10 @@ def settings_of(kind, temperature, options):
     """What a row of the table trains: the cache size and the demo's settings."""
     num_negatives = {"in-batch": 1, "cache, 1 draw": 1, "cache, 4 draws": 4}[kind]
     settings = demo.Settings(
-        steps=options.steps, temperature=temperature, num_negatives=num_negatives
+        steps=options.steps,
+        patience=None,
+        temperature=temperature,
+        num_negatives=num_negatives,
     )
     return 0 if kind == "in-batch" else settings.cache_size, settings
 
@@ -53,7 +56,7 @@ def measure(data, kind, temperature, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=demo.Settings.steps)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/negatives.json")
