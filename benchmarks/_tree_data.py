@@ -49,7 +49,7 @@ def trained() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
     The model is trained once; the embeddings are kept in the folder for temporary files.
     """
-    settings = demo.Settings(dim=DIM)
+    settings = demo.Settings(steps=2000, patience=None, dim=DIM)
     corpus = installed_code.load()
     key = repr((settings, nc.__version__, list(corpus.names)))
     folder = pathlib.Path(tempfile.gettempdir()) / "negative_cache_benchmarks"

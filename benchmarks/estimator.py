@@ -57,7 +57,7 @@ def relative_variance(samples):
 
 
 def measure_variance(data, options):
-    settings = demo.Settings(steps=options.steps // 4)
+    settings = demo.Settings(steps=options.steps // 4, patience=None)
     model = demo.train("for the variance", data, settings.cache_size, settings).model
     batch = next(iter(data.pairs(data.corpus.train).shuffle(10_000, seed=1).batch(64)))
     model.task.cached.end_step = lambda batch, contribution: None
@@ -80,7 +80,7 @@ def measure_mrr(data, options):
         mrr = []
         for seed in range(options.seeds):
             settings = dataclasses.replace(
-                demo.Settings(steps=options.steps, seed=seed), **estimator
+                demo.Settings(steps=options.steps, patience=None, seed=seed), **estimator
             )
             result = demo.train(f"{estimator}", data, settings.cache_size, settings)
             mrr.append(result.final("mrr"))
@@ -92,7 +92,7 @@ def measure_mrr(data, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=demo.Settings.steps)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--draws", type=int, default=100)
     parser.add_argument(

@@ -44,6 +44,7 @@ def settings_of(kind, temperature, options):
     num_negatives = {"in-batch": 1, "cache, 1 draw": 1, "cache, 4 draws": 4}[kind]
     settings = demo.Settings(
         steps=options.steps,
+        patience=None,
         temperature=made_temperature(temperature),
         num_negatives=num_negatives,
     )
@@ -70,7 +71,7 @@ def measure(data, kind, temperature, options):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=demo.Settings.steps)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument(
         "--temperatures",

@@ -2,7 +2,8 @@
 
 `python -m negative_cache.demo` searches Python functions by description. A query is a sentence. The
 candidates are the functions of the packages installed on this machine. Both models have the same
-towers, data order and number of steps, and both are evaluated against the whole corpus.
+towers and data order. Each is trained until its MRR on validation queries stops rising, and what it
+was at its best is evaluated on test queries. Both evaluations are against the whole corpus.
 """
 
 import argparse
@@ -27,16 +28,23 @@ QUERIES = (
     "parse an http date header",
     "draw a histogram of the values",
 )
-EVALUATIONS = 8
+METRICS = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
 CODE_LENGTH, QUERY_LENGTH = 128, 24
 _ENCODING_BATCH = 1024
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The settings of both trainings, and the size of the cache."""
+    """The settings of both trainings, and the size of the cache.
 
-    steps: int = 2000
+    A training ends after `steps` at the latest, in which it would be evaluated `evaluations` times.
+    It ends before if the best MRR is `patience` evaluations old. If `patience` is None, it takes
+    all steps and keeps its last weights.
+    """
+
+    steps: int = 4000
+    evaluations: int = 16
+    patience: int | None = 3
     batch_size: int = 64
     cache_size: int = 16384
     num_negatives: int = 1
@@ -49,16 +57,30 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One trained model and its metrics. `history` has the metrics after each evaluated step."""
+    """One trained model and its metrics.
+
+    Attributes:
+      name: of the method.
+      model: with the weights of `kept_step`.
+      steps: those after which it was evaluated on validation queries.
+      history: the metrics of each evaluation.
+      kept_step: the one of `steps` whose weights the model has.
+      test: the metrics of the model on test queries, of which nothing was chosen.
+      milliseconds_per_step: the median.
+      candidates_encoded: until `kept_step`.
+    """
 
     name: str
     model: nc.DualEncoder
     steps: list[int]
     history: dict[str, list[float]]
+    kept_step: int
+    test: dict[str, float]
     milliseconds_per_step: float
     candidates_encoded: int
 
     def final(self, metric: str) -> float:
+        """A metric of the last evaluation."""
         return self.history[f"val_{metric}"][-1]
 
 
@@ -133,25 +155,30 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
 
 
 def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
-    """Trains a model and evaluates it during training. It has no cache if `cache_size` is 0."""
+    """Trains a model and evaluates it. It has no cache if `cache_size` is 0."""
     model = make_model(data, cache_size, settings)
     corpus = data.corpus
     order = np.random.default_rng(settings.seed).permutation(corpus.train)
     batches = data.pairs(order).shuffle(len(order), seed=settings.seed).repeat()
     batches = batches.batch(settings.batch_size).prefetch(tf.data.AUTOTUNE)
-    evaluation = nc.CorpusMetrics(
-        data.candidates(np.arange(len(corpus))),
-        data.pairs(corpus.validation).batch(_ENCODING_BATCH),
-        candidate_id_key="row",
+    functions = data.candidates(np.arange(len(corpus)))
+    validation, test = (
+        data.pairs(rows).batch(_ENCODING_BATCH) for rows in (corpus.validation, corpus.test)
     )
     timer = _StepTimer()
-    callbacks = [evaluation, timer]
+    callbacks = [nc.CorpusMetrics(functions, validation, candidate_id_key="row"), timer]
+    if settings.patience is not None:
+        callbacks.append(
+            keras.callbacks.EarlyStopping(
+                "val_mrr", mode="max", patience=settings.patience, restore_best_weights=True
+            )
+        )
     encoded_per_step = settings.batch_size
     if cache_size:
         callbacks.insert(0, nc.CacheWarmStart(data.candidates(order)))
         encoded_per_step *= 1 + settings.num_negatives
-    print(f"\n{name}: {settings.steps} steps of {settings.batch_size} pairs")
-    evaluations = min(EVALUATIONS, settings.steps)
+    print(f"\n{name}: {settings.steps} steps of {settings.batch_size} pairs at most")
+    evaluations = min(settings.evaluations, settings.steps)
     steps_per_epoch = settings.steps // evaluations
     history = model.fit(
         batches,
@@ -161,40 +188,39 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
         callbacks=callbacks,
         verbose=2,
     ).history
+    mrr = history["val_mrr"]
+    kept = len(mrr) - 1 if settings.patience is None else int(np.argmax(mrr))
+    kept_step = steps_per_epoch * (kept + 1)
     return Result(
         name=name,
         model=model,
-        steps=[steps_per_epoch * (epoch + 1) for epoch in range(evaluations)],
+        steps=[steps_per_epoch * (epoch + 1) for epoch in range(len(mrr))],
         history={key: [float(value) for value in values] for key, values in history.items()},
+        kept_step=kept_step,
+        test=nc.evaluation.evaluate(model, functions, test, candidate_id_key="row"),
         milliseconds_per_step=timer.median_milliseconds(),
-        candidates_encoded=min(cache_size, len(order))
-        + encoded_per_step * steps_per_epoch * evaluations,
+        candidates_encoded=min(cache_size, len(order)) + encoded_per_step * kept_step,
     )
 
 
 def table(results: Sequence[Result]) -> str:
-    """Formats the final metrics as a table with one row for each model."""
-    metrics = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
+    """Formats the metrics on test queries as a table with one row for each model."""
     rows: list[tuple[str, ...]] = [
-        ("", "MRR", "recall@1", "recall@10", "recall@100", "ms/step", "candidates encoded")
+        ("", "MRR", "recall@1", "recall@10", "recall@100", "step", "ms/step", "candidates encoded")
     ]
     for result in results:
         rows.append(
             (
                 result.name,
-                *(f"{result.final(metric):.3f}" for metric in metrics),
+                *(f"{result.test[metric]:.3f}" for metric in METRICS),
+                f"{result.kept_step:,}",
                 f"{result.milliseconds_per_step:.1f}",
                 f"{result.candidates_encoded:,}",
             )
         )
-    rows.append(
-        (
-            "ratio",
-            *(f"{results[1].final(m) / max(results[0].final(m), 1e-9):.2f}x" for m in metrics),
-            "",
-            "",
-        )
-    )
+    first, second = (result.test for result in results)
+    ratios = (f"{second[metric] / max(first[metric], 1e-9):.2f}x" for metric in METRICS)
+    rows.append(("ratio", *ratios, "", "", ""))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))])
@@ -204,7 +230,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: pathlib.Path) -> None:
-    """Plots MRR against steps, one line for each model."""
+    """Plots MRR on validation queries against steps, one line for each model."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -212,8 +238,11 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
     for result in results:
-        axes.plot(result.steps, result.history["val_mrr"], marker="o", label=result.name)
-    axes.set(xlabel="training steps", ylabel="MRR over the whole corpus", ylim=(0, None))
+        mrr = result.history["val_mrr"]
+        (line,) = axes.plot(result.steps, mrr, marker="o", label=result.name)
+        kept = mrr[result.steps.index(result.kept_step)]
+        axes.plot(result.kept_step, kept, marker="*", markersize=14, color=line.get_color())
+    axes.set(xlabel="training steps", ylabel="MRR of validation queries", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
@@ -257,7 +286,13 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Settings()
     parser = argparse.ArgumentParser(prog="python -m negative_cache.demo", description=__doc__)
     add = parser.add_argument
-    add("--steps", type=int, default=defaults.steps, help="training steps of each model")
+    add("--steps", type=int, default=defaults.steps, help="training steps of each model, at most")
+    add(
+        "--patience",
+        type=int,
+        default=defaults.patience,
+        help="evaluations without a better MRR after which a training ends",
+    )
     add("--cache-size", type=int, default=defaults.cache_size, help="rows of the cache")
     add(
         "--num-negatives",
@@ -269,7 +304,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
     add("--query", action="append", metavar="TEXT", help="your own query (may be repeated)")
     parsed = parser.parse_args(arguments)
-    for name in ("steps", "num_negatives"):
+    for name in ("steps", "patience", "num_negatives"):
         if getattr(parsed, name) < 1:
             parser.error(
                 f"--{name.replace('_', '-')} must be at least 1, received {getattr(parsed, name)}"
@@ -285,6 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     settings = Settings(
         steps=options.steps,
+        patience=options.patience,
         cache_size=options.cache_size,
         num_negatives=options.num_negatives,
         seed=options.seed,
@@ -299,7 +335,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         train("in-batch softmax", data, 0, settings),
         train("negative cache", data, settings.cache_size, settings),
     ]
-    print(f"\n{len(corpus.validation):,} held-out queries against all {len(corpus):,} functions\n")
+    print(
+        f"\n{len(corpus.test):,} test queries against all {len(corpus):,} functions, each model at"
+        f" the step with the best MRR of {len(corpus.validation):,} validation queries\n"
+    )
     print(table(results))
     written = [options.output / "results.json"]
     if draws_plot:
@@ -312,6 +351,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "name": result.name,
                 "steps": result.steps,
                 "history": result.history,
+                "kept_step": result.kept_step,
+                "test": result.test,
                 "milliseconds_per_step": result.milliseconds_per_step,
                 "candidates_encoded": result.candidates_encoded,
             }

@@ -129,6 +129,11 @@ class DualEncoder(_compat.Model):
         logs = super().test_step(data)
         return self.task.evaluation_logs(logs)
 
+    def get_metrics_result(self) -> dict[str, tf.Tensor]:
+        # Keras calls this when an epoch ends, outside of the graph.
+        self.task.check_popularity()
+        return super().get_metrics_result()
+
     def get_config(self) -> dict[str, Any]:
         _check_apart(self)
         serialize = keras.utils.serialize_keras_object

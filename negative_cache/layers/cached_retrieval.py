@@ -137,13 +137,14 @@ class CachedRetrieval(Retrieval):
         of g - ĝ. The candidate tower's gradient is always sampled.
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives. The partition is then an estimate over the corpus and
-        not over the stream, in which popular candidates repeat. True estimates frequencies online
+        not over the stream, in which popular candidates repeat. It is the first thing to try for a
+        recommender, and needs no cache: `cache_size=0`. True estimates frequencies online
         by a `FrequencyEstimator` of 4 million buckets, enough for 140,000 candidates (30 buckets
         each); give your own for more. A bucket takes 12 bytes, in memory and in files, also in
         files without the cache. Needs `candidate_id_key`, and with a cache `use_lru=False`: the
         correction takes the cache for a sample of the stream, but LRU keeps rows that are drawn
         often for longer. `candidate_sampling_probability` in a call assumes the same, and warns
-        with LRU.
+        with LRU. None is False, with a warning if candidates turn out to repeat unevenly.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings) and the sample
         weights, if there are any. With `tfrs.metrics.FactorizedTopK`, scores are compared and not
@@ -199,7 +200,7 @@ class CachedRetrieval(Retrieval):
         use_lru: bool = True,
         false_negative_margin: float | None = None,
         exact_query_gradient: bool = True,
-        frequency_correction: bool | FrequencyEstimator = False,
+        frequency_correction: bool | FrequencyEstimator | None = None,
         reduction: str | None = "sum_over_batch_size",
         metrics: Sequence[keras.metrics.Metric] | keras.metrics.Metric | None = None,
         batch_metrics: Sequence[keras.metrics.Metric] | None = None,

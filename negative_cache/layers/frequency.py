@@ -7,6 +7,7 @@ probability, or it is estimated from the stream.
 """
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +19,8 @@ from negative_cache.layers._variables import make_state_variable, scatter_rows
 
 # 2^64 over the golden ratio, as a signed number.
 _MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
+# Of 12 bytes each; 2 % of 100,000 candidates share theirs.
+_NUM_BUCKETS = 2**22
 # Given probabilities are clipped from below: a mistaken zero would let one candidate dominate the
 # sum. In a batch the limit is that of TF-Recommenders. Among millions of cached candidates, smaller
 # probabilities are meaningful.
@@ -127,11 +130,27 @@ class FrequencyEstimator(StateLayer):
         }
 
     def _bucket(self, keys: tf.Tensor) -> tf.Tensor:
-        # Ids are often multiples of a round number, and would fall into few buckets. Knuth's
-        # multiplicative hashing, with overflow, spreads them over all buckets.
-        mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
-        mixed = tf.bitwise.bitwise_xor(mixed, mixed // 2**32)
-        return tf.math.floormod(mixed, tf.constant(self.num_buckets, tf.int64))
+        return bucket_of(keys, self.num_buckets)
+
+
+def bucket_of(keys: tf.Tensor, num_buckets: int) -> tf.Tensor:
+    """[n] int64, one of `num_buckets` buckets for each of `keys` [n] int64."""
+    # Ids are often multiples of a round number, and would fall into few buckets. Knuth's
+    # multiplicative hashing, with overflow, spreads them over all buckets.
+    mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
+    mixed = tf.bitwise.bitwise_xor(mixed, mixed // 2**32)
+    return tf.math.floormod(mixed, tf.constant(num_buckets, tf.int64))
+
+
+def estimator_of(
+    correction: bool | FrequencyEstimator | None, cache_sizes: Iterable[int]
+) -> FrequencyEstimator | None:
+    """The estimator that the argument `frequency_correction` of a task asks for, if it does."""
+    if isinstance(correction, FrequencyEstimator):
+        return correction
+    if not correction:
+        return None
+    return FrequencyEstimator(max([_NUM_BUCKETS, *(4 * size for size in cache_sizes)]))
 
 
 def _as_keys(keys: tf.Tensor) -> tf.Tensor:

@@ -18,17 +18,16 @@ from negative_cache.layers._negatives.base import (
 )
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.batch_reader import BatchReader
-from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded, with_network
+from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded
+from negative_cache.layers._negatives.described import describe_sources, sources_of
+from negative_cache.layers._negatives.popularity import watch_of
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.layers._state import LAYOUT, StateLayer
 from negative_cache.layers._variables import make_state_variable
-from negative_cache.layers.frequency import FrequencyEstimator
+from negative_cache.layers.frequency import FrequencyEstimator, estimator_of
 from negative_cache.layers.temperature import LearnedTemperature
 from negative_cache.metrics import CurrentValue, LatestValue
 from negative_cache.ops import contrastive
-
-# Of 12 bytes each; 2 % of 100,000 candidates share theirs.
-_NUM_BUCKETS = 2**22
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -63,8 +62,10 @@ class Retrieval(StateLayer):
         positive minus this margin; they are likely unlabelled positives. Explicit negatives stay. A
         source of your own compares with `batch.max_scores`.
       frequency_correction: subtract from each score the log of the expected number of times its
-        candidate stands among the negatives. True makes a `FrequencyEstimator` of 4 million
-        buckets. Needs `candidate_id_key`.
+        candidate stands among the negatives, in the batch and in caches. It is the first thing to
+        try for a recommender, and needs no cache. True makes a `FrequencyEstimator` of 4 million
+        buckets. Needs `candidate_id_key`. None is False, with a warning if candidates turn out to
+        repeat unevenly.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings).
       batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch.
@@ -96,7 +97,7 @@ class Retrieval(StateLayer):
         candidate_id_key: str | None = None,
         remove_accidental_hits: bool = False,
         false_negative_margin: float | None = None,
-        frequency_correction: bool | FrequencyEstimator = False,
+        frequency_correction: bool | FrequencyEstimator | None = None,
         reduction: str | None = "sum_over_batch_size",
         metrics: Sequence[keras.metrics.Metric] | keras.metrics.Metric | None = None,
         batch_metrics: Sequence[keras.metrics.Metric] | None = None,
@@ -118,18 +119,18 @@ class Retrieval(StateLayer):
         checks.check_needs_ids(
             candidate_id_key,
             remove_accidental_hits=remove_accidental_hits,
-            frequency_correction=frequency_correction is not False,
+            frequency_correction=bool(frequency_correction),
         )
         self._task_metrics = _as_list(metrics)
         self._batch_metrics = _as_list(batch_metrics)
         self._loss_metrics = _as_list(loss_metrics)
         sources = checks.check_sources(negatives)
-        self._frequency = None
-        if isinstance(frequency_correction, FrequencyEstimator):
-            self._frequency = frequency_correction
-        elif frequency_correction:
-            sizes = [getattr(source, "cache_size", 0) for source in sources]
-            self._frequency = FrequencyEstimator(max(4 * max(sizes), _NUM_BUCKETS))
+        sizes = [getattr(source, "cache_size", 0) for source in sources]
+        self._frequency = estimator_of(frequency_correction, sizes)
+        self._is_undecided = frequency_correction is None
+        self._watch = None
+        if self._is_undecided and candidate_id_key is not None:
+            self._watch = watch_of(sources)
         self._hold_state(
             # A cache holds fingerprints of this feature.
             description={**LAYOUT, "candidate_id_key": candidate_id_key},
@@ -232,6 +233,15 @@ class Retrieval(StateLayer):
         of_training = {metric.name for metric in self.training_metrics}
         return {name: value for name, value in logs.items() if name not in of_training}
 
+    def check_popularity(self) -> None:
+        """Warns, once, if popular candidates repeat in the training stream and nothing corrects it.
+
+        `DualEncoder` does so after each epoch, and every call of the task that runs or is traced
+        does. Only a loop of compiled steps without evaluations has to do it by itself.
+        """
+        if self._watch is not None:
+            self._watch.look()
+
     def build_cache(self, embedding_dim: int) -> None:
         """Makes the caches that wait for the embedding dimension; checks it against made ones.
 
@@ -250,10 +260,19 @@ class Retrieval(StateLayer):
         """[n] fingerprints of candidates' ids, if they have some, and [n] log probabilities."""
         return self._reader.about_candidates(features, embeddings, probabilities)
 
+    def _trackable_children(self, save_type: str = "checkpoint", **kwargs: Any) -> dict:
+        children = super()._trackable_children(save_type, **kwargs)
+        if self._watch is not None and save_type == "savedmodel":
+            # An exported training step has it. Checkpoints do without.
+            children["watch"] = self._watch.trackable
+        return children
+
     def __call__(self, *args: Any, **kwargs: Any) -> tf.Tensor:
         # The tower is called before, and Keras forgets what a layer inside of this one has added.
         with kept_losses(self.candidate_network):
-            return super().__call__(*args, **kwargs)
+            loss = super().__call__(*args, **kwargs)
+        self.check_popularity()
+        return loss
 
     def call(
         self,
@@ -322,6 +341,8 @@ class Retrieval(StateLayer):
             known_positive_ids=known_positive_ids,
             training=training,
         )
+        if training and self._watch is not None and candidate_sampling_probability is None:
+            self._watch.count(batch.ids)
         contributions = [
             checks.check_contribution(source.logits(batch, training), source, queries)
             for source in self.negatives
@@ -344,17 +365,17 @@ class Retrieval(StateLayer):
 
     def get_config(self) -> dict[str, Any]:
         serialize = keras.utils.serialize_keras_object
-        frequency = self._frequency
+        frequency, undecided = self._frequency, None if self._is_undecided else False
         return {
             **super().get_config(),
             "candidate_network": serialize(self.candidate_network),
-            **self._described_sources(),
+            **describe_sources(self.negatives, self.own_networks),
             "temperature": serialize(self._temperature),
             "score_transform": serialize(self.score_transform),
             "candidate_id_key": self.candidate_id_key,
             "remove_accidental_hits": self.remove_accidental_hits,
             "false_negative_margin": self.false_negative_margin,
-            "frequency_correction": False if frequency is None else serialize(frequency),
+            "frequency_correction": serialize(frequency) if frequency else undecided,
             "reduction": self.reduction,
             **self._described_metrics(),
         }
@@ -366,33 +387,15 @@ class Retrieval(StateLayer):
         frequency = config["frequency_correction"]
         config = dict(config)
         if "negatives" in config:
-            networks = [deserialize(part) for part in config.pop("own_networks")]
-            config["negatives"] = [
-                deserialize(with_network(part, networks)) for part in config["negatives"]
-            ]
+            config["negatives"] = sources_of(config["negatives"], config.pop("own_networks"))
         return cls(
             **{
                 **config,
                 **{name: deserialize(config[name]) for name in objects},
                 **{name: [deserialize(part) for part in config[name]] for name in lists},
-                "frequency_correction": deserialize(frequency) if frequency else False,
+                "frequency_correction": deserialize(frequency) if frequency else frequency,
             }
         )
-
-    def _described_sources(self) -> dict[str, list]:
-        """The sources, and once each the towers that are theirs and not the task's."""
-        serialize = keras.utils.serialize_keras_object
-        described, networks = [], self.own_networks
-        for source in self.negatives:
-            part = serialize(source)
-            if source.is_cache and source.has_own_tower:
-                places = [network is source.candidate_network for network in networks]
-                part["config"]["candidate_network"] = places.index(True)
-            described.append(part)
-        return {
-            "negatives": described,
-            "own_networks": [serialize(network) for network in networks],
-        }
 
     def _described_metrics(self) -> dict[str, list]:
         serialize = keras.utils.serialize_keras_object

@@ -181,6 +181,43 @@ def test_early_stopping_monitors_a_corpus_metric():
     assert len(history.epoch) == 3
 
 
+class Snapshots(keras.callbacks.Callback):
+    """Keeps the weights and the cache's embeddings after each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights, self.caches = [], []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.weights.append(self.model.get_weights())
+        self.caches.append(self.model.task.cache.embeddings.numpy())
+
+
+def test_early_stopping_restores_the_best_weights_and_leaves_the_cache():
+    # At this learning rate the MRR falls sooner or later.
+    model, snapshots = make_model(learning_rate=30.0), Snapshots()
+    callbacks = [
+        CorpusMetrics(candidates(), pairs()),
+        snapshots,
+        keras.callbacks.EarlyStopping("val_mrr", mode="max", patience=2, restore_best_weights=True),
+    ]
+    history = model.fit(pairs(), epochs=20, verbose=0, callbacks=callbacks).history
+    best = int(np.argmax(history["val_mrr"]))
+    assert best == len(history["val_mrr"]) - 3 < 17
+    kept, last = snapshots.weights[best], snapshots.weights[-1]
+    for restored, expected in zip(model.get_weights(), kept):
+        np.testing.assert_array_equal(restored, expected)
+    assert any(np.any(a != b) for a, b in zip(kept, last))
+    # The cache is no weight: it is as training has left it, and training can go on.
+    np.testing.assert_array_equal(model.task.cache.embeddings, snapshots.caches[-1])
+    assert np.any(snapshots.caches[best] != snapshots.caches[-1])
+    assert callbacks[0].evaluate()["mrr"] == pytest.approx(max(history["val_mrr"]))
+    model.task.refresh_cache(verbose=0)
+    rows = model.task.cache.data["id"]
+    expected = np.take(model.candidate_network.table, rows, axis=0)
+    np.testing.assert_allclose(model.task.cache.embeddings, expected, rtol=1e-6)
+
+
 def test_corpus_metrics_of_a_model_at_any_time(capsys):
     model = make_model()
     metrics = CorpusMetrics(candidates(), pairs(), k=[1], verbose=1)

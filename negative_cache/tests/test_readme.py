@@ -48,18 +48,20 @@ def test_ten_lines_and_callbacks(tmp_path, monkeypatch):
         "candidate_tower": TitleTower(),
         "pairs": tf.data.Dataset.from_tensor_slices(data),
     }
-    exec(block("model.fit(pairs"), names)
-    assert set(tf.saved_model.load("retriever").signatures) >= {"embed_query", "embed_candidate"}
     names["validation"] = names["pairs"].take(50)
     names["candidates"] = names["pairs"].map(lambda pair: pair["candidate"])
-    exec(block("callbacks = ["), names)
+    # The same calls, for fewer epochs.
+    exec(block("model.fit(pairs").replace("epochs=50", "epochs=5"), names)
+    steps = int(names["model"].optimizer.iterations)
+    assert steps in (2 * 4, 2 * 5)
+    assert set(tf.saved_model.load("retriever").signatures) >= {"embed_query", "embed_candidate"}
     exec(block("nc.evaluation.evaluate("), names)
     assert {"mrr", "recall_at_100"} <= set(names["metrics"])
     history = names["model"].fit(names["pairs"].batch(64), callbacks=names["callbacks"], verbose=0)
     assert {"val_mrr", "val_recall_at_10"} <= set(history.history)
     # The same call, for fewer steps.
     exec(block("BackupAndRestore(").replace("5000", "3").replace("epochs=10", "epochs=2"), names)
-    assert int(names["model"].optimizer.iterations) == 5 * 2 + 5 + 2 * 3
+    assert int(names["model"].optimizer.iterations) == steps + 5 + 2 * 3
 
 
 def test_tree_index():
@@ -134,6 +136,28 @@ def test_tfrs_model(tmp_path):
         verbose=2,
         callbacks=[keras.callbacks.TensorBoard(tmp_path)],
     ).history
+    logs = model.evaluate(dataset, verbose=1, return_dict=True)
+    assert np.isfinite(history["total_loss"][0]) and np.isfinite(logs["total_loss"])
+    counted = model.task.frequency._state.num_seen
+    # Training counts the candidates, and an evaluation does not.
+    assert int(counted) == len(TITLES)
+
+
+@pytest.mark.skipif(not IS_KERAS_2, reason="TF-Recommenders imports under Keras 2 only.")
+def test_tfrs_model_with_a_cache(tmp_path):
+    import tensorflow_recommenders as tfrs
+
+    import negative_cache as nc
+
+    names = {"tf": tf, "tfrs": tfrs, "nc": nc}
+    # As the text says.
+    code = block("class MovieModel").replace("cache_size=0", "cache_size=16384, use_lru=False")
+    exec(code, names)
+    model = names["MovieModel"](TitleTower(), TitleTower())
+    model.compile(optimizer="adam")
+    features = {"user_id": TITLES, "movie_title": TITLES}
+    dataset = tf.data.Dataset.from_tensor_slices(features).batch(64)
+    history = model.fit(dataset, validation_data=dataset, verbose=2).history
     filled = int(model.task.cache.num_filled)
     assert filled == len(TITLES)
     logs = model.evaluate(dataset, verbose=1, return_dict=True)

@@ -12,6 +12,8 @@
 | `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |
 | `samplers` | `Sampler`: the exact sampler and `TreeIndex` behind one call |
 | `rows` | rows of a cache on their way through a step |
+| `popularity` | the notice that popular candidates repeat and nothing corrects for it |
+| `described` | the sources in the configuration of a task |
 | `scores` | how a query and a candidate are scored |
 | `checks` | checks of arguments |
 """

@@ -190,6 +190,11 @@ class Negatives(keras.layers.Layer):
         return None
 
     @property
+    def is_of_stream(self) -> bool:
+        """Whether the negatives are draws from the training stream, see `num_stream_draws`."""
+        return type(self).num_stream_draws is not Negatives.num_stream_draws
+
+    @property
     def training_metrics(self) -> Sequence[keras.metrics.Metric]:
         """The metrics that only training steps update."""
         return ()

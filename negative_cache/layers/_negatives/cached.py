@@ -369,14 +369,6 @@ def own_network(config: Mapping[str, Any]) -> Callable[..., tf.Tensor] | None:
     return deserialize(network) if isinstance(network, Mapping) else network
 
 
-def with_network(described: dict[str, Any], networks: Sequence[Any]) -> dict[str, Any]:
-    """A described source with its tower, if that is one of `networks`."""
-    place = described["config"].get("candidate_network")
-    if not isinstance(place, int):
-        return described
-    return {**described, "config": {**described["config"], "candidate_network": networks[place]}}
-
-
 def _is_of(values: tf.Tensor | None, spec: tf.io.FixedLenFeature) -> bool:
     """Whether values [n, ...] may be those of a feature with a spec."""
     if values is None:

@@ -71,7 +71,7 @@ def check_scores(temperature: Any, transform: Any) -> float | LearnedTemperature
 
 def check_frequency(value: Any) -> None:
     """Checks `frequency_correction`."""
-    if not isinstance(value, bool | FrequencyEstimator):
+    if not isinstance(value, bool | FrequencyEstimator | None):
         raise ValueError(
             "`frequency_correction` must be True, False or a `FrequencyEstimator`. Received:"
             f" {value!r}."

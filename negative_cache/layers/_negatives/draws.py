@@ -83,7 +83,9 @@ def shared_weights(
       shares: [B] float32, π.
       options: of the sampler.
     """
-    of_pairs = {name: options.get(name) for name in (*_OF_QUERIES, "score_transform")}
+    of_pairs: dict[str, Any] = {
+        name: options.get(name) for name in (*_OF_QUERIES, "score_transform")
+    }
     for name in _OF_ROWS:
         if options.get(name) is not None:
             of_pairs[name] = tf.gather(options[name], drawn.rows)

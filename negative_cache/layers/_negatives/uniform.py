@@ -172,6 +172,10 @@ class Uniform(Negatives, StateLayer):
     def num_encoded(self) -> tf.Tensor:
         return tf.convert_to_tensor(self._state.num_encoded)
 
+    @property
+    def is_of_stream(self) -> bool:
+        return self.memory_size is not None
+
     def num_stream_draws(self, num_candidates: tf.Tensor) -> tf.Tensor | None:
         if self.memory_size is None:
             return None

@@ -86,10 +86,10 @@ def sample_tree(
             **options,
         )
         some = scoring.of_queries(choose(of_all.log_partition))
-        draws, log_probability, _ = sample_tree(
+        of_some, log_probability, _ = sample_tree(
             tree, some, num_samples=num_samples, log_zero=log_zero, **options
         )
-        return draws._replace(log_partition=of_all.log_partition), log_probability, gradient
+        return of_some._replace(log_partition=of_all.log_partition), log_probability, gradient
     with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(scoring.queries)
         cut = make_cut(tree, scoring, beam)

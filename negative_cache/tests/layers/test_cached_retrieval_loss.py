@@ -170,7 +170,6 @@ def test_several_negatives_divide_the_variance_of_the_gradient():
             exact_query_gradient=False,
             reduction="sum",
             cache_size=4000,
-            num_negatives=1,
         )
         by_query, _ = draw_gradients(task, table, queries, [0], num_draws=4000)
         variances[num_negatives] = by_query.var(axis=0).sum()
