@@ -39,9 +39,9 @@ class Retrieval(StateLayer):
       -s⁺ + log(exp s⁺ + Σ_sources Σ exp s⁻),
 
     and each source brings some of the s⁻: the other candidates of the batch (`InBatch`), lists that
-    come with the batch (`Explicit`), a cache that streams (`FromCache`), a cache of a corpus
-    (`FromCorpus`), or what a subclass of `Negatives` finds. `CachedRetrieval` builds the usual list
-    out of its arguments.
+    come with the batch (`Explicit`), uniform draws (`Uniform`), a cache that streams (`FromCache`),
+    a cache of a corpus (`FromCorpus`), or what a subclass of `Negatives` finds. `CachedRetrieval`
+    builds the usual list out of its arguments.
 
     A training call moves the sources on by one step; a call with `training=False` only reads them.
 
@@ -51,8 +51,7 @@ class Retrieval(StateLayer):
       negatives: the sources, in the order of their logits.
       temperature: scores are inner products divided by it: a number; "learned", which stands for
         `LearnedTemperature(0.1, smallest=0.07)` and suits embeddings of length 1; or a
-        `LearnedTemperature` of your own. The attribute `temperature`, and the logs if it is
-        learned, have its value of now.
+        `LearnedTemperature` of your own. The attribute `temperature` is its value of now.
       score_transform: elementwise function, or a layer, of the (divided) inner products.
       candidate_id_key: name of the feature that identifies a candidate; scalar int or string. If
         the features are a single tensor, its name is "candidate".
@@ -64,8 +63,7 @@ class Retrieval(StateLayer):
       frequency_correction: subtract from each score the log of the expected number of times its
         candidate stands among the negatives, in the batch and in caches. It is the first thing to
         try for a recommender, and needs no cache. True makes a `FrequencyEstimator` of 4 million
-        buckets. Needs `candidate_id_key`. None is False, with a warning if candidates turn out to
-        repeat unevenly.
+        buckets. Needs `candidate_id_key`. None warns if candidates turn out to repeat unevenly.
       reduction: "sum_over_batch_size" (the mean over the batch), "sum", or "none" for [B].
       metrics: Keras metrics updated with (query embeddings, positive embeddings).
       batch_metrics: Keras metrics updated with (labels [B, N], scores [B, N]) of the batch.

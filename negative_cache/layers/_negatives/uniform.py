@@ -61,8 +61,7 @@ class Uniform(Negatives, StateLayer):
       Σ_i (N / n) exp s(x, y_i) has the expectation Σ_y exp s(x, y),
 
     the sum of `FromCorpus` or `FromCache` over as many rows: one takes the place of the other at
-    the same temperature, which is why this is the default. (The logarithm of the estimate is less
-    on average, the less the more draws.) With `scaled=False` a draw counts once, as in `InBatch`.
+    the same temperature. With `scaled=False` a draw counts once, as in `InBatch`.
 
     Draws from the stream are as frequent as it brings them, and `frequency_correction` or
     `candidate_sampling_probability` correct them as they do the batch. Draws from a corpus need no
@@ -71,8 +70,7 @@ class Uniform(Negatives, StateLayer):
     A negative is left out if its id is that of a positive, as `remove_accidental_hits` and
     `known_positive_ids` say, or if it scores above a `false_negative_margin`.
 
-    An evaluation, with `training=False`, changes nothing. Its draws have the same law and a fixed
-    seed: they are the same at every call, as long as the candidates are.
+    An evaluation changes nothing. Its draws have the same law, and a fixed seed.
 
     Args:
       candidates: the corpus, a batch of features [N, ...] or batches of them, such as a
