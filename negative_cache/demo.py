@@ -241,7 +241,8 @@ def plot(results: Sequence[Result], path: pathlib.Path) -> None:
         mrr = result.history["val_mrr"]
         (line,) = axes.plot(result.steps, mrr, marker="o", label=result.name)
         kept = mrr[result.steps.index(result.kept_step)]
-        axes.plot(result.kept_step, kept, marker="*", markersize=14, color=line.get_color())
+        (star,) = axes.plot(result.kept_step, kept, marker="*", color=line.get_color())
+        star.set(markersize=14, clip_on=False)
     axes.set(xlabel="training steps", ylabel="MRR of validation queries", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
