@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ class Settings:
     patience: int | None = 3
     batch_size: int = 64
     cache_size: int = 16384
-    num_negatives: int = 1
+    num_negatives: int | None = None
     exact_query_gradient: bool = True
     dim: int = 128
     temperature: float | str | nc.LearnedTemperature = 0.05
@@ -154,6 +155,14 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
     return model
 
 
+def num_draws(settings: Settings) -> int:
+    """The candidates that a step draws from the cache and encodes."""
+    if settings.num_negatives is not None:
+        return settings.batch_size * settings.num_negatives
+    # What `CachedRetrieval` draws by default.
+    return math.ceil(settings.batch_size / 2)
+
+
 def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
     """Trains a model and evaluates it. It has no cache if `cache_size` is 0."""
     model = make_model(data, cache_size, settings)
@@ -176,7 +185,7 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
     encoded_per_step = settings.batch_size
     if cache_size:
         callbacks.insert(0, nc.CacheWarmStart(data.candidates(order)))
-        encoded_per_step *= 1 + settings.num_negatives
+        encoded_per_step += num_draws(settings)
     print(f"\n{name}: {settings.steps} steps of {settings.batch_size} pairs at most")
     evaluations = min(settings.evaluations, settings.steps)
     steps_per_epoch = settings.steps // evaluations
@@ -299,17 +308,16 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--num-negatives",
         type=int,
         default=defaults.num_negatives,
-        help="draws for each query",
+        help="draws of each query's own; by default all queries share half as many as there are",
     )
     add("--seed", type=int, default=defaults.seed)
     add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
     add("--query", action="append", metavar="TEXT", help="your own query (may be repeated)")
     parsed = parser.parse_args(arguments)
     for name in ("steps", "patience", "num_negatives"):
-        if getattr(parsed, name) < 1:
-            parser.error(
-                f"--{name.replace('_', '-')} must be at least 1, received {getattr(parsed, name)}"
-            )
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, received {value}")
     if parsed.cache_size < 1024:
         parser.error(f"--cache-size must be at least 1024, received {parsed.cache_size}")
     return parsed

@@ -75,7 +75,7 @@ class Uniform(Negatives, StateLayer):
     Args:
       candidates: the corpus, a batch of features [N, ...] or batches of them, such as a
         `tf.data.Dataset`. Features are a dictionary, or a single array.
-      num_negatives: n, at most N or M.
+      num_draws: n, at most N or M.
       feature_specs: feature name -> `tf.io.FixedLenFeature` (shape without the batch, dtype) of
         what the tower needs, or one such spec if the tower takes a single tensor. If None, it is
         taken from the `candidates`. It must have the task's `candidate_id_key`.
@@ -90,7 +90,7 @@ class Uniform(Negatives, StateLayer):
       ValueError: if an argument is out of range or contradicts another.
 
     Example:
-      >>> source = Uniform({"id": np.arange(1000)}, num_negatives=64)
+      >>> source = Uniform({"id": np.arange(1000)}, num_draws=64)
       >>> task = Retrieval(candidate_tower, [InBatch(), source], candidate_id_key="id")
     """
 
@@ -99,7 +99,7 @@ class Uniform(Negatives, StateLayer):
     def __init__(
         self,
         candidates: _features.Features | Iterable | None = None,
-        num_negatives: int = 64,
+        num_draws: int = 64,
         *,
         feature_specs: checks.Specs | None = None,
         memory_size: int | None = None,
@@ -128,11 +128,11 @@ class Uniform(Negatives, StateLayer):
         self.takes_one_tensor = not isinstance(feature_specs, Mapping)
         self.feature_specs = dict(_features.as_dict(feature_specs))
         checks.check_features(self.feature_specs, (LOG_PROBABILITY,))
-        self.num_negatives = _validation.check_count(num_negatives, "num_negatives")
-        if self.num_negatives > size:
+        self.num_draws = _validation.check_count(num_draws, "num_draws")
+        if self.num_draws > size:
             raise ValueError(
                 "There must be no more draws than candidates. Received:"
-                f" num_negatives={num_negatives} for {size} candidates."
+                f" num_draws={num_draws} for {size} candidates."
             )
         self.memory_size = memory_size
         self.scaled = scaled
@@ -179,7 +179,7 @@ class Uniform(Negatives, StateLayer):
             return None
         num_filled = tf.cast(self._memory.num_filled, tf.float32)
         # Of scaled ones the draws stand for all that is in the memory.
-        return num_filled if self.scaled else tf.minimum(num_filled, float(self.num_negatives))
+        return num_filled if self.scaled else tf.minimum(num_filled, float(self.num_draws))
 
     def fill(self, candidates: _features.Features | Iterable) -> None:
         """Replaces the corpus by another one of the same size, or gives one that is not in a file.
@@ -212,11 +212,11 @@ class Uniform(Negatives, StateLayer):
             )
         if training:
             seed = next_seed(self._state.sampling)
-            count_encoded(self._state.num_encoded, self.num_negatives)
+            count_encoded(self._state.num_encoded, self.num_draws)
         else:
             # The first step of a training has the number 1.
             seed = tf.convert_to_tensor(self._state.sampling) * tf.constant([1, 0], tf.int64)
-        rows, part_sizes = draw_evenly(memory.num_filled, self.num_negatives, seed)
+        rows, part_sizes = draw_evenly(memory.num_filled, self.num_draws, seed)
         features = self._features_at(rows, batch)
         embeddings = self.encode(_features.as_given(features, self.takes_one_tensor), training)
         scores = batch.scores.of_all_pairs(batch.queries, embeddings)
@@ -238,7 +238,7 @@ class Uniform(Negatives, StateLayer):
     def get_config(self) -> dict[str, Any]:
         return {
             **super().get_config(),
-            "num_negatives": self.num_negatives,
+            "num_draws": self.num_draws,
             "feature_specs": describe_specs(self._plain_specs()),
             "memory_size": self.memory_size,
             "scaled": self.scaled,

@@ -188,7 +188,7 @@ def test_it_mixes_with_the_batch_and_a_cache():
 def test_an_evaluation_changes_nothing_and_is_the_same_again():
     losses = []
     for evaluates in (False, True):
-        source = Uniform(feature_specs=SPECS, memory_size=6, num_negatives=3, seed=1)
+        source = Uniform(feature_specs=SPECS, memory_size=6, num_draws=3, seed=1)
         task, _ = make_task(InBatch(), Uniform(corpus(), 4, seed=2), source)
         for step in range(3):
             ids = [step, step + 1]
@@ -207,7 +207,7 @@ def test_an_evaluation_changes_nothing_and_is_the_same_again():
 
 
 def test_a_memory_holds_the_last_candidates_of_the_stream():
-    source = Uniform(feature_specs=SPECS, memory_size=5, num_negatives=5, seed=1)
+    source = Uniform(feature_specs=SPECS, memory_size=5, num_draws=5, seed=1)
     task, tower = make_task(source)
     memory = collections.deque(maxlen=5)
     queries, scores = make_queries(2), scores_of(make_queries(2))
@@ -228,7 +228,7 @@ def test_a_memory_holds_the_last_candidates_of_the_stream():
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_draws_from_the_stream_are_corrected_for_popularity(scaled):
-    source = Uniform(feature_specs=SPECS, memory_size=6, num_negatives=3, scaled=scaled, seed=1)
+    source = Uniform(feature_specs=SPECS, memory_size=6, num_draws=3, scaled=scaled, seed=1)
     task, tower = make_task(InBatch(), source)
     queries, scores = make_queries(2), scores_of(make_queries(2))
     probability = np.linspace(0.01, 0.3, SIZE)
@@ -249,7 +249,7 @@ def test_draws_from_the_stream_are_corrected_for_popularity(scaled):
 
 
 def test_draws_from_the_stream_are_corrected_by_estimated_frequencies():
-    source = Uniform(feature_specs=SPECS, memory_size=6, num_negatives=6, seed=1)
+    source = Uniform(feature_specs=SPECS, memory_size=6, num_draws=6, seed=1)
     task, tower = make_task(source, frequency_correction=True)
     queries, scores = make_queries(2), scores_of(make_queries(2))
     for step in range(4):

@@ -32,7 +32,7 @@ def corpus(size=SIZE):
 
 
 def memory(size=6, count=3, **kwargs):
-    return Uniform(feature_specs=SPECS, memory_size=size, num_negatives=count, seed=1, **kwargs)
+    return Uniform(feature_specs=SPECS, memory_size=size, num_draws=count, seed=1, **kwargs)
 
 
 def make_task(source, **kwargs):
@@ -58,7 +58,7 @@ def test_a_corpus_may_be_given_in_several_ways(given):
         asked.append(ids.numpy())
         return tf.gather(TABLE, ids)
 
-    source = Uniform(num_negatives=SIZE, seed=1, **candidates)
+    source = Uniform(num_draws=SIZE, seed=1, **candidates)
     task = Retrieval(tower, [source], candidate_id_key="candidate")
     loss = task(make_queries(1), TABLE[:1], tf.constant([0], tf.int64))
     assert sorted(asked[0]) == list(range(SIZE))
@@ -91,7 +91,7 @@ def test_the_tower_trains_with_its_draws_and_adds_no_loss_for_them():
 def test_compiled_by_xla_it_draws_the_same():
     losses = []
     for jit_compile in (False, True):
-        memory = Uniform(feature_specs=SPECS, memory_size=6, num_negatives=3, seed=1)
+        memory = Uniform(feature_specs=SPECS, memory_size=6, num_draws=3, seed=1)
         tower = Table(TABLE)
         task = Retrieval(tower, [Uniform(corpus(), 4, seed=2), memory], candidate_id_key="id")
         assert task.supports_jit
@@ -108,7 +108,7 @@ def test_a_step_runs_on_a_gpu_and_waits_for_nothing(of_stream, monkeypatch):
     monkeypatch.setattr(_execution, "device_type", lambda like=None: "GPU")
     source = Uniform(training_steps.candidates(range(50)), 8)
     if of_stream:
-        source = Uniform(feature_specs=training_steps.SPECS, memory_size=50, num_negatives=8)
+        source = Uniform(feature_specs=training_steps.SPECS, memory_size=50, num_draws=8)
     task = Retrieval(
         training_steps.Tower(),
         [InBatch(), source],
@@ -136,11 +136,11 @@ def test_a_step_runs_on_a_gpu_and_waits_for_nothing(of_stream, monkeypatch):
             lambda: Uniform(memory_size=0, feature_specs=SPECS),
             "`memory_size` must be an integer >= 1. Received: 0",
         ),
-        (lambda: Uniform(corpus(), 0), "`num_negatives` must be an integer >= 1. Received: 0"),
-        (lambda: Uniform(corpus(), 13), "num_negatives=13 for 12 candidates"),
+        (lambda: Uniform(corpus(), 0), "`num_draws` must be an integer >= 1. Received: 0"),
+        (lambda: Uniform(corpus(), 13), "num_draws=13 for 12 candidates"),
         (
             lambda: Uniform(memory_size=4, feature_specs=SPECS),
-            "num_negatives=64 for 4 candidates",
+            "num_draws=64 for 4 candidates",
         ),
         (lambda: Uniform(corpus(0)), "`candidates` must hold some. Received none"),
         (lambda: Uniform([], feature_specs=SPECS), "`candidates` must hold some. Received none"),
@@ -153,7 +153,7 @@ def test_a_step_runs_on_a_gpu_and_waits_for_nothing(of_stream, monkeypatch):
         (
             lambda: Uniform(
                 memory_size=4,
-                num_negatives=2,
+                num_draws=2,
                 feature_specs={"log_sampling_probability": INT_ID},
             ),
             "must not use the names",
@@ -164,7 +164,7 @@ def test_a_step_runs_on_a_gpu_and_waits_for_nothing(of_stream, monkeypatch):
         ),
         (lambda: Uniform(corpus(), 4).fill(corpus(5)), "must have 12 candidates.*Received: 5"),
         (
-            lambda: Uniform(memory_size=4, num_negatives=2, feature_specs=SPECS).fill(corpus(4)),
+            lambda: Uniform(memory_size=4, num_draws=2, feature_specs=SPECS).fill(corpus(4)),
             "`fill` is for a corpus.*memory_size=4",
         ),
     ],
@@ -199,7 +199,7 @@ def test_fit_counts_what_is_encoded():
     sources = [
         InBatch(),
         Uniform(corpus(), 4),
-        Uniform(feature_specs=SPECS, memory_size=6, num_negatives=2),
+        Uniform(feature_specs=SPECS, memory_size=6, num_draws=2),
     ]
     task = Retrieval(tower, sources, candidate_id_key="id")
     model = DualEncoder(Table(make_table(SIZE, seed=5)), tower, task)
