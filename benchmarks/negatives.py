@@ -1,6 +1,6 @@
 """In-batch softmax against the cache on `installed_code`, over seeds and temperatures.
 
-    python benchmarks/negatives.py                   # about twenty minutes on two cores
+    python benchmarks/negatives.py                   # about forty minutes on two cores
     python benchmarks/negatives.py --temperatures 0.05 0.1 learned learned:0.1:0.05
 
 Trains the demo's towers for the same number of steps with each setting, and ranks the held-out
@@ -24,6 +24,15 @@ from negative_cache import demo
 from negative_cache.datasets import installed_code
 
 TEMPERATURES = (0.05, 0.07, 0.1)
+KINDS = {
+    "in-batch": {},
+    "cache, 1 draw a query": {"num_negatives": 1},
+    "cache, 4 draws a query": {"num_negatives": 4},
+    "cache, 64 shared draws": {"num_draws": 64},
+    "cache, 32 shared draws": {"num_draws": 32},
+    "cache, 16 shared draws": {"num_draws": 16},
+    "cache, 8 shared draws": {"num_draws": 8},
+}
 METRICS = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
 
 
@@ -41,12 +50,11 @@ def made_temperature(temperature):
 
 def settings_of(kind, temperature, options):
     """What a row of the table trains: the cache size and the demo's settings."""
-    num_negatives = {"in-batch": 1, "cache, 1 draw": 1, "cache, 4 draws": 4}[kind]
     settings = demo.Settings(
         steps=options.steps,
         patience=None,
         temperature=made_temperature(temperature),
-        num_negatives=num_negatives,
+        **KINDS[kind],
     )
     return 0 if kind == "in-batch" else settings.cache_size, settings
 
@@ -80,6 +88,7 @@ def main():
         default=TEMPERATURES,
         help='numbers, "learned", or "learned:INITIAL:SMALLEST"',
     )
+    parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS))
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("benchmarks/results/negatives.json")
     )
@@ -87,7 +96,7 @@ def main():
     data = demo.Data(installed_code.load())
     rows = [
         measure(data, kind, temperature, options)
-        for kind in ("in-batch", "cache, 1 draw", "cache, 4 draws")
+        for kind in ("in-batch", *(kind for kind in options.kinds if kind != "in-batch"))
         for temperature in options.temperatures
     ]
     baselines = {row["temperature"]: row["mrr"] for row in rows if row["negatives"] == "in-batch"}

@@ -48,6 +48,7 @@ class Settings:
     patience: int | None = 3
     batch_size: int = 64
     cache_size: int = 16384
+    num_draws: int | None = None
     num_negatives: int | None = None
     exact_query_gradient: bool = True
     dim: int = 128
@@ -144,6 +145,7 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
         },
         cache_size,
         temperature=settings.temperature,
+        num_draws=settings.num_draws,
         num_negatives=settings.num_negatives,
         exact_query_gradient=settings.exact_query_gradient,
         in_batch_negatives=True,
@@ -155,8 +157,10 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
     return model
 
 
-def num_draws(settings: Settings) -> int:
+def count_draws(settings: Settings) -> int:
     """The candidates that a step draws from the cache and encodes."""
+    if settings.num_draws is not None:
+        return settings.num_draws
     if settings.num_negatives is not None:
         return settings.batch_size * settings.num_negatives
     # What `CachedRetrieval` draws by default.
@@ -185,7 +189,7 @@ def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
     encoded_per_step = settings.batch_size
     if cache_size:
         callbacks.insert(0, nc.CacheWarmStart(data.candidates(order)))
-        encoded_per_step += num_draws(settings)
+        encoded_per_step += count_draws(settings)
     print(f"\n{name}: {settings.steps} steps of {settings.batch_size} pairs at most")
     evaluations = min(settings.evaluations, settings.steps)
     steps_per_epoch = settings.steps // evaluations
