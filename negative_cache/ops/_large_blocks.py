@@ -80,13 +80,15 @@ def draw_from_large_blocks(
         tf.zeros([scorer.num_queries, scorer.dim]),
     )
     if num_blocks > _UNROLLED_BLOCKS:
-        return tf.while_loop(
-            lambda block, _: block < num_blocks,
-            lambda block, draws: (block + 1, draw_more(block, draws)),
-            (tf.constant(0), draws),
+        # A loop carries no None, which `chosen` is.
+        _, *found = tf.while_loop(
+            lambda block, *_: block < num_blocks,
+            lambda block, *found: (block + 1, *draw_more(block, Draws(*found))[:4]),
+            (tf.constant(0), *draws[:4]),
             maximum_iterations=num_blocks,
             parallel_iterations=1,
-        )[1]
+        )
+        return Draws(*found)
     for block in range(num_blocks):
         draws = draw_more(block, draws)
     return draws
