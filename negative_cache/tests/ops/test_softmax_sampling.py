@@ -413,7 +413,7 @@ def test_merging_with_an_empty_sample_changes_nothing():
         ),
         ({"log_weights": np.zeros([50, 1], "f")}, "`log_weights`"),
         ({"max_scores": np.zeros(50, "f")}, "`max_scores`"),
-        ({"num_samples": 0}, "`num_samples`.*0"),
+        ({"num_samples": -1}, "`num_samples`.*-1"),
         ({"block_size": 0}, "`block_size`.*0"),
     ],
 )
