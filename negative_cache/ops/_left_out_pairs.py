@@ -56,10 +56,14 @@ class LeftOutPairs(NamedTuple):
 
 def _share_low_bits(ids: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
     """[l] int32, ascending places of `ids` [C] whose low bits are those of one of `wanted`."""
-    low = tf.constant(2**_BITS - 1, ids.dtype)
-    slots = tf.cast(tf.bitwise.bitwise_and(wanted, low), tf.int32)
+    slots = _low_bits(wanted)
     table = tf.tensor_scatter_nd_update(
         tf.zeros([2**_BITS], tf.bool), slots[:, tf.newaxis], tf.ones_like(slots, tf.bool)
     )
-    found = tf.gather(table, tf.cast(tf.bitwise.bitwise_and(ids, low), tf.int32))
+    found = tf.gather(table, _low_bits(ids))
     return tf.cast(tf.where(found)[:, 0], tf.int32)
+
+
+def _low_bits(ids: tf.Tensor) -> tf.Tensor:
+    # In int32, because 16 bits with a sign do not hold the mask.
+    return tf.bitwise.bitwise_and(tf.cast(ids, tf.int32), 2**_BITS - 1)

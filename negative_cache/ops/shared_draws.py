@@ -25,6 +25,8 @@ from negative_cache.ops._draws import draw_uniforms, inverse_cdf
 
 # The part of π that all queries have alike, so that no weight exceeds B / (n · this).
 _DEFENSIVE_SHARE = 0.1
+# The largest float32 below 1.
+_LAST_PLACE = 1.0 - 2.0**-24
 
 
 def mixture_shares(log_weights: tf.Tensor) -> tf.Tensor:
@@ -65,7 +67,8 @@ def choose_queries(shares: tf.Tensor, num_draws: int | tf.Tensor, seed: tf.Tenso
     uniforms = draw_uniforms([num_draws], seed)
     places = tf.range(tf.shape(uniforms)[0])
     strata = (tf.cast(places, tf.float32) + uniforms) / tf.cast(num_draws, tf.float32)
-    return inverse_cdf(shares, strata)
+    # n - 1 + u is rounded, to n if u is near 1. That place is past the last query with a share.
+    return inverse_cdf(shares, tf.minimum(strata, _LAST_PLACE))
 
 
 def balanced_weights(log_probabilities: tf.Tensor, shares: tf.Tensor) -> tf.Tensor:

@@ -223,3 +223,75 @@ def test_draws_stay_near_the_softmax_as_candidates_drift():
     fresh = np.exp(proposal_log_law(rebuilt.tree, Scoring(tf.constant(queries)), 4))
     distance, best = (np.mean(total_variation(its, law)) for its in (proposal, fresh))
     assert distance < 2.0 * best + 0.02
+
+
+def test_draws_for_chosen_queries_have_their_laws(root_width):
+    rng = np.random.default_rng(15)
+    index, _ = filled_index(rng)
+    queries = queries_of(rng, 4, scale=1.0)
+    seen, chosen = [], [3, 0, 3]
+
+    def choose(log_partition):
+        seen.append(log_partition)
+        return tf.constant(chosen)
+
+    sample, gradient = index.sample_with_gradient(
+        queries, 10000, correction_steps=0, seed=2, choose_queries=choose
+    )
+    expected, its_gradient = index.sample_with_gradient(queries, 1, correction_steps=0)
+    # Log Z and its gradient are of all queries, and what the choice is made by.
+    np.testing.assert_allclose(sample.log_partition, expected.log_partition, rtol=1e-6)
+    np.testing.assert_allclose(seen, [expected.log_partition], rtol=1e-6)
+    np.testing.assert_allclose(gradient, its_gradient, rtol=1e-4, atol=1e-5)
+    law = np.exp(proposal_log_law(index.tree, Scoring(tf.constant(queries)), 2))
+    for draws, query in zip(sample.indices.numpy(), chosen, strict=True):
+        assert_draws_follow(draws, law[query] / law[query].sum())
+    # Of one query, two draws in the same place are independent.
+    assert np.mean(sample.indices[0] == sample.indices[2]) < 0.5
+
+
+def test_chosen_queries_keep_their_positives_limits_and_faults(root_width):
+    rng = np.random.default_rng(11)
+    index, vectors = filled_index(rng)
+    queries = np.stack([vectors[3], vectors[8], vectors[20], vectors[30]]) * 3
+    queries[2] = np.nan
+    rows = np.stack(list(vectors.values()))
+    positives = np.array([[0, 0], [8, 9], [0, 0], [30, 31]])
+    limits = np.array([np.inf, 1e3, np.inf, np.median(queries[3] @ rows.T)], np.float32)
+    chosen = [3, 2, 1, 3]
+    sample, _ = index.sample_with_gradient(
+        queries,
+        500,
+        beam=500,
+        positive_ids=tf.constant(positives),
+        max_scores=limits,
+        choose_queries=lambda _: tf.constant(chosen),
+        seed=3,
+    )
+    scores = queries @ rows.T
+    for i, own in enumerate(positives):
+        scores[i, own] = -np.inf
+        scores[i, scores[i] > limits[i]] = -np.inf
+    expected = np.logaddexp.reduce(scores, axis=1)
+    found = sample.log_partition.numpy()
+    np.testing.assert_allclose(found[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-4)
+    assert not np.isfinite(found[2])
+    np.testing.assert_array_equal(sample.indices[1], [-1] * 500)
+    for draws, query in zip(sample.indices.numpy(), chosen):
+        assert query == 2 or np.all(np.isfinite(scores[query, draws]))
+
+
+def test_without_draws_there_are_log_z_and_its_gradient(root_width):
+    rng = np.random.default_rng(16)
+    index, _ = filled_index(rng)
+    queries = queries_of(rng, 3)
+    queries[1] = np.inf
+    expected, its_gradient = index.sample_with_gradient(queries, 2)
+    sample, gradient = index.sample_with_gradient(queries, 0)
+    assert sample.indices.shape == sample.scores.shape == [3, 0]
+    np.testing.assert_array_equal(sample.log_partition, expected.log_partition)
+    np.testing.assert_array_equal(gradient, its_gradient)
+    np.testing.assert_array_equal(index.sample(queries, 0).log_partition, sample.log_partition)
+    empty = make_index()
+    nothing, no_gradient = empty.sample_with_gradient(queries[:1], 0)
+    assert np.all(np.isneginf(nothing.log_partition)) and np.all(no_gradient == 0.0)
