@@ -41,9 +41,8 @@ class Draws(NamedTuple):
         is_drawn = sample.indices >= 0
         weights = tf.cast(is_drawn, tf.float32)
         weights /= tf.maximum(tf.reduce_sum(weights, axis=1, keepdims=True), 1.0)
-        num_queries, num_draws = tf.unstack(tf.shape(is_drawn))
-        stand_ins = tf.repeat(tf.range(num_queries), num_draws)
         rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
+        stand_ins = tf.range(tf.size(rows)) // sample.indices.shape[1]
         return cls(rows, tf.reshape(is_drawn, [-1]), stand_ins, weights, False)
 
     def mean_score(

@@ -97,7 +97,8 @@ def test_two_caches_with_different_towers():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
     tower = Table(TABLE)
-    sources = [stream(num_negatives=2), corpus(tower, corrector=nc.Corrector(hidden_units=4))]
+    corrected = corpus(tower, num_negatives=1, corrector=nc.Corrector(hidden_units=4))
+    sources = [stream(num_negatives=2), corrected]
     task = Retrieval(tower, sources, candidate_id_key="id")
 
     def step(ids):
@@ -118,9 +119,9 @@ def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
     # A candidate that came again stands in another row.
     assert int(sources[0].cache.num_filled) == 6
     assert int(sources[1].cache.step) == 3
-    # The corpus, the batches, and the draws: two for each query, and two for all three.
+    # The corpus, the batches, and the draws of both.
     counted = {metric.name: float(metric.result()) for metric in task.training_metrics}
-    assert counted["candidates_encoded"] == SIZE + 3 * (3 + 2 * 3 + 2)
+    assert counted["candidates_encoded"] == SIZE + 3 * (3 + 2 * 3 + 3)
 
 
 def test_the_usual_list_is_what_cached_retrieval_builds():

@@ -373,7 +373,7 @@ def test_constructor_refuses(arguments, message):
         (lambda index: index.update([2, 2], np.zeros([2, DIM], np.float32)), "more than once: 2"),
         (lambda index: index.remove([1, 1]), "more than once"),
         (lambda index: index.sample(np.zeros([2, 5], np.float32)), "`query_embeddings`"),
-        (lambda index: index.sample(np.zeros([2, DIM], np.float32), 0), "`num_samples`"),
+        (lambda index: index.sample(np.zeros([2, DIM], np.float32), -1), "`num_samples`"),
         (lambda index: index.sample(np.zeros([2, DIM], np.float32), beam=0), "`beam`"),
         (lambda index: index.top_k(np.zeros([2, DIM], np.float32), 0), "`k`"),
         (lambda index: index.top_k(np.zeros([2, DIM], np.float32), 301), "`k`"),
