@@ -272,9 +272,9 @@ def test_chosen_queries_keep_their_positives_limits_and_faults(root_width):
     for i, own in enumerate(positives):
         scores[i, own] = -np.inf
         scores[i, scores[i] > limits[i]] = -np.inf
-    expected = np.logaddexp.reduce(scores, axis=1)
-    found = sample.log_partition.numpy()
-    np.testing.assert_allclose(found[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-4)
+    found, others = sample.log_partition.numpy(), [0, 1, 3]
+    expected = np.logaddexp.reduce(scores[others], axis=1)
+    np.testing.assert_allclose(found[others], expected, rtol=1e-4)
     assert not np.isfinite(found[2])
     np.testing.assert_array_equal(sample.indices[1], [-1] * 500)
     for draws, query in zip(sample.indices.numpy(), chosen):

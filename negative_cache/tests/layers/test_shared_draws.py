@@ -1,0 +1,206 @@
+"""Tests that draws which all queries share give every variable the gradient of all rows.
+
+In expectation, with a stated confidence. The caches are stale but for one test: the draws are then
+of what the cache holds, and the gradient is of what the tower is now.
+"""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
+from negative_cache._compat import keras
+from negative_cache.tests.layers.corpus_cases import corrected_rows, teach
+from negative_cache.tests.layers.retrieval_cases import DIM, make_queries, make_task
+from negative_cache.tests.layers.shared_draw_cases import (
+    CACHED,
+    IDS,
+    NUM_CANDIDATES,
+    STALE,
+    TABLE,
+    Case,
+    Sampler,
+    make_frozen,
+    own_rows,
+)
+from negative_cache.tests.statistics import assert_mean_is
+
+# Σ_x ω̃_x and strata differ much between these.
+NUM_DRAWS = 2
+
+
+class Curve(keras.layers.Layer):
+    """A transform whose height and slope are learned."""
+
+    def __init__(self):
+        super().__init__(autocast=False, dtype="float32")
+        constant = keras.initializers.Constant
+        self.height = self.add_weight(shape=[], initializer=constant(3.0), name="height")
+        self.slope = self.add_weight(shape=[], initializer=constant(0.7), name="slope")
+
+    def call(self, scores):
+        height, slope = tf.convert_to_tensor(self.height), tf.convert_to_tensor(self.slope)
+        return height * tf.tanh(slope * scores)
+
+
+def teach_once(task):
+    """Lets the corrector move the rows, and learn nothing from then on."""
+    teach(task.corrector, STALE, TABLE, age=1)
+    task.corrector.learn = lambda *args: None
+    task.corrector.rows_to_encode = lambda *args: None
+
+
+# 8 rows and 5 candidates of the batch are 13 draws from the stream.
+BATCH_P = np.float32([0.2, 0.05, 0.3, 0.01, 0.1])
+ROW_P = np.float32([0.3, 0.2, 0.02, 0.1, 0.05, 0.4, 0.1, 0.01])
+
+
+def add_with_probabilities(task):
+    task.add_to_cache({"id": tf.constant(CACHED, tf.int64)}, tf.constant(ROW_P))
+
+
+EXPLICIT = np.array([[9, 11], [12, 3], [15, 15], [0, 1], [13, 14]])
+# Query 0 has nothing left; query 3 shares an id with no row.
+KNOWN = np.array([CACHED, [5, 6] + [1] * 6, [2] * 8, [15] * 8, [5, 6, 7, 8, 9, 10, 1, 4]])
+KNOWN_ROWS = np.any(np.array(CACHED)[np.newaxis, :, np.newaxis] == KNOWN[:, np.newaxis], axis=2)
+
+CASES = {
+    "default": Case(),
+    "sampled": Case({"exact_query_gradient": False}),
+    "divided": Case({"temperature": 0.5}),
+    "in-batch, accidental hits": Case(
+        {"in_batch_negatives": True, "remove_accidental_hits": True}, left_out=own_rows(CACHED)
+    ),
+    "known positives": Case(
+        {"in_batch_negatives": False},
+        {"known_positive_ids": KNOWN},
+        left_out=KNOWN_ROWS | own_rows(CACHED),
+    ),
+    "margin": Case({"false_negative_margin": -0.2}),
+    "margin, sampled": Case({"false_negative_margin": 0.3, "exact_query_gradient": False}),
+    "explicit": Case({"exact_query_gradient": False}, explicit=EXPLICIT),
+    "log Q": Case(
+        {"in_batch_negatives": True, "use_lru": False},
+        {"candidate_sampling_probability": tf.constant(BATCH_P)},
+        log_weights=-np.log(13 * ROW_P),
+        log_expected=np.log(13 * BATCH_P),
+        set_up=add_with_probabilities,
+    ),
+    "learned temperature": Case({"score_transform": lambda: LearnedTemperature(0.5)}),
+    "learned temperature, sampled": Case(
+        {"score_transform": lambda: LearnedTemperature(0.5), "exact_query_gradient": False}
+    ),
+    "curve": Case({"score_transform": Curve, "in_batch_negatives": True}),
+    "corpus": Case(cached=None, left_out=own_rows(range(NUM_CANDIDATES))),
+    "corrector": Case(
+        {"corrector": Corrector},
+        cached=None,
+        left_out=own_rows(range(NUM_CANDIDATES)),
+        known=corrected_rows,
+        set_up=teach_once,
+    ),
+    "Nyström, sampled": Case(
+        {"corrector": lambda: NystromCorrector(6), "exact_query_gradient": False},
+        cached=None,
+        left_out=own_rows(range(NUM_CANDIDATES)),
+        known=corrected_rows,
+        set_up=teach_once,
+    ),
+    "index": Case({"index": lambda: TreeIndex(len(CACHED), DIM)}),
+    "sample weights": Case({}, {"sample_weight": tf.constant([1.0, 0.0, 3.0, 0.5, 0.0])}),
+}
+# The log Q case fills its cache itself.
+EMPTY_AT_FIRST = {"log Q"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_variable_gets_the_gradient_of_all_rows(name):
+    case = CASES[name]
+    task = make_frozen(case, num_draws=NUM_DRAWS, filled=name not in EMPTY_AT_FIRST)
+    sampler = Sampler(case, task)
+    expected = sampler.expected()
+    for weight, part, values in zip(sampler.weights, expected, sampler.many(500)):
+        assert np.any(part != 0.0), weight.name
+        assert_mean_is(values, part)
+
+
+@pytest.mark.parametrize("num_draws", [1, 5, 9, None])
+def test_any_number_of_draws_has_that_mean(num_draws):
+    case = Case({"exact_query_gradient": False})
+    task = make_frozen(case, num_draws=num_draws)
+    encoded = int(task.cached.num_encoded)
+    sampler = Sampler(case, task)
+    for part, values in zip(sampler.expected(), sampler.many(500)):
+        assert_mean_is(values, part)
+    # One for every two queries by default; with one step before the loop.
+    assert int(task.cached.num_encoded) - encoded == 501 * (3 if num_draws is None else num_draws)
+
+
+@pytest.mark.parametrize("cached", [[7], [7, 1]])
+def test_a_cache_of_fewer_rows_than_draws(cached):
+    case = Case(cached=cached)
+    sampler = Sampler(case, make_frozen(case, num_draws=9))
+    for part, values in zip(sampler.expected(), sampler.many(300)):
+        assert_mean_is(values, part)
+
+
+def test_a_fresh_cache_leaves_the_queries_gradient_without_variance():
+    case = CASES["in-batch, accidental hits"]
+    sampler = Sampler(case, make_frozen(case, stale=TABLE, num_draws=NUM_DRAWS))
+    expected = sampler.expected()
+    by_query, by_table = sampler.many(300)
+    np.testing.assert_allclose(by_query, np.tile(expected[0], [300, 1, 1]), rtol=1e-4, atol=1e-5)
+    assert_mean_is(by_table, expected[1])
+    assert np.max(by_table.std(axis=0)) > 0.01
+
+
+def test_more_draws_have_less_variance():
+    variances = {}
+    for num_draws in (2, 8):
+        case = Case({"exact_query_gradient": False})
+        by_query, by_table = Sampler(case, make_frozen(case, num_draws=num_draws)).many(400)
+        variances[num_draws] = by_query.var(axis=0).sum() + by_table.var(axis=0).sum()
+    # Strata make it better than a fourth.
+    assert variances[8] < 0.3 * variances[2]
+
+
+def test_as_many_shared_draws_as_queries_have_less_variance_than_their_own():
+    case = Case({"exact_query_gradient": False})
+    variances = []
+    for kwargs in ({"num_draws": len(IDS)}, {"num_negatives": 1}):
+        by_query, by_table = Sampler(case, make_frozen(case, **kwargs)).many(400)
+        variances.append(by_query.var(axis=0).sum() + by_table.var(axis=0).sum())
+    assert variances[0] < 0.7 * variances[1]
+
+
+def test_an_index_that_estimates_has_nearly_that_gradient():
+    # 60 candidates in leaves of 4, two of which are opened.
+    rng = np.random.default_rng(3)
+    table = rng.normal(size=[60, DIM]).astype(np.float32)
+    cached = list(range(5, 60))
+    index = TreeIndex(len(cached), DIM, leaf_size=4, branching=4, beam=2)
+    task = make_task(
+        table, len(cached), filled_with=cached, index=index, num_draws=8, reduction="sum"
+    )
+    task.cached.end_step = lambda batch, contribution: None
+    queries, by_table = make_queries(len(IDS)), []
+    tower = task.candidate_network
+
+    @tf.function
+    def gradient():
+        features = {"id": tf.constant(IDS, tf.int64)}
+        with tf.GradientTape() as tape:
+            loss = task(tf.constant(queries), tf.constant(table[IDS]), features, training=True)
+        weight = tower.table if isinstance(tower.table, tf.Variable) else tower.table.value
+        return tf.convert_to_tensor(tape.gradient(loss, weight))
+
+    by_table = np.mean([gradient() for _ in range(300)], axis=0)
+    scores = queries.astype(np.float64) @ table[cached].T
+    log_partition = np.logaddexp.reduce(scores, axis=1)
+    positive = np.sum(queries * table[IDS], axis=1)
+    share = 1.0 / (1.0 + np.exp(positive - log_partition))
+    law = np.exp(scores - log_partition[:, np.newaxis])
+    expected = np.zeros_like(table)
+    expected[cached] = np.einsum("b,by,bd->yd", share, law, queries)
+    error = np.linalg.norm(by_table - expected) / np.linalg.norm(expected)
+    assert error < 0.15, error
