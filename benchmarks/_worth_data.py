@@ -63,8 +63,8 @@ class Data:
 
     @property
     def cache_size(self) -> int:
-        """A power of two, so that a streaming cache is full of different candidates."""
-        return 2 ** int(np.log2(min(0.8 * len(self.train_candidates), 16384)))
+        """A power of two below the number of candidates and that of training pairs."""
+        return 2 ** int(np.log2(min(0.8 * len(self.train), self.num_candidates, 16384)))
 
     def batches(self, batch_size: int, seed: int) -> tf.data.Dataset:
         """Training batches without end, each pair once in an epoch."""

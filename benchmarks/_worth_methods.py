@@ -146,7 +146,7 @@ def make_training(
             sources = []
         sources.append(UniformDraws(data, **options))
     elif method.kind == "memory":
-        size = int(options["share"] * len(data.train)) // batch_size * batch_size
+        size = int(options["share"] * data.cache_size)
         sources.append(CrossBatchMemory(size, DIM, options["start"] * batch_size))
     elif method.kind in ("cache", "published"):
         # The correction takes the cache for a sample of the stream.

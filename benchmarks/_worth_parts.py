@@ -196,5 +196,5 @@ def corpus_cache(data: Data, tower) -> nc.Cache:
 
 
 def rows_for_warm_start(data: Data, seed: int) -> np.ndarray:
-    """The candidates of the training pairs in random order, as the stream brings them."""
-    return np.random.default_rng(seed).permutation(data.train_candidates)
+    """The candidates of the training pairs in random order, as often as the stream brings them."""
+    return np.random.default_rng(seed).permutation(data.train[:, 1])

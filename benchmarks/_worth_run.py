@@ -1,9 +1,9 @@
 """One training of `worth.py`: its steps, its clock, and what its evaluations show.
 
-A run is given processor time, not steps: that of `NUM_STEPS` steps of the cache by default. How many
-steps of a method that makes is measured once, before its first run. Time is that of all threads of
-the process while it trains: without evaluations, without the tracing of functions, and with the
-filling of caches, which is taken to cost what an evaluation needs for as many candidates.
+A run is given processor time, not steps: that of `num_cache_steps` steps of the cache by default.
+How many steps of a method that makes is measured once, before its first run. Time is that of all
+threads of the process while it trains: without evaluations, without the tracing of functions, and
+with the filling of caches, which is taken to cost what an evaluation needs for as many candidates.
 """
 
 import gc
@@ -18,7 +18,6 @@ from _worth_methods import BATCH_SIZE, METHODS, Method, Training, make_training
 import negative_cache as nc
 from negative_cache._compat import keras
 
-NUM_STEPS = {"words": 2000, "transformer": 1000}
 NUM_EVALUATIONS = 16
 # Of activations and what else a step needs, beyond what is there before the first step.
 MEMORY_LIMIT = {"words": 2**28, "transformer": 2**28}
@@ -105,7 +104,7 @@ def train(method: Method, batch_size: int, steps: int, data: Data, tower: str, r
     training = make_training(
         method, batch_size, data, tower, run["temperature"], run["rate"], run["seed"]
     )
-    evaluations = min(NUM_EVALUATIONS, steps // (2 * _UNTIMED))
+    evaluations = max(min(NUM_EVALUATIONS, steps // (2 * _UNTIMED)), 1)
     clock, evaluation = _Clock(), _Evaluation(data)
     training.model.fit(
         data.batches(batch_size, run["seed"]),
@@ -153,11 +152,18 @@ def calibrate(method: Method, batch_size: int, data: Data, tower: str) -> float:
     return 1000 * min(np.array(clock.processor) / clock.num_steps)
 
 
-def num_steps(method: Method, tower: str, milliseconds: float, of_cache: float) -> int:
-    """How many steps a run of a method has."""
+def num_cache_steps(name: str, tower: str) -> int:
+    """How many steps the cache has. A step of a factorization is short, and it needs many."""
+    if tower == "transformer":
+        return 1000
+    return 8000 if name == "interactions" else 2000
+
+
+def num_steps(method: Method, of_cache: int, milliseconds: float, cache_milliseconds: float) -> int:
+    """How many steps a run of a method has, for as much time as `of_cache` steps of the cache."""
     if not method.is_timed:
-        return NUM_STEPS[tower]
-    steps = NUM_STEPS[tower] * of_cache / milliseconds
+        return of_cache
+    steps = of_cache * cache_milliseconds / milliseconds
     return max(int(round(steps / NUM_EVALUATIONS)), 2 * _UNTIMED) * NUM_EVALUATIONS
 
 

@@ -6,7 +6,8 @@
 
 Three data sets (`_worth_data.py`), cheap towers and transformers, and the methods of
 `_worth_methods.py`. Each method is given the same processor time, that of 2,000 steps of the cache
-with cheap towers and of 1,000 with transformers (`_worth_run.py`), on one thread.
+with cheap towers, 8,000 for interactions, and 1,000 with transformers (`_worth_run.py`), on one
+thread.
 
 Each is trained at temperatures out of `TEMPERATURES`, and beyond them while the best one is the
 first or the last, with seed 0; the best on validation MRR is then trained with two more seeds.
@@ -116,9 +117,12 @@ class Sweep:
         described, batch_size = METHODS[method], METHODS[method].batch_size
         if batch_size == "memory":
             batch_size = self._largest_batch()
-        of_cache = self._milliseconds(CACHE, METHODS[CACHE].batch_size)
-        own = self._milliseconds(method, batch_size)
-        steps = _worth_run.num_steps(described, self.tower, own, of_cache)
+        steps = _worth_run.num_steps(
+            described,
+            _worth_run.num_cache_steps(self.name, self.tower),
+            self._milliseconds(method, batch_size),
+            self._milliseconds(CACHE, METHODS[CACHE].batch_size),
+        )
         return batch_size, steps // self.options.shorter
 
     def _milliseconds(self, method, batch_size):
