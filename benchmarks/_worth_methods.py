@@ -8,8 +8,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import tensorflow as tf
-from _towers import TransformerTower
 from _worth_data import Data
 from _worth_parts import (
     BothDirections,
@@ -19,12 +17,11 @@ from _worth_parts import (
     corpus_cache,
     rows_for_warm_start,
 )
+from _worth_towers import DIM, make_towers
 
 import negative_cache as nc
-from negative_cache import demo
 from negative_cache._compat import keras
 
-DIM = 64
 # Of the batch size and the draws, if a method does not say otherwise.
 BATCH_SIZE = 64
 # Options of `FromCache` for the two rows that stand for this package.
@@ -86,18 +83,6 @@ METHODS = {
     "recipe frequency": Method("cache", options=RECIPE, frequency=True),
 }
 LARGER_BATCHES = tuple(name for name in METHODS if name.startswith("in-batch ") and name[-1] != "y")
-
-
-def make_towers(data: Data, tower: str):
-    """(query tower, candidate tower); they share their word vectors."""
-    words = keras.layers.Embedding(data.vocabulary_size, DIM, mask_zero=True)
-    towers = []
-    for ids in (data.query_ids, data.candidate_ids):
-        length = ids.shape[1]
-        is_words = tower == "words"
-        towers.append(demo.TextTower(words) if is_words else TransformerTower(words, length, DIM))
-        towers[-1](tf.constant(ids[:1]))
-    return tuple(towers)
 
 
 @dataclasses.dataclass
