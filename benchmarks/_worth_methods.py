@@ -1,10 +1,11 @@
 """The methods that `worth.py` compares, and the model of each.
 
-To change what is measured, change `METHODS`, or `DEFAULT` and `RECIPE`: a line of the results holds
-the options of its method, and a method with other options is measured again.
+To change what is measured, change `METHODS`, or `RECIPE`. A line of the results holds the options
+of its method, with what the package has by default. A method with other options is measured again.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,9 +25,9 @@ from negative_cache._compat import keras
 
 # Of the batch size and the draws, if a method does not say otherwise.
 BATCH_SIZE = 64
-# Options of `FromCache` for the two rows that stand for this package.
-DEFAULT: dict[str, Any] = {}
+# Options of `FromCache` that are the best ones known; the method "cache" has the defaults.
 RECIPE: dict[str, Any] = {"num_negatives": 2}
+_OF_CACHES = ("num_draws", "num_negatives", "exact_query_gradient")
 # Once in so many steps the oracle encodes all candidates.
 ORACLE_EVERY = {"words": 10, "transformer": 40}
 
@@ -50,8 +51,17 @@ class Method:
     frequency: bool = False
     is_timed: bool = True
 
+    def described(self) -> dict[str, Any]:
+        """The options, those of caches with their defaults."""
+        if self.kind not in ("cache", "published") and "cache" not in self.options:
+            return dict(self.options)
+        parameters = inspect.signature(nc.FromCache).parameters
+        defaults = {key: parameters[key].default for key in _OF_CACHES if key in parameters}
+        return {**defaults, **self.options}
 
-IN_BATCH, CACHE, RECIPE_NAME = "in-batch", "cache", "recipe"
+
+# The time of so many steps of `REFERENCE` is what each method is given.
+IN_BATCH, REFERENCE = "in-batch", "own draws"
 METHODS = {
     IN_BATCH: Method("batch"),
     "in-batch 96": Method("batch", 96),
@@ -68,18 +78,19 @@ METHODS = {
     "uniform 16": Method("uniform", options={"num_draws": 16}),
     "memory": Method("memory", options={"share": 1.0, "start": 200}),
     "memory 1/8": Method("memory", options={"share": 0.125, "start": 200}),
-    "published": Method("published"),
-    CACHE: Method("cache", options=DEFAULT),
-    RECIPE_NAME: Method("cache", options=RECIPE),
+    "published": Method("published", options={"num_negatives": 1, "exact_query_gradient": False}),
+    REFERENCE: Method("cache", options={"num_negatives": 1}),
+    "cache": Method("cache"),
+    "recipe": Method("cache", options=RECIPE),
     "corpus": Method("corpus", options={"refresh_fraction": 0.001}),
     "corrector": Method("corpus", options={"corrector": True}),
     "oracle": Method("oracle", options={"num_negatives": 4}, is_timed=False),
     "both": Method("both"),
-    "both cache": Method("both", options={"cache": True, **DEFAULT}),
+    "both cache": Method("both", options={"cache": True}),
     "in-batch frequency": Method("batch", frequency=True),
     "in-batch 512 frequency": Method("batch", 512, frequency=True),
     "uniform alone": Method("uniform", options={"num_draws": 128, "alone": True}),
-    "cache frequency": Method("cache", options=DEFAULT, frequency=True),
+    "cache frequency": Method("cache", frequency=True),
     "recipe frequency": Method("cache", options=RECIPE, frequency=True),
 }
 LARGER_BATCHES = tuple(name for name in METHODS if name.startswith("in-batch ") and name[-1] != "y")
@@ -137,7 +148,7 @@ def make_training(
         # The correction takes the cache for a sample of the stream.
         spec = nc.CacheSpec(specs, data.cache_size, use_lru=not method.frequency)
         if method.kind == "published":
-            sources, options = [], {"exact_query_gradient": False}
+            sources = []
         sources.append(nc.FromCache(spec, **options))
         callbacks.append(_warm_start(data, seed))
         num_filled = data.cache_size

@@ -1,6 +1,6 @@
 """One training of `worth.py`: its steps, its clock, and what its evaluations show.
 
-A run is given processor time, not steps: that of `num_cache_steps` steps of the cache by default.
+A run is given processor time, not steps: that of `num_cache_steps` steps of a cache.
 How many steps of a method that makes is measured once, before its first run. Time is that of all
 threads of the process while it trains: without evaluations, without the tracing of functions, and
 with the filling of caches, which is taken to cost what an evaluation needs for as many candidates.

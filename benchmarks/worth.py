@@ -5,9 +5,9 @@
     python benchmarks/worth.py --report              # tables and curves of what there is
 
 Three data sets (`_worth_data.py`), cheap towers and transformers, and the methods of
-`_worth_methods.py`. Each method is given the same processor time, that of 2,000 steps of the cache
-with cheap towers, 8,000 for interactions, and 1,000 with transformers (`_worth_run.py`), on one
-thread.
+`_worth_methods.py`. Each method is given the same processor time, on one thread: that of 2,000
+steps of a cache ("own draws") with cheap towers, 8,000 for interactions, and 1,000 with
+transformers (`_worth_run.py`).
 
 Each is trained at temperatures out of `TEMPERATURES`, and beyond them while the best one is the
 first or the last, with seed 0; the best on validation MRR is then trained with two more seeds.
@@ -29,7 +29,7 @@ import _worth_data
 import _worth_report
 import _worth_run
 import tensorflow as tf
-from _worth_methods import CACHE, METHODS
+from _worth_methods import METHODS, REFERENCE
 
 TEMPERATURES = (0.03, 0.05, 0.07, 0.1, 0.15)
 FURTHER = (0.01, 0.02, *TEMPERATURES, 0.2, 0.3, 0.5, 0.7, 1.0)
@@ -99,7 +99,7 @@ class Sweep:
             "data": self.name,
             "tower": self.tower,
             "method": method,
-            "options": dict(described.options),
+            "options": described.described(),
             "temperature": temperature,
             "rate": rate,
             "seed": seed,
@@ -121,7 +121,7 @@ class Sweep:
             described,
             _worth_run.num_cache_steps(self.name, self.tower),
             self._milliseconds(method, batch_size),
-            self._milliseconds(CACHE, METHODS[CACHE].batch_size),
+            self._milliseconds(REFERENCE, METHODS[REFERENCE].batch_size),
         )
         return batch_size, steps // self.options.shorter
 
@@ -129,7 +129,7 @@ class Sweep:
         wanted = {
             "kind": "step",
             "method": method,
-            "options": dict(METHODS[method].options),
+            "options": METHODS[method].described(),
             "batch_size": batch_size,
         }
         found = self.results.find(**wanted)
