@@ -52,12 +52,13 @@ class Method:
     is_timed: bool = True
 
     def described(self) -> dict[str, Any]:
-        """The options, those of caches with their defaults."""
+        """The options, those of caches with their defaults but None."""
         if self.kind not in ("cache", "published") and "cache" not in self.options:
             return dict(self.options)
         parameters = inspect.signature(nc.FromCache).parameters
         defaults = {key: parameters[key].default for key in _OF_CACHES if key in parameters}
-        return {**defaults, **self.options}
+        described = {**defaults, **self.options}
+        return {key: value for key, value in described.items() if value is not None}
 
 
 # The time of so many steps of `REFERENCE` is what each method is given.
