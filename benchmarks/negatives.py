@@ -1,6 +1,6 @@
 """In-batch softmax against the cache on `installed_code`, over seeds and temperatures.
 
-    python benchmarks/negatives.py                   # about forty minutes on two cores
+    python benchmarks/negatives.py                   # over an hour on two idle cores
     python benchmarks/negatives.py --temperatures 0.05 0.1 learned learned:0.1:0.05
 
 Trains the demo's towers for the same number of steps with each setting, and ranks the held-out
@@ -26,8 +26,8 @@ from negative_cache.datasets import installed_code
 TEMPERATURES = (0.05, 0.07, 0.1)
 KINDS = {
     "in-batch": {},
-    "cache, 1 draw a query": {"num_negatives": 1},
-    "cache, 4 draws a query": {"num_negatives": 4},
+    "cache, 1 draw": {"num_negatives": 1},
+    "cache, 4 draws": {"num_negatives": 4},
     "cache, 64 shared draws": {"num_draws": 64},
     "cache, 32 shared draws": {"num_draws": 32},
     "cache, 16 shared draws": {"num_draws": 16},

@@ -163,7 +163,6 @@ def main():
     batches = make_batches(options.batch_size, LENGTHS[options.towers])
     print(pathlib.Path(nc.__file__).parent)
     models = {"in-batch": (0, {}), "cache": (options.cache_size, {})}
-    models["cache, own draws"] = options.cache_size, {"num_negatives": 1}
     for count in options.draws:
         models[f"cache, {count} draws"] = options.cache_size, {"num_draws": count}
     steps, sizes = {}, {}

@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import importlib.util
 import json
-import math
 import pathlib
 import time
 from collections.abc import Mapping, Sequence
@@ -48,8 +47,8 @@ class Settings:
     patience: int | None = 3
     batch_size: int = 64
     cache_size: int = 16384
+    num_negatives: int = 1
     num_draws: int | None = None
-    num_negatives: int | None = None
     exact_query_gradient: bool = True
     dim: int = 128
     temperature: float | str | nc.LearnedTemperature = 0.05
@@ -146,7 +145,7 @@ def make_model(data: Data, cache_size: int, settings: Settings) -> nc.DualEncode
         cache_size,
         temperature=settings.temperature,
         num_draws=settings.num_draws,
-        num_negatives=settings.num_negatives,
+        num_negatives=None if settings.num_draws else settings.num_negatives,
         exact_query_gradient=settings.exact_query_gradient,
         in_batch_negatives=True,
         candidate_id_key="row",
@@ -161,10 +160,7 @@ def count_draws(settings: Settings) -> int:
     """The candidates that a step draws from the cache and encodes."""
     if settings.num_draws is not None:
         return settings.num_draws
-    if settings.num_negatives is not None:
-        return settings.batch_size * settings.num_negatives
-    # What `CachedRetrieval` draws by default.
-    return math.ceil(settings.batch_size / 2)
+    return settings.batch_size * settings.num_negatives
 
 
 def train(name: str, data: Data, cache_size: int, settings: Settings) -> Result:
@@ -312,7 +308,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--num-negatives",
         type=int,
         default=defaults.num_negatives,
-        help="draws of each query's own; by default all queries share half as many as there are",
+        help="draws for each query",
     )
     add("--seed", type=int, default=defaults.seed)
     add("--output", type=pathlib.Path, default=pathlib.Path("demo"), help="folder of the results")
@@ -320,7 +316,7 @@ def _parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed = parser.parse_args(arguments)
     for name in ("steps", "patience", "num_negatives"):
         value = getattr(parsed, name)
-        if value is not None and value < 1:
+        if value < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, received {value}")
     if parsed.cache_size < 1024:
         parser.error(f"--cache-size must be at least 1024, received {parsed.cache_size}")

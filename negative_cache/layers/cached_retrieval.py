@@ -90,10 +90,10 @@ class CachedRetrieval(Retrieval):
       score_transform: elementwise function of the (divided) inner products. If it learns something,
         it must be a Keras layer: Keras does not find variables that a function closes over. Their
         gradient is estimated by the draws. On a GPU, XLA must be able to compile the function.
-      num_draws: n, rows of the cache that are drawn and encoded at every training step, for all
-        queries of the batch together (`docs/shared_draws.md`). None draws one for every two
-        queries.
-      num_negatives: S, draws of each query for itself, instead of those that all share.
+      num_negatives: S, rows of the cache drawn for each query and encoded at every training step; 1
+        if neither this nor `num_draws` is given.
+      num_draws: n, rows drawn and encoded at every step for all queries of the batch together (of a
+        replica's batch), instead of S for each: see `docs/shared_draws.md`.
       in_batch_negatives: whether the batch's other candidates are negatives too, with exact
         gradient.
       num_hard_negatives: keep only this many of the highest-scoring in-batch negatives of a query.
@@ -184,8 +184,8 @@ class CachedRetrieval(Retrieval):
         *,
         temperature: float | str | LearnedTemperature | None = None,
         score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
-        num_draws: int | None = None,
         num_negatives: int | None = None,
+        num_draws: int | None = None,
         in_batch_negatives: bool = False,
         num_hard_negatives: int | None = None,
         candidate_id_key: str | None = None,

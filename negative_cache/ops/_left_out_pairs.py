@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-# The table of a first, inexact selection has so many bits of an id: 64 KiB, which a processor
+# The table of a first, inexact selection has so many bits of a hash: 64 KiB, which a processor
 # caches.
 _BITS = 16
 
@@ -32,7 +32,7 @@ class LeftOutPairs(NamedTuple):
         wanted = tf.reshape(positive_ids, [-1])
         order = tf.argsort(wanted)
         wanted = tf.gather(wanted, order)
-        likely = _share_low_bits(candidate_ids, wanted)
+        likely = _share_slots(candidate_ids, wanted)
         ids = tf.gather(candidate_ids, likely)
         # A query may have an id several times, and its pair comes as often.
         first = tf.searchsorted(wanted, ids, side="left")
@@ -54,16 +54,18 @@ class LeftOutPairs(NamedTuple):
         return tf.tensor_scatter_nd_update(scores, places, values)
 
 
-def _share_low_bits(ids: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
-    """[l] int32, ascending places of `ids` [C] whose low bits are those of one of `wanted`."""
-    slots = _low_bits(wanted)
+def _share_slots(ids: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
+    """[l] int32, ascending places of `ids` [C] in the slot of one of `wanted`."""
+    slots = _slots(wanted)
     table = tf.tensor_scatter_nd_update(
         tf.zeros([2**_BITS], tf.bool), slots[:, tf.newaxis], tf.ones_like(slots, tf.bool)
     )
-    found = tf.gather(table, _low_bits(ids))
+    found = tf.gather(table, _slots(ids))
     return tf.cast(tf.where(found)[:, 0], tf.int32)
 
 
-def _low_bits(ids: tf.Tensor) -> tf.Tensor:
-    # In int32, because 16 bits with a sign do not hold the mask.
-    return tf.bitwise.bitwise_and(tf.cast(ids, tf.int32), 2**_BITS - 1)
+def _slots(ids: tf.Tensor) -> tf.Tensor:
+    """[n] int32, hashes of `_BITS` bits: ids may all be multiples of a round number."""
+    # Multiplied by 2^64 over the golden ratio, the upper bits depend on all bits (Knuth).
+    mixed = tf.bitcast(tf.cast(ids, tf.int64) * -7046029254386353131, tf.uint64)
+    return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(64 - _BITS, tf.uint64)), tf.int32)

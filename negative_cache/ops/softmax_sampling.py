@@ -163,6 +163,8 @@ def sample_softmax_with_gradient(
     scorer = BlockScorer(query_embeddings, candidate_embeddings, **scoring)
     if num_samples < 0:
         raise ValueError(f"`num_samples` must not be negative. Received: {num_samples}.")
+    if choose_queries is not None and not num_samples:
+        raise ValueError("`choose_queries` needs draws. Received: num_samples=0.")
     if block_size is not None and block_size < 1:
         raise ValueError(f"`block_size` must be at least 1. Received: {block_size}.")
     if isinstance(scorer.num_candidates, int) and not scorer.num_candidates:

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from negative_cache.layers.retrieval import Retrieval
 
 _DIMENSION = "embedding_dim"
-# So many queries share a draw by default: `benchmarks/README.md` says why.
-QUERIES_PER_DRAW = 2
 
 
 class CachedNegatives(Negatives, StateLayer):
@@ -269,15 +267,6 @@ class CachedNegatives(Negatives, StateLayer):
         self._fill.update_state(tf.cast(self.get_cache().num_filled, tf.float32) / self.cache_size)
         self._skipped_rows.update_state(self.get_cache().num_skipped)
         return outcome.drift_loss
-
-    def num_draws_of(self, batch: Batch) -> int | tf.Tensor:
-        """Scalar int32, n, the draws that the queries of a batch share."""
-        if self.num_draws is not None:
-            return self.num_draws
-        num_queries = batch.queries.shape[0]
-        if num_queries is None:
-            num_queries = batch.num_queries
-        return -(-num_queries // QUERIES_PER_DRAW)
 
     def correction(self) -> RowCorrection | None:
         """The corrector as it is now, if there is one."""

@@ -237,17 +237,17 @@ def _check_embedding_key(cache: Cache) -> None:
 
 
 def check_draws(num_draws: int | None, num_negatives: int | None) -> tuple[int | None, int | None]:
-    """Checks how many draws there are: shared by the batch, or of each query's own."""
+    """Checks how many draws there are: shared by the batch, or of each query's own, by default 1."""
     if num_draws is not None and num_negatives is not None:
         raise ValueError(
             "`num_draws` are shared by all queries, `num_negatives` are of each query: give one of"
             f" them. Received: num_draws={num_draws}, num_negatives={num_negatives}."
         )
     if num_draws is not None:
-        num_draws = _validation.check_count(num_draws, "num_draws")
-    if num_negatives is not None:
-        num_negatives = _validation.check_count(num_negatives, "num_negatives")
-    return num_draws, num_negatives
+        return _validation.check_count(num_draws, "num_draws"), None
+    return None, _validation.check_count(
+        1 if num_negatives is None else num_negatives, "num_negatives"
+    )
 
 
 def check_schedule(source: CachedNegatives, use_lru: bool) -> None:

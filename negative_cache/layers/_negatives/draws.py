@@ -15,6 +15,8 @@ from negative_cache.ops._block_scorer import BlockScorer
 # Options of a sampler with an entry for each query, and with one for each row.
 _OF_QUERIES = ("positive_ids", "max_scores")
 _OF_ROWS = ("candidate_ids", "log_weights")
+# What a score may differ by, relatively, from that of a sampler in TF32 or 16 bits.
+_TOLERANCE = 1e-3
 
 
 class Draws(NamedTuple):
@@ -90,10 +92,17 @@ def shared_weights(
             of_pairs[name] = tf.gather(options[name], drawn.rows)
     if of_pairs["positive_ids"] is not None and "candidate_ids" not in of_pairs:
         of_pairs["candidate_ids"] = drawn.rows
+    if of_pairs["max_scores"] is not None:
+        # The sampler has scored in another product, and rounded otherwise: what it has drawn must
+        # not have a weight of zero.
+        limits = of_pairs["max_scores"]
+        of_pairs["max_scores"] = limits + _TOLERANCE * tf.maximum(tf.abs(limits), 1.0)
     scorer = BlockScorer(queries, drawn.embeddings, candidate_mask=drawn.mask, **of_pairs)
 
     def weigh() -> tf.Tensor:
         scores, _ = scorer.score_block(drawn.embeddings, 0, tf.size(drawn.rows))
-        return shared_draws.balanced_weights(scores - log_partition[:, tf.newaxis], shares)
+        # What the sampler has left out by a rounding may score above its log partition.
+        log_probabilities = tf.minimum(scores - log_partition[:, tf.newaxis], 0.0)
+        return shared_draws.balanced_weights(log_probabilities, shares)
 
     return _execution.as_constant(weigh)

@@ -125,9 +125,10 @@ class FromCache(CachedNegatives):
 
     Args:
       cache: a `CacheSpec`; or a `Cache` without a `row_key` whose embedding is called "embedding".
-      num_draws: n, rows that are drawn and encoded at every training step, for all queries of the
-        batch together. None draws one for every two queries.
-      num_negatives: S, draws of each query for itself, instead of those that all share.
+      num_negatives: S, rows drawn for each query and encoded at every training step; 1 if neither
+        this nor `num_draws` is given.
+      num_draws: n, rows drawn and encoded at every step for all queries of the batch together (of a
+        replica's batch), instead of S for each: see `docs/shared_draws.md`.
       exact_query_gradient: whether the queries' gradient is computed and not sampled, see
         `CachedRetrieval`.
       corrector: a `Corrector` or a `NystromCorrector`, which estimates where stale embeddings are
@@ -149,8 +150,8 @@ class FromCache(CachedNegatives):
         self,
         cache: CacheSpec | Cache,
         *,
-        num_draws: int | None = None,
         num_negatives: int | None = None,
+        num_draws: int | None = None,
         exact_query_gradient: bool = True,
         corrector: DriftCorrector | None = None,
         refresh_fraction: float = 0.0,

@@ -42,8 +42,8 @@ class FromCorpus(CachedNegatives):
       cache: a cache that covers a corpus, as `Cache.from_dataset` makes it.
       write_back: whether draws and the batch's candidates are written. False leaves rows as they
         are but for refreshes: a cache that is stale on purpose, as baselines have it.
-      num_draws: see `FromCache`.
       num_negatives: see `FromCache`.
+      num_draws: see `FromCache`.
       exact_query_gradient: see `FromCache`.
       corrector: see `FromCache`.
       refresh_fraction: see `FromCache`.
@@ -66,8 +66,8 @@ class FromCorpus(CachedNegatives):
         cache: Cache,
         *,
         write_back: bool = True,
-        num_draws: int | None = None,
         num_negatives: int | None = None,
+        num_draws: int | None = None,
         exact_query_gradient: bool = True,
         corrector: DriftCorrector | None = None,
         refresh_fraction: float = 0.0,

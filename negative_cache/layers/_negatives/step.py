@@ -69,7 +69,7 @@ class CachedStep:
 
     def log_partition(self) -> tf.Tensor:
         """[B] float32, without gradient; changes nothing."""
-        return self._sample(0, self._options(), compute_gradient=False)[0].log_partition
+        return self._sample(0, self._options(), seed=0, compute_gradient=False)[0].log_partition
 
     def sampled_log_partition(self, seed: tf.Tensor) -> Outcome:
         """The log partition with the sampled gradient, and what there is to write.
@@ -119,10 +119,10 @@ class CachedStep:
         """[B] log Z, [B, d] ∇_x log Z if it is to be exact, and draws."""
         source, batch, options = self._source, self._batch, self._options()
         wanted = {"seed": seed, "compute_gradient": source.exact_query_gradient}
-        if source.num_negatives is not None:
+        num_draws = source.num_draws
+        if num_draws is None:
             sample, query_gradient = self._sample(source.num_negatives, options, **wanted)
             return sample.log_partition, query_gradient, Draws.own(sample)
-        num_draws = source.num_draws_of(batch)
 
         def choose(log_partition: tf.Tensor) -> tf.Tensor:
             # No step has a seed of negative numbers.
