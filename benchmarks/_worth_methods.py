@@ -26,7 +26,7 @@ from negative_cache._compat import keras
 # Of the batch size and the draws, if a method does not say otherwise.
 BATCH_SIZE = 64
 # Options of `FromCache` that are the best ones known; the method "cache" has the defaults.
-RECIPE: dict[str, Any] = {"num_negatives": 2}
+RECIPE: dict[str, Any] = {"num_draws": 32}
 _OF_CACHES = ("num_draws", "num_negatives", "exact_query_gradient")
 # Once in so many steps the oracle encodes all candidates.
 ORACLE_EVERY = {"words": 10, "transformer": 40}

@@ -104,7 +104,7 @@ def test_shows_a_bar_where_asked(capsys):
 
 def test_what_is_refreshed_is_in_the_logs():
     logs = [
-        make_model(write_back=False, num_negatives=1)
+        make_model(write_back=False)
         .fit(pairs(), epochs=3, verbose=0, callbacks=callbacks)
         .history["candidates_encoded"]
         for callbacks in ([], [CacheRefresh(verbose=0)])

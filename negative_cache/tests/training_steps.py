@@ -112,6 +112,7 @@ TASKS: dict[str, Callable[[], CachedRetrieval]] = {
         false_negative_margin=0.1,
         num_negatives=2,
     ),
+    "shared draws": lambda: streaming(num_draws=8),
     "sampled gradient": lambda: streaming(exact_query_gradient=False, use_lru=False),
     "learned temperature": lambda: streaming(temperature="learned", in_batch_negatives=True),
     "score transform": lambda: streaming(score_transform=lambda scores: 3.0 * tf.tanh(scores)),

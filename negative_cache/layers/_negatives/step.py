@@ -120,7 +120,7 @@ class CachedStep:
         source, batch, options = self._source, self._batch, self._options()
         wanted = {"seed": seed, "compute_gradient": source.exact_query_gradient}
         num_draws = source.num_draws
-        if num_draws is None:
+        if source.num_negatives is not None:
             sample, query_gradient = self._sample(source.num_negatives, options, **wanted)
             return sample.log_partition, query_gradient, Draws.own(sample)
 

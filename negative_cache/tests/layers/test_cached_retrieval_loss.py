@@ -180,7 +180,7 @@ def test_several_negatives_divide_the_variance_of_the_gradient():
 
 def test_exact_query_gradient_of_a_fresh_cache_has_no_variance():
     table, queries, cached = make_table(), make_queries(2), [5, 6, 7, 8, 9]
-    task = make_task(table, filled_with=cached, reduction="sum", cache_size=200, num_negatives=1)
+    task = make_task(table, filled_with=cached, reduction="sum", cache_size=200)
     by_query, _ = draw_gradients(task, table, queries, [0, 1], num_draws=100)
     expected, _ = exact_gradients(table, queries, [0, 1], cached)
     np.testing.assert_allclose(by_query, np.tile(expected, [100, 1, 1]), rtol=1e-4, atol=1e-5)
@@ -217,7 +217,6 @@ def test_exact_query_gradient_of_a_stale_cache_keeps_the_mean_and_cuts_the_varia
             score_transform=transform,
             reduction="sum",
             cache_size=4000,
-            num_negatives=1,
         )
         task.candidate_network.table.assign(table)
         by_query, _ = draw_gradients(task, table, queries, [0], num_draws=4000)

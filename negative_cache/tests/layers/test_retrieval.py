@@ -97,8 +97,7 @@ def test_two_caches_with_different_towers():
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_source_has_its_part_of_the_gradient_and_is_moved_on(compiled):
     tower = Table(TABLE)
-    corrected = corpus(tower, num_negatives=1, corrector=nc.Corrector(hidden_units=4))
-    sources = [stream(num_negatives=2), corrected]
+    sources = [stream(num_negatives=2), corpus(tower, corrector=nc.Corrector(hidden_units=4))]
     task = Retrieval(tower, sources, candidate_id_key="id")
 
     def step(ids):
@@ -232,8 +231,7 @@ def test_logs_and_callbacks_know_every_cache(tmp_path):
         history
     )
     assert history["stream_fill"] == [1.0, 1.0]
-    # Two draws for each query from the stream, and two for each batch of three from the corpus.
-    batches, draws, oldest = 2 * SIZE, 2 * (2 * SIZE) + 2 * (2 * 4), 2 * 4
+    batches, draws, oldest = 2 * SIZE, 2 * (2 * SIZE) + 2 * SIZE, 2 * 4
     # A row of the first batch makes the cache. It is filled by two updates, of 5 rows and of 1, so
     # that its steps 3, 6 and 9 are the training's 1, 4 and 7. The corpus has the training's steps.
     warm_start, refreshes = 1 + 6, 3 * 6 + 2 * SIZE

@@ -58,7 +58,7 @@ def gradients_of(task, queries, ids, **kwargs):
 
 
 @pytest.mark.parametrize("exact_query_gradient", [False, True])
-@pytest.mark.parametrize("num_draws", [None, 1, 7])
+@pytest.mark.parametrize("num_draws", [1, 7])
 def test_an_empty_cache_is_no_negative(num_draws, exact_query_gradient):
     options = {"num_draws": num_draws, "exact_query_gradient": exact_query_gradient}
     task = make_task(TABLE, in_batch_negatives=True, reduction="none", **options)
@@ -68,7 +68,7 @@ def test_an_empty_cache_is_no_negative(num_draws, exact_query_gradient):
     for one, other in zip(found, expected):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
     # Nothing is drawn, and encoded in the place of draws are candidates of the batch.
-    assert drawn[0].mask.numpy().tolist() == [False] * (num_draws or 2)
+    assert drawn[0].mask.numpy().tolist() == [False] * num_draws
     assert int(task.cache.num_filled) == 3
 
 
@@ -92,7 +92,7 @@ def test_a_query_without_a_negative_is_drawn_for_by_nobody():
     assert np.all(masks)
 
 
-@pytest.mark.parametrize("num_draws", [None, 5])
+@pytest.mark.parametrize("num_draws", [2, 5])
 def test_a_query_that_is_nan_does_not_spoil_the_draws_of_others(num_draws):
     queries = make_queries(4)
     options = {"num_draws": num_draws, "reduction": "none", "filled_with": [5, 6, 7, 8]}
@@ -107,7 +107,7 @@ def test_a_query_that_is_nan_does_not_spoil_the_draws_of_others(num_draws):
     np.testing.assert_allclose(loss[others], alone[0][others], rtol=1e-5)
     np.testing.assert_allclose(by_queries[others], alone[1][others], rtol=1e-4, atol=1e-5)
     # No draw is lost to it.
-    assert np.all(drawn[1].mask) and len(drawn[1].mask) == (num_draws or 2)
+    assert np.all(drawn[1].mask) and len(drawn[1].mask) == num_draws
 
 
 def test_a_row_that_several_draw_is_written_once():
@@ -143,8 +143,7 @@ def test_an_empty_batch(kwargs, is_known):
 @pytest.mark.parametrize(
     ["kwargs", "batch", "per_step"],
     [
-        ({}, 4, 2),
-        ({}, 5, 3),
+        ({}, 4, 4),
         ({}, 1, 1),
         ({"num_draws": 3}, 5, 3),
         ({"num_draws": 8}, 5, 8),
@@ -273,7 +272,7 @@ def state_of(model):
     return [np.asarray(part) for part in parts]
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"num_draws": 3}, {"num_negatives": 2}])
+@pytest.mark.parametrize("kwargs", [{"num_draws": 3}, {"num_negatives": 2}])
 def test_a_training_goes_on_from_a_keras_file_to_the_bit(kwargs, tmp_path):
     model = make_model(**kwargs)
     model.fit(pairs(), epochs=2, verbose=0)
@@ -329,10 +328,9 @@ def test_a_configuration_of_before_shared_draws_draws_for_each_query():
     del of_source["num_draws"]
     for loaded in (CachedRetrieval.from_config(config), FromCache.from_config(of_source)):
         assert (loaded.num_draws, loaded.num_negatives) == (None, 1)
-    for kwargs in ({}, {"num_draws": 5}):
-        config = CachedRetrieval(SavedTable(), SPECS, 9, **kwargs).get_config()
-        loaded = CachedRetrieval.from_config(config)
-        assert (loaded.num_draws, loaded.num_negatives) == (kwargs.get("num_draws"), None)
+    config = CachedRetrieval(SavedTable(), SPECS, 9, num_draws=5).get_config()
+    loaded = CachedRetrieval.from_config(config)
+    assert (loaded.num_draws, loaded.num_negatives) == (5, None)
 
 
 # `fit`, precision and replicas.
@@ -404,7 +402,7 @@ def replica_values(strategy, values):
     return strategy.experimental_distribute_values_from_function(lambda _: next(values))
 
 
-@pytest.mark.parametrize("num_draws", [None, 3])
+@pytest.mark.parametrize("num_draws", [2, 3])
 def test_replicas_share_draws_each_among_its_own_queries_also_none(num_draws):
     strategy, cached = two_replicas(), [5, 6, 7, 8, 9]
     with strategy.scope():
@@ -443,7 +441,7 @@ def test_replicas_share_draws_each_among_its_own_queries_also_none(num_draws):
             weights /= weights.sum(axis=1, keepdims=True)
             by_queries = weights[:, 1:] @ TABLE[cached] + (weights[:, :1] - 1.0) * TABLE[own]
             np.testing.assert_allclose(gradient, by_queries, rtol=1e-4, atol=1e-5)
-            count = 0 if not size else -(-size // 2) if num_draws is None else num_draws
+            count = num_draws if size else 0
             assert len(rows) == count and np.all(rows >= 0)
             total += size + count
         assert int(encoded.result()) == total

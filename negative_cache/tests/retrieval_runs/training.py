@@ -87,9 +87,6 @@ class Training:
         run = self.run
         self.tower = Table(**run.tower)
         options = {"temperature": 0.8, "seed": 1, **run.options()}
-        if "num_draws" not in options:
-            # As the runs were recorded, before draws were shared.
-            options.setdefault("num_negatives", 1)
         # Says that it is left out.
         options = {name: value for name, value in options.items() if value is not Ellipsis}
         if run.corpus is not None:
