@@ -21,7 +21,6 @@ from negative_cache.ops._block_scorer import (
     INADMISSIBLE,
     RESCORING_TOLERANCE,
     BlockScorer,
-    is_admissible,
 )
 from negative_cache.ops._draws import Choice, Draws, Seed, draw_uniforms, inverse_cdf, no_draws
 
@@ -94,10 +93,10 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
     """Scores the candidates of drawn groups again.
 
     The two scorings may round differently, so one of them may admit a candidate whose score is near
-    `max_scores` and the other may not. There are two cases. If a candidate alone has more than the
-    mass of its group in the first scoring, the first scoring excluded it, and it is excluded here.
-    If no candidate of a group is left, the group was drawn for candidates that only the second
-    scoring excludes, and the widened limit of `BlockScorer.score_rows` admits them.
+    `max_scores` and the other may not. What the first one did is seen from the mass of the group.
+    If a candidate alone has more, it was excluded, and is excluded here. Of the scores with the
+    limit as it is and with the widened one of `BlockScorer.score_rows`, which admits all that the
+    first scoring may have admitted, those count whose sum is nearer to the mass.
 
     Args:
       scorer: scores the candidates.
@@ -116,8 +115,9 @@ def _scores_of_groups(scorer: BlockScorer, rows: tf.Tensor, log_masses: tf.Tenso
         tf.where(part <= most[..., tf.newaxis], part, INADMISSIBLE)
         for part in (tf.reshape(strict, shape), tf.reshape(widened, shape))
     )
-    is_some = tf.reduce_any(is_admissible(strict), axis=2, keepdims=True)
-    return tf.where(is_some, strict, widened)
+    errors = [tf.abs(tf.reduce_logsumexp(part, axis=2) - log_masses) for part in (strict, widened)]
+    is_strict = (errors[0] <= errors[1])[..., tf.newaxis]
+    return tf.where(is_strict, strict, widened)
 
 
 class _Wanted(NamedTuple):
