@@ -10,7 +10,9 @@ import tensorflow as tf
 
 from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
 from negative_cache._compat import keras
-from negative_cache.tests.layers.corpus_cases import corrected_rows, teach
+from negative_cache.layers._negatives.draws import shared_weights
+from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.tests.layers.corpus_cases import corrected_rows, step, teach
 from negative_cache.tests.layers.retrieval_cases import DIM, make_queries, make_task
 from negative_cache.tests.layers.shared_draw_cases import (
     CACHED,
@@ -44,8 +46,11 @@ class Curve(keras.layers.Layer):
 
 
 def teach_once(task):
-    """Lets the corrector move the rows, and learn nothing from then on."""
-    teach(task.corrector, STALE, TABLE, age=1)
+    """Lets rows have ages, and the corrector move them, and learn nothing from then on."""
+    for turn in range(3):
+        step(task, make_queries(1), [3 * turn])
+    teach(task.corrector, STALE, TABLE, age=2)
+    assert np.max(np.abs(corrected_rows(task) - task.cache.embeddings)) > 0.1
     task.corrector.learn = lambda *args: None
     task.corrector.rows_to_encode = lambda *args: None
 
@@ -122,6 +127,15 @@ def test_every_variable_gets_the_gradient_of_all_rows(name):
     for weight, part, values in zip(sampler.weights, expected, sampler.many(500)):
         assert np.any(part != 0.0), weight.name
         assert_mean_is(values, part)
+
+
+def test_what_is_not_drawn_has_no_weight():
+    # An index may draw a row and find that it is none of the query's: nothing is drawn then.
+    queries, law = tf.constant(make_queries(2)), tf.zeros([2])
+    rows, are_drawn = tf.constant([3, 0, 5], tf.int64), tf.constant([True, False, True])
+    drawn = EncodedRows(rows, tf.gather(TABLE, rows), are_drawn)
+    weights = shared_weights(queries, drawn, law, tf.constant([0.5, 0.5]), {}).numpy()
+    np.testing.assert_array_equal(weights > 0.0, [[True, False, True]] * 2)
 
 
 @pytest.mark.parametrize("num_draws", [1, 5, 9])

@@ -435,8 +435,8 @@ def offset(sample: SoftmaxSample, start: int) -> SoftmaxSample:
 
 @pytest.mark.parametrize("jit_compile", [False, True])
 def test_draws_are_of_what_the_log_partition_counts_if_scores_are_at_the_limit(jit_compile):
-    # Each query has one candidate that outweighs all others, with a score at `max_scores`. Whether it
-    # is admitted is a matter of rounding, and the two scorings of a draw must agree on it.
+    # Each query has one candidate that outweighs all others, with a score at `max_scores`. Rounding
+    # decides whether it is admitted, and the two scorings of a draw must agree on it.
     rng = np.random.default_rng(0)
     candidates = rng.normal(size=[4096, 64]).astype(np.float32)
     candidates /= np.linalg.norm(candidates, axis=1, keepdims=True)
