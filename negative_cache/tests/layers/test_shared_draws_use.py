@@ -337,7 +337,7 @@ def test_a_configuration_of_before_shared_draws_draws_for_each_query():
 
 
 def test_a_model_learns_without_tracing_again():
-    model = make_model(in_batch_negatives=True)
+    model = make_model(in_batch_negatives=True, num_draws=3)
     model.compile(keras.optimizers.Adam(0.05), jit_compile=False)
     traces = []
     encode = model.task.cached.encode
@@ -347,14 +347,14 @@ def test_a_model_learns_without_tracing_again():
         return encode(features, training)
 
     model.task.cached.encode = seeing
-    # Of 20 pairs: four batches of 6 and one of 2, drawn for with n = 3 and n = 1.
+    # Of 20 pairs: three batches of 6 and one of 2.
     batches = pairs(6)
     losses = model.fit(batches, epochs=1, verbose=0).history["loss"]
     num_traces = len(traces)
     history = model.fit(batches, epochs=15, verbose=0).history
     assert len(traces) == num_traces
     assert history["loss"][-1] < 0.7 * losses[0]
-    assert history["candidates_encoded"][-1] == 16 * (len(TABLE) + 3 * 3 + 1)
+    assert history["candidates_encoded"][-1] == 16 * (len(TABLE) + 4 * 3)
 
 
 class FloatTable(keras.layers.Layer):
