@@ -10,8 +10,10 @@ import tensorflow as tf
 
 from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
 from negative_cache._compat import keras
-from negative_cache.layers._negatives.draws import shared_weights
+from negative_cache.layers._negatives.draws import Draws, shared_weights
 from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._negatives.scores import Scores
+from negative_cache.ops import _small_blocks, shared_draws
 from negative_cache.tests.layers.corpus_cases import corrected_rows, step, teach
 from negative_cache.tests.layers.retrieval_cases import DIM, make_queries, make_task
 from negative_cache.tests.layers.shared_draw_cases import (
@@ -136,6 +138,49 @@ def test_what_is_not_drawn_has_no_weight():
     drawn = EncodedRows(rows, tf.gather(TABLE, rows), are_drawn)
     weights = shared_weights(queries, drawn, law, tf.constant([0.5, 0.5]), {}).numpy()
     np.testing.assert_array_equal(weights > 0.0, [[True, False, True]] * 2)
+
+
+def test_a_score_that_does_not_count_may_be_anything():
+    queries, rows = tf.constant([[1.0, 0.0], [0.0, 1.0]]), tf.constant([[2.0, -1.0], [3.0, 4.0]])
+    weights = tf.constant([[0.5, 0.25], [0.0, 0.75]])
+    draws = Draws(tf.constant([0, 1]), tf.fill([2], True), tf.zeros([2]), weights, True)
+    with tf.GradientTape() as tape:
+        tape.watch([queries, rows])
+        # Of the second query, the first draw has the score log -1.
+        mean = draws.mean_score(Scores(None, tf.math.log), queries, rows)
+    expected = [0.5 * np.log(2.0) + 0.25 * np.log(3.0), 0.75 * np.log(4.0)]
+    np.testing.assert_allclose(mean, expected, rtol=1e-6)
+    by_queries, by_rows = tape.gradient(mean, [queries, rows])
+    # Σ_j w_xj y_j / ⟨x, y_j⟩, and Σ_x w_xj x / ⟨x, y_j⟩.
+    expected = [[0.5 + 0.25, -0.5 / 2 + 0.25 * 4 / 3], [0.75 * 3 / 4, 0.75]]
+    np.testing.assert_allclose(by_queries, expected, rtol=1e-5)
+    np.testing.assert_allclose(by_rows, [[0.25, 0.0], [0.25 / 3, 0.75 / 4]], rtol=1e-5)
+
+
+def test_the_choice_of_a_query_and_the_draw_for_it_share_no_random_number(monkeypatch):
+    numbers = {}
+
+    def recording(module):
+        exact = module.draw_uniforms
+
+        def draw(shape, seed):
+            found = exact(shape, seed)
+            numbers.setdefault(module, []).append(found.numpy().reshape(-1))
+            return found
+
+        monkeypatch.setattr(module, "draw_uniforms", draw)
+
+    recording(shared_draws)
+    recording(_small_blocks)
+    task = make_frozen(Case(), num_draws=6)
+    sampler = Sampler(Case(), task)
+    for _ in range(5):
+        sampler.gradients()
+    choices, draws = (np.stack(part) for part in numbers.values())
+    # Three for each draw: its block, its group, and its place there.
+    assert choices.shape == (5, 6) and draws.shape == (5, 18)
+    every = np.concatenate([choices, draws], axis=1)
+    assert len(np.unique(every)) == every.size
 
 
 @pytest.mark.parametrize("num_draws", [1, 5, 9])

@@ -259,3 +259,16 @@ def test_a_query_that_everything_is_left_out_of_draws_nothing():
     np.testing.assert_array_equal(found.indices[:, 0] == -1, is_empty)
     np.testing.assert_array_equal(np.isneginf(found.log_partition), is_empty)
     np.testing.assert_array_equal(np.all(gradient.numpy() == 0.0, axis=1), is_empty)
+
+
+def test_the_scorer_of_some_queries_leaves_out_theirs():
+    queries, candidates, ids, wanted = problem_of()
+    scorer = _block_scorer.BlockScorer(
+        queries, candidates, candidate_ids=tf.constant(ids), positive_ids=tf.constant(wanted)
+    )
+    block, chosen = scorer.read_block(0, CANDIDATES), [4, 0, 4]
+    scores, _ = scorer.score_block(block, 0, CANDIDATES)
+    part, _ = scorer.of_queries(tf.constant(chosen)).score_block(block, 0, CANDIDATES)
+    np.testing.assert_allclose(part, scores.numpy()[chosen], rtol=1e-4, atol=1e-5)
+    left_out = part.numpy() == _block_scorer.INADMISSIBLE
+    np.testing.assert_array_equal(left_out, compared(ids, wanted)[chosen])
