@@ -1,4 +1,4 @@
-"""Tests of `sample_softmax_with_gradient` with draws for some queries only, and with none."""
+"""Tests of exact draws for some queries only, of none, and of candidates at a limit."""
 
 import math
 
@@ -243,3 +243,24 @@ def test_without_draws_nothing_is_nothing_and_nan_is_nan():
     np.testing.assert_allclose(sample.log_partition.numpy()[[0, 3]], expected, rtol=1e-5)
     nothing = sample_softmax(queries, candidates[:0], num_samples=0)
     assert nothing.indices.shape == [QUERIES, 0] and np.all(np.isneginf(nothing.log_partition))
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_draws_are_of_what_the_log_partition_counts_if_scores_are_at_the_limit(jit_compile):
+    # Each query has one candidate that outweighs all others, with a score at `max_scores`. Rounding
+    # decides whether it is admitted, and the two scorings of a draw must agree on it.
+    rng = np.random.default_rng(0)
+    candidates = rng.normal(size=[4096, 64]).astype(np.float32)
+    candidates /= np.linalg.norm(candidates, axis=1, keepdims=True)
+    own = rng.choice(len(candidates), 64, replace=False)
+    queries = 50.0 * candidates[own] + rng.normal(size=[64, 64]).astype(np.float32)
+
+    @tf.function(jit_compile=jit_compile)
+    def draw(queries):
+        limits = tf.linalg.diag_part(tf.matmul(queries, candidates[own], transpose_b=True))
+        return sample_softmax(queries, candidates, max_scores=limits, seed=1), limits
+
+    sample, limits = draw(tf.constant(queries))
+    # The others sum to about exp(30), the own candidate alone to about exp(50).
+    is_admitted = sample.log_partition.numpy() > limits.numpy() - 1.0
+    np.testing.assert_array_equal(sample.indices[:, 0] == own, is_admitted)
