@@ -6,6 +6,8 @@ variables nor, where they must be saved, strings. `StateLayer` puts them into fi
 
 import functools
 import json
+import operator
+import random
 import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -50,6 +52,11 @@ def next_seed(seed_and_step: tf.Variable) -> tf.Tensor:
     replica = 0 if replica_context is None else replica_context.replica_id_in_sync_group
     num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
     return tf.stack([seed, step * num_replicas + tf.cast(replica, tf.int64)])
+
+
+def fixed_seed(seed: int | None) -> int:
+    """A `seed` as an int; a random one, which follows `keras.utils.set_random_seed`, if None."""
+    return random.randrange(2**31) if seed is None else operator.index(seed)
 
 
 def describe_specs(specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature) -> Any:

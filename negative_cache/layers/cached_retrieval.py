@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
 from negative_cache.layers._negatives.from_corpus import FromCorpus
 from negative_cache.layers._negatives.in_batch import InBatch
 from negative_cache.layers._negatives.rows import INTERNAL_KEYS
-from negative_cache.layers._state import describe_specs, specs_of
+from negative_cache.layers._state import describe_specs, fixed_seed, specs_of
 from negative_cache.layers._variables import is_on_host
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
@@ -236,7 +234,7 @@ class CachedRetrieval(Retrieval):
         id_key = decided["candidate_id_key"]
         if id_key is not None:
             _validation.check_id(id_key, named_specs, "candidate_id_key", "feature_specs")
-        seed = random.randrange(2**31) if seed is None else operator.index(seed)
+        seed = fixed_seed(seed)
         num_draws, num_negatives = checks.check_draws(num_draws, num_negatives)
         of_rows: dict[str, Any] = {
             "num_draws": num_draws,

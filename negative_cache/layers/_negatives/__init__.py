@@ -7,6 +7,8 @@
 | `batch_reader` | from the arguments of a call to a `Batch` |
 | `in_batch`, `explicit` | the batch's other candidates; lists of negatives of each query |
 | `uniform` | fresh negatives, drawn uniformly from a corpus or a memory of the stream |
+| `drawn` | what sources have in common that draw candidates and encode them |
+| `draws` | with what weights the queries use the rows that a step draws |
 | `cached` | what the two caches share from step to step: the tower, metrics, refreshes, files |
 | `step` | what the two caches do in a step: draw, encode, estimate, learn |
 | `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import random
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +11,13 @@ import tensorflow as tf
 from negative_cache import _features, _towers, _validation
 from negative_cache._compat import RunningMean, deserialize, keras
 from negative_cache.layers._negatives import checks
-from negative_cache.layers._negatives.base import Contribution, Negatives, given_name
+from negative_cache.layers._negatives.base import Contribution
 from negative_cache.layers._negatives.batch import Batch
+from negative_cache.layers._negatives.drawn import DrawnNegatives
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.step import CachedStep, Outcome, probe
-from negative_cache.layers._state import StateLayer, next_seed, on_every_replica
-from negative_cache.layers._variables import is_on_host, make_state_variable
+from negative_cache.layers._state import next_seed, on_every_replica
+from negative_cache.layers._variables import is_on_host
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector, build_corrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 _DIMENSION = "embedding_dim"
 
 
-class CachedNegatives(Negatives, StateLayer):
+class CachedNegatives(DrawnNegatives):
     """The filled rows of a cache as negatives of queries: one logit for all of them.
 
     What lasts from step to step is here: the cache, the state of the sampling, the metrics. What
@@ -43,7 +42,6 @@ class CachedNegatives(Negatives, StateLayer):
 
     is_cache = True
     _is_lost_in_folders = True
-    encodes_candidates = True
     # Whether draws are written back.
     write_back = True
 
@@ -61,7 +59,7 @@ class CachedNegatives(Negatives, StateLayer):
         seed: int | None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(seed=seed, **kwargs)
         self.num_draws, self.num_negatives = checks.check_draws(num_draws, num_negatives)
         self.exact_query_gradient = exact_query_gradient
         self.corrector = corrector
@@ -73,7 +71,6 @@ class CachedNegatives(Negatives, StateLayer):
         if candidate_network is not None:
             checks.check_network(candidate_network)
         self.candidate_network = candidate_network
-        self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
         self._cache: Cache | None = None
 
     def _make_state(self, use_lru: bool) -> None:
@@ -82,14 +79,7 @@ class CachedNegatives(Negatives, StateLayer):
         if self.corrector is not None:
             host_keys = () if self._cache is None else self._cache.host_keys
             checks.check_corrector(self, host_keys)
-        # Whatever seed a training began with, it goes on with it from a file.
-        seed_and_step = tf.constant([self.seed, 0], tf.int64)
-        self._hold_state(
-            # Two sources in another order are not each other's.
-            description={"name": given_name(self)},
-            sampling=make_state_variable(lambda: seed_and_step, "sampling"),
-            num_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "num_encoded"),
-        )
+        self._hold_draws()
         # Of strings, and of what is kept on the host, XLA knows nothing. Keras 3 asks before it
         # compiles by itself.
         is_apart = self._cache is not None and not self._cache.supports_jit
@@ -101,10 +91,6 @@ class CachedNegatives(Negatives, StateLayer):
     # What a subclass says.
 
     cache_size: int
-    # Feature name -> spec, of what the rows were encoded from; under a fixed name if that is one
-    # tensor and no dictionary.
-    feature_specs: Mapping[str, tf.io.FixedLenFeature]
-    takes_one_tensor: bool
 
     @property
     def index(self) -> TreeIndex | None:
@@ -183,10 +169,6 @@ class CachedNegatives(Negatives, StateLayer):
         if self.candidate_network is not None:
             return self.candidate_network
         return super()._tower
-
-    @property
-    def num_encoded(self) -> tf.Tensor:
-        return tf.convert_to_tensor(self._state.num_encoded)
 
     @property
     def training_metrics(self) -> Sequence[keras.metrics.Metric]:
@@ -303,13 +285,6 @@ class CachedNegatives(Negatives, StateLayer):
         """Whether rows are of what the batch's candidates are: they must be, by the same tower."""
         return not self.has_own_tower or all(
             _is_of(batch.features.get(key), spec) for key, spec in self.feature_specs.items()
-        )
-
-    def features_in(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """The batch's features that the cache has, checked."""
-        found = {key: batch.features[key] for key in self.feature_specs if key in batch.features}
-        return _validation.check_items(
-            found, self.feature_specs, what="candidate_features", exact=True
         )
 
     def _reencode(self, rows: tf.Tensor) -> None:

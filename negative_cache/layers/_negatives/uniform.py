@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import random
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -15,9 +13,10 @@ from negative_cache._compat import keras
 from negative_cache._features import fingerprint
 from negative_cache.layers._cache.rows import CacheRows
 from negative_cache.layers._negatives import checks
-from negative_cache.layers._negatives.base import Contribution, Negatives, given_name
+from negative_cache.layers._negatives.base import Contribution
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.cached import count_encoded
+from negative_cache.layers._negatives.drawn import DrawnNegatives
 from negative_cache.layers._negatives.rows import LOG_PROBABILITY
 from negative_cache.layers._state import (
     StateLayer,
@@ -42,7 +41,7 @@ if TYPE_CHECKING:
 
 
 @keras.utils.register_keras_serializable("negative_cache")
-class Uniform(Negatives, StateLayer):
+class Uniform(DrawnNegatives):
     """Candidates drawn uniformly are negatives of all queries, with exact gradient.
 
     n candidates y₁ … y_n are drawn at each training step, encoded by the tower of now, and compared
@@ -94,8 +93,6 @@ class Uniform(Negatives, StateLayer):
       >>> task = Retrieval(candidate_tower, [InBatch(), source], candidate_id_key="id")
     """
 
-    encodes_candidates = True
-
     def __init__(
         self,
         candidates: _features.Features | Iterable | None = None,
@@ -108,7 +105,7 @@ class Uniform(Negatives, StateLayer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        super().__init__(**kwargs)
+        super().__init__(seed=seed, **kwargs)
         if (candidates is None) == (memory_size is None):
             raise ValueError(
                 "Draws come either from `candidates` or from the stream, with a `memory_size`."
@@ -136,21 +133,13 @@ class Uniform(Negatives, StateLayer):
             )
         self.memory_size = memory_size
         self.scaled = scaled
-        self.seed = random.randrange(2**31) if seed is None else operator.index(seed)
         is_stream = memory_size is not None
         self._memory = CandidateMemory(
             self.feature_specs, size, is_stream=is_stream, saved=saved, name="candidates"
         )
         if corpus is not None:
             self._memory.fill(corpus)
-        # Whatever seed a training began with, it goes on with it from a file.
-        seed_and_step = tf.constant([self.seed, 0], tf.int64)
-        self._hold_state(
-            # Two sources in another order are not each other's.
-            description={"name": given_name(self)},
-            sampling=make_state_variable(lambda: seed_and_step, "sampling"),
-            num_encoded=make_state_variable(lambda: tf.zeros([], tf.int64), "num_encoded"),
-        )
+        self._hold_draws()
         # Of strings, XLA knows nothing. Keras 3 asks before it compiles by itself.
         self.supports_jit = not any(is_on_host(spec.dtype) for spec in self.feature_specs.values())
 
@@ -165,10 +154,6 @@ class Uniform(Negatives, StateLayer):
     def num_candidates(self) -> tf.Tensor:
         """Scalar int64, how many candidates there are to draw from; on a replica, its own."""
         return self._memory.num_filled
-
-    @property
-    def num_encoded(self) -> tf.Tensor:
-        return tf.convert_to_tensor(self._state.num_encoded)
 
     @property
     def is_of_stream(self) -> bool:
@@ -232,7 +217,7 @@ class Uniform(Negatives, StateLayer):
 
     def end_step(self, batch: Batch, contribution: Contribution) -> tf.Tensor | None:
         if self.memory_size is not None:
-            self._memory.push(self._features_in(batch), batch.log_probability)
+            self._memory.push(self.features_in(batch), batch.log_probability)
         return None
 
     def get_config(self) -> dict[str, Any]:
@@ -263,13 +248,6 @@ class Uniform(Negatives, StateLayer):
     def _plain_specs(self) -> checks.Specs:
         return _features.as_given(self.feature_specs, self.takes_one_tensor)
 
-    def _features_in(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """The batch's features that the memory keeps, checked."""
-        found = {key: batch.features[key] for key in self.feature_specs if key in batch.features}
-        return _validation.check_items(
-            found, self.feature_specs, what="candidate_features", exact=True
-        )
-
     def _features_at(self, rows: tf.Tensor, batch: Batch) -> dict[str, tf.Tensor]:
         """The features of `rows` [n]; of an empty memory, those of a candidate of the batch.
 
@@ -279,7 +257,7 @@ class Uniform(Negatives, StateLayer):
         if self.memory_size is None:
             return features
         is_filled = self._memory.num_filled > 0
-        for key, values in self._features_in(batch).items():
+        for key, values in self.features_in(batch).items():
             # A batch may be empty, too.
             nothing = _features.blank([1, *values.shape[1:]], values.dtype)
             first = take_rows(tf.concat([values, nothing], axis=0), tf.zeros_like(rows))
