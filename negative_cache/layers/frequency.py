@@ -16,9 +16,8 @@ from negative_cache import _validation
 from negative_cache._compat import keras
 from negative_cache.layers._state import StateLayer, on_every_replica
 from negative_cache.layers._variables import make_state_variable, scatter_rows
+from negative_cache.ops._hashing import mixed
 
-# 2^64 over the golden ratio, as a signed number.
-_MULTIPLIER = 0x9E3779B97F4A7C15 - 2**64
 # Of 12 bytes each; 2 % of 100,000 candidates share theirs.
 _NUM_BUCKETS = 2**22
 # Given probabilities are clipped from below: a mistaken zero would let one candidate dominate the
@@ -135,11 +134,9 @@ class FrequencyEstimator(StateLayer):
 
 def bucket_of(keys: tf.Tensor, num_buckets: int) -> tf.Tensor:
     """[n] int64, one of `num_buckets` buckets for each of `keys` [n] int64."""
-    # Ids are often multiples of a round number, and would fall into few buckets. Knuth's
-    # multiplicative hashing, with overflow, spreads them over all buckets.
-    mixed = keys * tf.constant(_MULTIPLIER, tf.int64)
-    mixed = tf.bitwise.bitwise_xor(mixed, mixed // 2**32)
-    return tf.math.floormod(mixed, tf.constant(num_buckets, tf.int64))
+    hashes = mixed(keys)
+    hashes = tf.bitwise.bitwise_xor(hashes, hashes // 2**32)
+    return tf.math.floormod(hashes, tf.constant(num_buckets, tf.int64))
 
 
 def estimator_of(

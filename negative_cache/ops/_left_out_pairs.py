@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from negative_cache.ops._hashing import mixed
+
 # The table of a first, inexact selection has so many bits of a hash: 64 KiB, which a processor
 # caches.
 _BITS = 16
@@ -65,7 +67,6 @@ def _share_slots(ids: tf.Tensor, wanted: tf.Tensor) -> tf.Tensor:
 
 
 def _slots(ids: tf.Tensor) -> tf.Tensor:
-    """[n] int32, hashes of `_BITS` bits: ids may all be multiples of a round number."""
-    # Multiplied by 2^64 over the golden ratio, the upper bits depend on all bits (Knuth).
-    mixed = tf.bitcast(tf.cast(ids, tf.int64) * -7046029254386353131, tf.uint64)
-    return tf.cast(tf.bitwise.right_shift(mixed, tf.constant(64 - _BITS, tf.uint64)), tf.int32)
+    """[n] int32, hashes of `_BITS` bits."""
+    hashes = tf.bitcast(mixed(tf.cast(ids, tf.int64)), tf.uint64)
+    return tf.cast(tf.bitwise.right_shift(hashes, tf.constant(64 - _BITS, tf.uint64)), tf.int32)
