@@ -1,4 +1,4 @@
-"""The rows that a training step draws: for each query its own, or for all queries the same."""
+"""How queries use the rows that a training step draws: each its own, or all of them the same."""
 
 from __future__ import annotations
 
@@ -20,32 +20,23 @@ _TOLERANCE = 1e-3
 
 
 class Draws(NamedTuple):
-    """m drawn rows, and with what weights the B queries use them.
+    """With what weights the B queries use the m rows that were drawn.
 
     Attributes:
-      rows: [m] int64; 0 where nothing is drawn.
-      is_drawn: [m] bool.
-      stand_ins: [m] int32, a candidate of the batch to encode if nothing is drawn.
       weights: [B, n] float32: of all draws for each query if they are shared, n = m; else of the S
         draws of its own, m = B S.
       are_shared: whether all queries use all draws.
     """
 
-    rows: tf.Tensor
-    is_drawn: tf.Tensor
-    stand_ins: tf.Tensor
     weights: tf.Tensor
     are_shared: bool
 
     @classmethod
     def own(cls, sample: SoftmaxSample) -> Draws:
         """S draws of each query for itself: their mean counts."""
-        is_drawn = sample.indices >= 0
-        weights = tf.cast(is_drawn, tf.float32)
+        weights = tf.cast(sample.indices >= 0, tf.float32)
         weights /= tf.maximum(tf.reduce_sum(weights, axis=1, keepdims=True), 1.0)
-        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
-        stand_ins = tf.range(tf.size(rows)) // sample.indices.shape[1]
-        return cls(rows, tf.reshape(is_drawn, [-1]), stand_ins, weights, False)
+        return cls(weights, False)
 
     def mean_score(
         self, scores: Scores, queries: tf.Tensor, embeddings: tf.Tensor, *, as_given: bool = False

@@ -77,12 +77,19 @@ class CachedStep:
         Args:
           seed: [2] int64.
         """
-        log_partition, query_gradient, draws = self._draw(seed)
-        drawn = self._encode_drawn(draws)
-        stale = self._source.stale(drawn.rows)
+        options = self._options()
+        sample, query_gradient = self._draw(seed, options)
+        log_partition = sample.log_partition
+        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
+        is_drawn = tf.reshape(sample.indices >= 0, [-1])
+        drawn = self._encode_drawn(rows, is_drawn)
+        stale = self._source.stale(rows)
         staleness = contrastive.relative_staleness(stale, drawn.embeddings)
-        surrogate = self._surrogate(draws, drawn.embeddings, stale, query_gradient)
-        drawn = EncodedRows(drawn.rows, tf.stop_gradient(drawn.embeddings), drawn.mask)
+        # The cached embeddings as the sampler has seen them.
+        known = stale if self._correction is None else self._correction.correct(stale, rows)
+        draws = self._weigh(sample, EncodedRows(rows, known, is_drawn), options)
+        surrogate = self._surrogate(draws, drawn.embeddings, known, query_gradient)
+        drawn = EncodedRows(rows, tf.stop_gradient(drawn.embeddings), is_drawn)
         oldest = self._encode_oldest()
         has_negatives = _has_negatives(log_partition)
         return Outcome(
@@ -115,34 +122,30 @@ class CachedStep:
         sampler = sampler_of(self._source.get_cache())
         return sampler.sample_with_gradient(self._batch.queries, num_samples, **options, **more)
 
-    def _draw(self, seed: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor | None, Draws]:
-        """[B] log Z, [B, d] ∇_x log Z if it is to be exact, and draws."""
-        source, batch, options = self._source, self._batch, self._options()
-        wanted = {"seed": seed, "compute_gradient": source.exact_query_gradient}
-        num_draws = source.num_draws
-        if source.num_negatives is not None:
-            sample, query_gradient = self._sample(source.num_negatives, options, **wanted)
-            return sample.log_partition, query_gradient, Draws.own(sample)
+    def _draw(
+        self, seed: tf.Tensor, options: dict[str, Any]
+    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
+        """Draws S rows a query, or n in all, and [B, d] ∇_x log Z if it is to be exact."""
+        wanted = {"seed": seed, "compute_gradient": self._source.exact_query_gradient}
+        per_query, num_draws = self._source.num_negatives, self._source.num_draws
+        if per_query is not None:
+            return self._sample(per_query, options, **wanted)
 
         def choose(log_partition: tf.Tensor) -> tf.Tensor:
             # No step has a seed of negative numbers.
             other_seed = tf.bitwise.invert(seed)
-            shares = self._shares(log_partition)
-            return shared_draws.choose_queries(shares, num_draws, other_seed)
+            return shared_draws.choose_queries(self._shares(log_partition), num_draws, other_seed)
 
-        sample, query_gradient = self._sample(1, options, choose_queries=choose, **wanted)
-        indices, log_partition = sample.indices[:, 0], sample.log_partition
-        rows, is_drawn = tf.maximum(indices, 0), indices >= 0
-        known = self._known(source.stale(rows), rows)
-        weights = shared_weights(
-            batch.queries,
-            EncodedRows(rows, known, is_drawn),
-            log_partition,
-            self._shares(log_partition),
-            options,
-        )
-        stand_ins = tf.range(tf.size(rows)) % tf.maximum(batch.num_queries, 1)
-        return log_partition, query_gradient, Draws(rows, is_drawn, stand_ins, weights, True)
+        return self._sample(1, options, choose_queries=choose, **wanted)
+
+    def _weigh(self, sample: SoftmaxSample, drawn: EncodedRows, options: dict[str, Any]) -> Draws:
+        """The weights of the draws, of which the sampler knows the embeddings of `drawn`."""
+        if self._source.num_negatives is not None:
+            return Draws.own(sample)
+        log_partition = sample.log_partition
+        shares, queries = self._shares(log_partition), self._batch.queries
+        weights = shared_weights(queries, drawn, log_partition, shares, options)
+        return Draws(weights, are_shared=True)
 
     def _shares(self, log_partition: tf.Tensor) -> tf.Tensor:
         """[B] float32, π: how much each query's negatives matter to the loss.
@@ -158,23 +161,23 @@ class CachedStep:
         )
         return tf.stop_gradient(shared_draws.mixture_shares(log_weights))
 
-    def _encode_drawn(self, draws: Draws) -> EncodedRows:
-        # A query without an admissible row has its own positive encoded instead.
-        features = self._source.features_of(
-            draws.rows, draws.is_drawn, self._batch, draws.stand_ins
-        )
-        embeddings = self._source.encode(features, training=True)
-        return EncodedRows(draws.rows, embeddings, draws.is_drawn)
-
-    def _known(self, stale: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
-        """[m, d] float32, the cached embeddings of `rows` [m] as the sampler sees them."""
-        return stale if self._correction is None else self._correction.correct(stale, rows)
+    def _encode_drawn(self, rows: tf.Tensor, is_drawn: tf.Tensor) -> EncodedRows:
+        """Encodes the drawn `rows` [m]."""
+        # Where nothing is drawn, a positive of the batch is encoded instead.
+        per_query = self._source.num_negatives
+        places = tf.range(tf.size(rows))
+        if per_query is None:
+            stand_ins = places % tf.maximum(self._batch.num_queries, 1)
+        else:
+            stand_ins = places // per_query
+        features = self._source.features_of(rows, is_drawn, self._batch, stand_ins)
+        return EncodedRows(rows, self._source.encode(features, training=True), is_drawn)
 
     def _surrogate(
         self,
         draws: Draws,
         fresh: tf.Tensor,
-        stale: tf.Tensor,
+        known: tf.Tensor,
         query_gradient: tf.Tensor | None,
     ) -> tf.Tensor:
         """[B] float32, what has the gradient of the log partition, and not its value."""
@@ -184,7 +187,6 @@ class CachedStep:
             return surrogate
         surrogate += tf.reduce_sum(queries * query_gradient, axis=1)
         # What the transform learns has its gradient from the draws alone, as they were drawn.
-        known = self._known(stale, draws.rows)
         return surrogate - draws.mean_score(scores, queries, known, as_given=True)
 
     def _encode_oldest(self) -> EncodedRows | None:

@@ -32,6 +32,20 @@ def make_queries(num_queries, seed=1):
     return np.random.default_rng(seed).normal(size=[num_queries, DIM]).astype(np.float32)
 
 
+class Curve(keras.layers.Layer):
+    """A `score_transform` whose slope and height are learned."""
+
+    def __init__(self):
+        super().__init__(autocast=False, dtype="float32")
+        constant = keras.initializers.Constant
+        self.height = self.add_weight(shape=[], initializer=constant(3.0), name="height")
+        self.slope = self.add_weight(shape=[], initializer=constant(0.7), name="slope")
+
+    def call(self, scores):
+        height, slope = tf.convert_to_tensor(self.height), tf.convert_to_tensor(self.slope)
+        return height * tf.tanh(slope * scores)
+
+
 def make_task(table, cache_size=6, *, filled_with=(), **kwargs):
     kwargs = {"seed": 1, "candidate_id_key": "id", "embedding_dim": DIM, **kwargs}
     task = CachedRetrieval(Table(table), {"id": INT_ID}, cache_size, **kwargs)

@@ -12,6 +12,7 @@ from negative_cache._compat import keras
 from negative_cache.tests.layers.corpus_cases import make_corpus_task
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
+    Curve,
     freeze_cache,
     make_queries,
     make_table,
@@ -20,20 +21,6 @@ from negative_cache.tests.layers.retrieval_cases import (
 from negative_cache.tests.statistics import assert_mean_is
 
 NUM_CANDIDATES, CACHED, IDS = 12, [5, 6, 7, 8, 9, 1], [0, 1, 2]
-
-
-class Curve(keras.layers.Layer):
-    """A transform whose slope and height are learned."""
-
-    def __init__(self):
-        super().__init__(autocast=False, dtype="float32")
-        constant = keras.initializers.Constant
-        self.height = self.add_weight(shape=[], initializer=constant(3.0), name="height")
-        self.slope = self.add_weight(shape=[], initializer=constant(0.7), name="slope")
-
-    def call(self, scores):
-        height, slope = tf.convert_to_tensor(self.height), tf.convert_to_tensor(self.slope)
-        return height * tf.tanh(slope * scores)
 
 
 OPTIONS = {

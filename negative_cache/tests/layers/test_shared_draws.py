@@ -9,13 +9,12 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
-from negative_cache._compat import keras
 from negative_cache.layers._negatives.draws import Draws, shared_weights
 from negative_cache.layers._negatives.rows import EncodedRows
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.ops import _small_blocks, shared_draws
 from negative_cache.tests.layers.corpus_cases import corrected_rows, step, teach
-from negative_cache.tests.layers.retrieval_cases import DIM, make_queries, make_task
+from negative_cache.tests.layers.retrieval_cases import DIM, Curve, make_queries, make_task
 from negative_cache.tests.layers.shared_draw_cases import (
     CACHED,
     IDS,
@@ -31,20 +30,6 @@ from negative_cache.tests.statistics import assert_mean_is
 
 # Σ_x ω̃_x and strata differ much between these.
 NUM_DRAWS = 2
-
-
-class Curve(keras.layers.Layer):
-    """A transform whose height and slope are learned."""
-
-    def __init__(self):
-        super().__init__(autocast=False, dtype="float32")
-        constant = keras.initializers.Constant
-        self.height = self.add_weight(shape=[], initializer=constant(3.0), name="height")
-        self.slope = self.add_weight(shape=[], initializer=constant(0.7), name="slope")
-
-    def call(self, scores):
-        height, slope = tf.convert_to_tensor(self.height), tf.convert_to_tensor(self.slope)
-        return height * tf.tanh(slope * scores)
 
 
 def teach_once(task):
@@ -143,7 +128,7 @@ def test_what_is_not_drawn_has_no_weight():
 def test_a_score_that_does_not_count_may_be_anything():
     queries, rows = tf.constant([[1.0, 0.0], [0.0, 1.0]]), tf.constant([[2.0, -1.0], [3.0, 4.0]])
     weights = tf.constant([[0.5, 0.25], [0.0, 0.75]])
-    draws = Draws(tf.constant([0, 1]), tf.fill([2], True), tf.zeros([2]), weights, True)
+    draws = Draws(weights, are_shared=True)
     with tf.GradientTape() as tape:
         tape.watch([queries, rows])
         # Of the second query, the first draw has the score log -1.

@@ -11,21 +11,12 @@ from negative_cache.layers._negatives.uniform import draw_evenly
 from negative_cache.tests.layers.corpus_cases import CountingTable
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
-    INT_ID,
     call,
     cross_entropy,
     make_queries,
-    make_table,
 )
+from negative_cache.tests.layers.uniform_cases import SIZE, SPECS, TABLE, corpus
 from negative_cache.tests.statistics import assert_draws_follow, assert_mean_is
-
-SIZE = 12
-TABLE = make_table(SIZE)
-SPECS = {"id": INT_ID}
-
-
-def corpus(size=SIZE):
-    return {"id": np.arange(size, dtype=np.int64)}
 
 
 def make_task(*sources, **kwargs):

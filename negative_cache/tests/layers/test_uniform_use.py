@@ -20,15 +20,8 @@ from negative_cache.tests.layers.retrieval_cases import (
     make_table,
 )
 from negative_cache.tests.layers.test_retrieval_files import SavedTable
+from negative_cache.tests.layers.uniform_cases import SIZE, SPECS, TABLE, corpus
 from negative_cache.tests.replicas import two_replicas
-
-SIZE = 12
-TABLE = make_table(SIZE)
-SPECS = {"id": INT_ID}
-
-
-def corpus(size=SIZE):
-    return {"id": np.arange(size, dtype=np.int64)}
 
 
 def memory(size=6, count=3, **kwargs):

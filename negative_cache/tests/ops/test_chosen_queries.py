@@ -70,18 +70,17 @@ def check_law(sample, gradient, scores, chosen):
     np.testing.assert_allclose(sample.scores, expected, rtol=1e-4, atol=1e-4)
 
 
+def draw_for_chosen(queries, candidates, **options):
+    return sample_softmax_with_gradient(
+        queries, candidates, num_samples=4000, choose_queries=always(CHOSEN), **options
+    )
+
+
 # One block; blocks that do not divide the candidates; many.
 @pytest.mark.parametrize("block_size", [None, 128, 7])
 def test_draws_for_chosen_queries_have_their_laws(block_size):
     queries, candidates = random_problem()
-    sample, gradient = sample_softmax_with_gradient(
-        queries,
-        candidates,
-        num_samples=4000,
-        block_size=block_size,
-        choose_queries=always(CHOSEN),
-        seed=1,
-    )
+    sample, gradient = draw_for_chosen(queries, candidates, block_size=block_size, seed=1)
     check_law(sample, gradient, queries.astype(np.float64) @ candidates.T, CHOSEN)
 
 
@@ -89,14 +88,8 @@ def test_draws_for_chosen_queries_have_their_laws(block_size):
 def test_each_chosen_query_keeps_its_own_options(block_size):
     queries, candidates = random_problem()
     scores, scoring = options()
-    sample, gradient = sample_softmax_with_gradient(
-        queries,
-        candidates,
-        num_samples=4000,
-        block_size=block_size,
-        choose_queries=always(CHOSEN),
-        seed=2,
-        **scoring,
+    sample, gradient = draw_for_chosen(
+        queries, candidates, block_size=block_size, seed=2, **scoring
     )
     check_law(sample, gradient, scores, CHOSEN)
 
