@@ -33,7 +33,6 @@ KINDS = {
     "cache, 16 shared draws": {"num_draws": 16},
     "cache, 8 shared draws": {"num_draws": 8},
 }
-METRICS = ("mrr", "recall_at_1", "recall_at_10", "recall_at_100")
 
 
 def parsed_temperature(text):
@@ -65,12 +64,12 @@ def measure(data, kind, temperature, options):
         cache_size, settings = settings_of(kind, temperature, options)
         seeded = dataclasses.replace(settings, seed=seed)
         result = demo.train(f"{kind}, temperature {temperature}", data, cache_size, seeded)
-        runs.append([result.final(metric) for metric in METRICS])
+        runs.append([result.final(metric) for metric in demo.METRICS])
     runs = np.array(runs)
     return {
         "negatives": kind,
         "temperature": temperature,
-        **{metric: float(value) for metric, value in zip(METRICS, runs.mean(axis=0))},
+        **{metric: float(value) for metric, value in zip(demo.METRICS, runs.mean(axis=0))},
         "temperature at the end": result.history.get("temperature", [temperature])[-1],
         "mrr of seeds": [round(float(mrr), 4) for mrr in runs[:, 0]],
         "candidates encoded": result.candidates_encoded,

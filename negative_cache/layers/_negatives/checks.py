@@ -237,7 +237,7 @@ def _check_embedding_key(cache: Cache) -> None:
 
 
 def check_draws(num_draws: int | None, num_negatives: int | None) -> tuple[int | None, int | None]:
-    """Checks how many draws are shared, or are of each query's own; by default 1 is."""
+    """Checks `num_draws` and `num_negatives`; without both, a query has one draw of its own."""
     if num_draws is not None and num_negatives is not None:
         raise ValueError(
             "`num_draws` are shared by all queries, `num_negatives` are of each query: give one of"

@@ -16,7 +16,7 @@ KL(p ‖ uniform) <= log(D Σ p²), in nats a query (Rényi divergences of order
 Only counts matter and not their order, so a stream that is sorted or clustered looks like a
 shuffled one, and passes over distinct candidates have a skew of at most 1. Pairs of a finite
 training set may be uneven by chance: if D candidates are drawn uniformly, λ times each on average,
-the skew is (1 - e^-λ) (1 + 1/λ), at most 1.30. The notice begins at 1.5. MovieLens 100K has 2.8.
+the skew is (1 - e^-λ) (1 + 1/λ), at most 1.30. The notice begins at 1.5.
 """
 
 from __future__ import annotations
@@ -140,9 +140,9 @@ def watch_of(sources: Sequence[Negatives]) -> PopularityWatch | None:
     It does in a sample of the stream. A cache that covers a corpus has every candidate once, and
     outweighs the batch beside it.
     """
-    kinds = {(source.is_of_stream, source.is_cache) for source in sources}
-    shows = any(is_of_stream for is_of_stream, _ in kinds) and (False, True) not in kinds
-    return PopularityWatch(sources) if shows else None
+    has_stream = any(source.is_of_stream for source in sources)
+    has_corpus = any(source.is_cache and not source.is_of_stream for source in sources)
+    return PopularityWatch(sources) if has_stream and not has_corpus else None
 
 
 def _total(variable: Any) -> np.ndarray:
