@@ -83,6 +83,7 @@ METHODS = {
     REFERENCE: Method("cache", options={"num_negatives": 1}),
     "cache": Method("cache"),
     "recipe": Method("cache", options=RECIPE),
+    "16 shared draws": Method("cache", options={"num_draws": 16}),
     "corpus": Method("corpus", options={"refresh_fraction": 0.001}),
     "corrector": Method("corpus", options={"corrector": True}),
     "oracle": Method("oracle", options={"num_negatives": 4}, is_timed=False),
