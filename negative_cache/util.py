@@ -79,6 +79,21 @@ def cross_replica_concat(tensor: tf.Tensor, axis: int, name: str | None = None) 
         return tf.ensure_shape(gathered, [*shape[:axis], None, *shape[axis + 1 :]])
 
 
+def cross_replica_sum(tensor: tf.Tensor) -> tf.Tensor:
+    """Sums the tensors of all replicas. Outside a replica context, it returns `tensor`.
+
+    Args:
+      tensor: a tensor of one shape on all replicas, float or int32 or int64.
+
+    Returns:
+      The sum, the same on all replicas, without gradient.
+    """
+    tensor = tf.stop_gradient(tensor)
+    if num_replicas() == 1:
+        return tensor
+    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+
+
 def num_replicas() -> int:
     """Returns the number of replicas to gather from, which is 1 outside a replica context."""
     context = tf.distribute.get_replica_context()

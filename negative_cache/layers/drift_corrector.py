@@ -47,6 +47,17 @@ class Encoded(NamedTuple):
 
         return Encoded(*(None if part is None else constant(part) for part in self))
 
+    def and_those(self, other: "Encoded") -> "Encoded":
+        """Both together."""
+        parts = zip(self, other)
+        return Encoded(*(None if one is None else tf.concat([one, two], 0) for one, two in parts))
+
+    def finite(self) -> "Encoded":
+        """The same, of which candidates whose fresh embedding is not finite are masked."""
+        is_finite = tf.reduce_all(tf.math.is_finite(self.fresh), axis=1)
+        fresh = tf.where(is_finite[:, tf.newaxis], self.fresh, 0.0)
+        return self._replace(fresh=fresh, mask=self.mask & is_finite)
+
 
 class DriftCorrector(StateLayer):
     """Estimates the current embeddings of candidates from their stale ones.

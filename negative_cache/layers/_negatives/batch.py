@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -42,6 +43,20 @@ class LogQ:
         if self.frequency is not None:
             log_probability = log_estimated_probability(self.frequency, ids, of_rows=are_cached)
         return log_expected_occurrences(log_probability, self.num_draws)
+
+
+class Queries(NamedTuple):
+    """Queries with what of a batch belongs to each of them.
+
+    Attributes:
+      embeddings: [q, d] float32, divided by the temperature.
+      left_out_ids: [q, P] int64, fingerprints of what is no negative; None for nothing.
+      max_scores: [q] float32, see `Batch`; None for no limit.
+    """
+
+    embeddings: tf.Tensor
+    left_out_ids: tf.Tensor | None
+    max_scores: tf.Tensor | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _features, _towers, _validation
+from negative_cache import _features, _towers, _validation, util
 from negative_cache._compat import RunningMean, deserialize, keras
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Contribution
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.drawn import DrawnNegatives
+from negative_cache.layers._negatives.pool import PooledShard
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
+from negative_cache.layers._negatives.shard import Shard
 from negative_cache.layers._negatives.step import CachedStep, Outcome, probe
 from negative_cache.layers._state import next_seed, on_every_replica
 from negative_cache.layers._variables import is_on_host
@@ -56,10 +58,12 @@ class CachedNegatives(DrawnNegatives):
         probe_size: int,
         probe_every: int,
         candidate_network: Callable[..., tf.Tensor] | None,
+        pool: str | None,
         seed: int | None,
         **kwargs: Any,
     ):
         super().__init__(seed=seed, **kwargs)
+        self.pool = checks.check_pool(pool)
         self.num_draws, self.num_negatives = checks.check_draws(num_draws, num_negatives)
         self.exact_query_gradient = exact_query_gradient
         self.corrector = corrector
@@ -84,6 +88,8 @@ class CachedNegatives(DrawnNegatives):
         # compiles by itself.
         is_apart = self._cache is not None and not self._cache.supports_jit
         is_apart |= any(is_on_host(spec.dtype) for spec in self.feature_specs.values())
+        # Nor can it compile what TensorFlow's strategies send from replica to replica.
+        is_apart |= self.pool is not None and tf.distribute.has_strategy()
         self.supports_jit = not is_apart and (self.index is None or self.index.supports_jit)
         # Kept, so that a refresh every few steps does not trace every time.
         self._untracked.reencode = tf.function(self._reencode, reduce_retracing=True)
@@ -97,8 +103,16 @@ class CachedNegatives(DrawnNegatives):
         """The `TreeIndex` that negatives are drawn from, if one is."""
         raise NotImplementedError
 
-    def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
-        """The sampler's options `candidate_ids` and `positive_ids`, if rows are left out by id."""
+    def left_out_ids(self, batch: Batch) -> tf.Tensor | None:
+        """[B, P] int64, fingerprints of what is no negative of each query; None for nothing."""
+        raise NotImplementedError
+
+    def left_out_rows(self, ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        """The sampler's options that leave out `ids` [B, P], fingerprints."""
+        raise NotImplementedError
+
+    def ids_at(self, rows: tf.Tensor) -> tf.Tensor:
+        """[n] int64, the fingerprints that `rows` [n] are left out by."""
         raise NotImplementedError
 
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
@@ -236,7 +250,7 @@ class CachedNegatives(DrawnNegatives):
             outcome.log_partition, sample_weight=tf.cast(outcome.has_negatives, tf.float32)
         )
         self._staleness.update_state(
-            outcome.staleness, sample_weight=tf.cast(outcome.drawn.mask, tf.float32)
+            outcome.staleness, sample_weight=tf.cast(outcome.is_drawn, tf.float32)
         )
         return Contribution(outcome.logit[:, tf.newaxis], outcome)
 
@@ -249,6 +263,11 @@ class CachedNegatives(DrawnNegatives):
         self._fill.update_state(tf.cast(self.get_cache().num_filled, tf.float32) / self.cache_size)
         self._skipped_rows.update_state(self.get_cache().num_skipped)
         return outcome.drift_loss
+
+    def make_shard(self, batch: Batch, correction: RowCorrection | None) -> Shard:
+        """The rows that a step draws from."""
+        is_pooled = self.pool is not None and util.num_replicas() > 1
+        return (PooledShard if is_pooled else Shard)(self, batch, correction)
 
     def correction(self) -> RowCorrection | None:
         """The corrector as it is now, if there is one."""
@@ -265,11 +284,21 @@ class CachedNegatives(DrawnNegatives):
     def features_of(
         self, rows: tf.Tensor, are_there: tf.Tensor, batch: Batch, substitutes: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """`features_at(rows)` if they are there, else those of candidates of the batch.
+        """`features_at(rows)` if they are there, else those of candidates of the batch."""
+        return self.with_stand_ins(self.features_at(rows), are_there, batch, substitutes)
+
+    def with_stand_ins(
+        self,
+        features: Mapping[str, tf.Tensor],
+        are_there: tf.Tensor,
+        batch: Batch,
+        substitutes: tf.Tensor,
+    ) -> dict[str, tf.Tensor]:
+        """Features [n, ...], in which candidates of the batch stand in for those not there.
 
         An unfilled row's empty features might be outside of what the tower knows, and give NaN.
         """
-        features = self.features_at(rows)
+        features = dict(features)
         if not self.knows_features_of(batch):
             return features
         known = self.features_in(batch)
@@ -323,6 +352,7 @@ class CachedNegatives(DrawnNegatives):
             "probe_size": self.probe_size,
             "probe_every": self.probe_every,
             "candidate_network": serialize(self.candidate_network),
+            "pool": self.pool,
             "seed": self.seed,
         }
 

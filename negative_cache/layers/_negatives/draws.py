@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import tensorflow as tf
 
-from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._negatives.batch import Queries
+from negative_cache.layers._negatives.rows import DrawnRows
 from negative_cache.layers._negatives.scores import Scores
-from negative_cache.ops import SoftmaxSample, _execution, shared_draws
+from negative_cache.ops import _execution, shared_draws
 from negative_cache.ops._block_scorer import BlockScorer
 
-# Options of a sampler with an entry for each query, and with one for each row.
-_OF_QUERIES = ("positive_ids", "max_scores")
-_OF_ROWS = ("candidate_ids", "log_weights")
 # What a score may differ by, relatively, from that of a sampler in TF32 or 16 bits.
 _TOLERANCE = 1e-3
 
@@ -32,9 +30,9 @@ class Draws(NamedTuple):
     are_shared: bool
 
     @classmethod
-    def own(cls, sample: SoftmaxSample) -> Draws:
-        """S draws of each query for itself: their mean counts."""
-        weights = tf.cast(sample.indices >= 0, tf.float32)
+    def own(cls, are_there: tf.Tensor) -> Draws:
+        """S draws of each query for itself: the mean counts of those that `are_there` [B, S]."""
+        weights = tf.cast(are_there, tf.float32)
         weights /= tf.maximum(tf.reduce_sum(weights, axis=1, keepdims=True), 1.0)
         return cls(weights, False)
 
@@ -60,38 +58,39 @@ class Draws(NamedTuple):
 
 
 def shared_weights(
-    queries: tf.Tensor,
-    drawn: EncodedRows,
+    queries: Queries,
+    drawn: DrawnRows,
     log_partition: tf.Tensor,
     shares: tf.Tensor,
-    options: Mapping[str, Any],
+    score_transform: Callable[[tf.Tensor], tf.Tensor] | None = None,
 ) -> tf.Tensor:
     """[B, n] float32, the weights with which every query uses every draw.
 
     Args:
-      queries: [B, d] float32, scaled.
-      drawn: n rows, with their embeddings as the sampler knows them.
+      queries: B queries.
+      drawn: n rows.
       log_partition: [B] float32, of the softmax that was drawn from.
       shares: [B] float32, π.
-      options: of the sampler.
+      score_transform: of inner products.
     """
-    of_pairs: dict[str, Any] = {
-        name: options.get(name) for name in (*_OF_QUERIES, "score_transform")
-    }
-    for name in _OF_ROWS:
-        if options.get(name) is not None:
-            of_pairs[name] = tf.gather(options[name], drawn.rows)
-    if of_pairs["positive_ids"] is not None and "candidate_ids" not in of_pairs:
-        of_pairs["candidate_ids"] = drawn.rows
-    if of_pairs["max_scores"] is not None:
+    limits = queries.max_scores
+    if limits is not None:
         # The sampler has scored in another product, and rounded otherwise: what it has drawn must
         # not have a weight of zero.
-        limits = of_pairs["max_scores"]
-        of_pairs["max_scores"] = limits + _TOLERANCE * tf.maximum(tf.abs(limits), 1.0)
-    scorer = BlockScorer(queries, drawn.embeddings, candidate_mask=drawn.mask, **of_pairs)
+        limits += _TOLERANCE * tf.maximum(tf.abs(limits), 1.0)
+    scorer = BlockScorer(
+        queries.embeddings,
+        drawn.known,
+        candidate_mask=drawn.mask,
+        candidate_ids=drawn.ids,
+        positive_ids=queries.left_out_ids,
+        log_weights=drawn.log_weights,
+        max_scores=limits,
+        score_transform=score_transform,
+    )
 
     def weigh() -> tf.Tensor:
-        scores, _ = scorer.score_block(drawn.embeddings, 0, tf.size(drawn.rows))
+        scores, _ = scorer.score_block(drawn.known, 0, tf.size(drawn.mask))
         # What the sampler has left out by a rounding may score above its log partition.
         log_probabilities = tf.minimum(scores - log_partition[:, tf.newaxis], 0.0)
         return shared_draws.balanced_weights(log_probabilities, shares)

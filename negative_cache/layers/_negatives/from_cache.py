@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from negative_cache import _features, _validation
+from negative_cache import _features, _validation, util
 from negative_cache._compat import deserialize, keras
 from negative_cache._features import fingerprint
 from negative_cache.layers._corpus import EMBEDDING
@@ -121,7 +121,8 @@ class FromCache(CachedNegatives):
     the batch's candidates then replace the rows that were used longest ago.
 
     A candidate that came several times may stand in several rows. Under a `tf.distribute` strategy
-    every replica has a cache of its own.
+    every replica has a cache of its own, of the candidates of its own batches. With
+    `pool="replicas"` all of them are one pool: every query has the negatives of all replicas.
 
     Args:
       cache: a `CacheSpec`; or a `Cache` without a `row_key` whose embedding is called "embedding".
@@ -139,6 +140,9 @@ class FromCache(CachedNegatives):
       probe_every: steps from one probe to the next.
       candidate_network: the tower of the rows, if that is not the task's. The batch's candidates
         are then encoded by it too, in inference mode, to enter the cache.
+      pool: "replicas" for the caches of all replicas of the `tf.distribute` strategy as one, with
+        R C rows on R replicas; each of them then scores the queries of all. None for its own rows
+        only. See `docs/distributed.md`.
       seed: seed of the draws; random (but under `keras.utils.set_random_seed`) if None.
       **kwargs: of the layer; see `Negatives`.
 
@@ -158,6 +162,7 @@ class FromCache(CachedNegatives):
         probe_size: int = 0,
         probe_every: int = 100,
         candidate_network: Callable[..., tf.Tensor] | None = None,
+        pool: str | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -170,6 +175,7 @@ class FromCache(CachedNegatives):
             probe_size=probe_size,
             probe_every=probe_every,
             candidate_network=candidate_network,
+            pool=pool,
             seed=seed,
             **kwargs,
         )
@@ -263,7 +269,8 @@ class FromCache(CachedNegatives):
 
     def num_stream_draws(self, num_candidates: tf.Tensor) -> tf.Tensor:
         del num_candidates
-        return tf.cast(self.get_cache().num_filled, tf.float32)
+        num_filled = tf.cast(self.get_cache().num_filled, tf.float32)
+        return num_filled if self.pool is None else util.cross_replica_sum(num_filled)
 
     def get_config(self) -> dict[str, Any]:
         cache = self._bound.cache
@@ -289,10 +296,14 @@ class FromCache(CachedNegatives):
             }
         )
 
-    def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
-        if batch.left_out_ids is None:
-            return {}
-        return {"candidate_ids": self._row_ids(), "positive_ids": batch.left_out_ids}
+    def left_out_ids(self, batch: Batch) -> tf.Tensor | None:
+        return batch.left_out_ids
+
+    def left_out_rows(self, ids: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"candidate_ids": self._row_ids(), "positive_ids": ids}
+
+    def ids_at(self, rows: tf.Tensor) -> tf.Tensor:
+        return tf.gather(self._row_ids(), rows)
 
     def _row_ids(self) -> tf.Tensor:
         """[C] int64, fingerprints of the rows' ids."""

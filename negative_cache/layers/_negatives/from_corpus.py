@@ -87,6 +87,7 @@ class FromCorpus(CachedNegatives):
             probe_size=probe_size,
             probe_every=probe_every,
             candidate_network=candidate_network,
+            pool=None,
             seed=seed,
             **kwargs,
         )
@@ -172,12 +173,12 @@ class FromCorpus(CachedNegatives):
     def _plain_specs(self) -> Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature:
         return _features.as_given(self.feature_specs, self.takes_one_tensor)
 
-    def left_out_rows(self, batch: Batch) -> dict[str, tf.Tensor]:
+    def left_out_ids(self, batch: Batch) -> tf.Tensor | None:
         row_key = self._row_key
         own = batch.features.get(row_key)
         if own is None or own.shape.rank != 1:
             # By a tower of its own, the corpus may hold other things than the batch.
-            return {}
+            return None
         wanted = tf.as_dtype(self.feature_specs[row_key].dtype)
         if not _features.are_of_one_kind(own.dtype, wanted):
             raise ValueError(
@@ -188,9 +189,15 @@ class FromCorpus(CachedNegatives):
         ids = batch.left_out_ids if row_key == self.get_task().candidate_id_key else None
         if ids is None:
             ids = _features.fingerprint(own[: batch.num_queries])[:, tf.newaxis]
+        return ids
+
+    def left_out_rows(self, ids: tf.Tensor) -> dict[str, tf.Tensor]:
         # A fingerprint is its own.
         rows = self.get_cache().rows_of(tf.reshape(ids, [-1]))
         return {"positive_ids": tf.reshape(rows, tf.shape(ids))}
+
+    def ids_at(self, rows: tf.Tensor) -> tf.Tensor:
+        return _features.fingerprint(tf.gather(self.get_cache().data[self._row_key], rows))
 
     def log_weights(self, batch: Batch) -> tf.Tensor | None:
         del batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import tensorflow as tf
@@ -33,11 +34,28 @@ class EncodedRows(NamedTuple):
         """Both together."""
         return EncodedRows(*(tf.concat(parts, axis=0) for parts in zip(self, other)))
 
-    def finite(self) -> EncodedRows:
-        """The same, of which rows that are not finite are masked."""
-        is_finite = tf.reduce_all(tf.math.is_finite(self.embeddings), axis=1)
-        embeddings = tf.where(is_finite[:, tf.newaxis], self.embeddings, 0.0)
-        return EncodedRows(self.rows, embeddings, self.mask & is_finite)
+
+class DrawnRows(NamedTuple):
+    """Rows that a step has drawn, with what it needs to know of them, wherever they are kept.
+
+    Attributes:
+      features: feature name -> [m, ...], as the tower takes them.
+      mask: [m] bool; where it is False nothing was drawn, and all else may be anything.
+      stale: [m, d] float32, the cached embeddings.
+      known: [m, d] float32, the same as the sampler has seen them: corrected, if there is a
+        corrector.
+      age: [m] int32, the number of updates since each row was written; None without a corrector.
+      ids: [m] int64, fingerprints of the candidates' ids; None if nothing is left out by its id.
+      log_weights: [m] float32, what was added to the scores; None if nothing was.
+    """
+
+    features: Mapping[str, tf.Tensor]
+    mask: tf.Tensor
+    stale: tf.Tensor
+    known: tf.Tensor
+    age: tf.Tensor | None
+    ids: tf.Tensor | None
+    log_weights: tf.Tensor | None
 
 
 class RowCorrection:
@@ -61,10 +79,17 @@ class RowCorrection:
         return self._correct(embeddings, self._cache.age_of(rows), self._content(rows))
 
     def examples(self, encoded: EncodedRows, stale: tf.Tensor) -> Encoded:
-        """Encoded rows, and what they were, [n, d], as what a corrector learns from."""
+        """Encoded rows of this replica, and what they were, [n, d], as what a corrector learns."""
         rows = encoded.rows
         age = self._cache.age_of(rows)
         return Encoded(stale, encoded.embeddings, age, encoded.mask, self._content(rows))
+
+    def examples_of_drawn(self, rows: DrawnRows, fresh: tf.Tensor) -> Encoded:
+        """Drawn rows, wherever they are kept, with their embeddings [m, d] of now."""
+        content = None
+        if self._content_key is not None:
+            content = tf.cast(rows.features[self._content_key], tf.float32)
+        return Encoded(rows.stale, fresh, rows.age, rows.mask, content)
 
     def _content(self, rows: tf.Tensor) -> tf.Tensor | None:
         if self._content_key is None:

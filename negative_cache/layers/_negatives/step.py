@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
 
 from negative_cache.layers._negatives.batch import Batch
-from negative_cache.layers._negatives.draws import Draws, shared_weights
-from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
-from negative_cache.layers._negatives.samplers import sampler_of
-from negative_cache.ops import SoftmaxSample, _execution, contrastive, shared_draws
+from negative_cache.layers._negatives.draws import Draws
+from negative_cache.layers._negatives.rows import DrawnRows, EncodedRows, RowCorrection
+from negative_cache.layers._negatives.shard import Shard, has_negatives
+from negative_cache.ops import _execution, contrastive
 from negative_cache.ops.landmarks import uniform_rows
 
 if TYPE_CHECKING:
@@ -24,8 +24,10 @@ class Outcome(NamedTuple):
       logit: [B] float32, the log partition, with the sampled gradient.
       log_partition: [B] float32, without gradient; 0 for queries without negatives.
       has_negatives: [B] bool, whether there is a row that is a negative of the query.
-      drawn: the m drawn rows, without gradient.
-      staleness: [m] float32, ‖ĝ - g‖² / ‖g‖² of the drawn rows.
+      drawn: the rows of this replica that were drawn, without gradient, by its own queries or, out
+        of a pool, by those of all replicas.
+      is_drawn: [m] bool, which of the m draws for this replica's queries there are.
+      staleness: [m] float32, ‖ĝ - g‖² / ‖g‖² of these draws.
       oldest: the oldest rows, encoded; None if no rows are refreshed in turn.
       drift_loss: scalar whose gradient trains the corrector; None if nothing is trained.
     """
@@ -34,6 +36,7 @@ class Outcome(NamedTuple):
     log_partition: tf.Tensor
     has_negatives: tf.Tensor
     drawn: EncodedRows
+    is_drawn: tf.Tensor
     staleness: tf.Tensor
     oldest: EncodedRows | None
     drift_loss: tf.Tensor | None
@@ -69,7 +72,7 @@ class CachedStep:
 
     def log_partition(self) -> tf.Tensor:
         """[B] float32, without gradient; changes nothing."""
-        return self._sample(0, self._options(), seed=0, compute_gradient=False)[0].log_partition
+        return self._shard().log_partition()
 
     def sampled_log_partition(self, seed: tf.Tensor) -> Outcome:
         """The log partition with the sampled gradient, and what there is to write.
@@ -77,101 +80,39 @@ class CachedStep:
         Args:
           seed: [2] int64.
         """
-        options = self._options()
-        sample, query_gradient = self._draw(seed, options)
-        log_partition = sample.log_partition
-        rows = tf.reshape(tf.maximum(sample.indices, 0), [-1])
-        is_drawn = tf.reshape(sample.indices >= 0, [-1])
-        drawn = self._encode_drawn(rows, is_drawn)
-        stale = self._source.stale(rows)
-        staleness = contrastive.relative_staleness(stale, drawn.embeddings)
-        # The cached embeddings as the sampler has seen them.
-        known = stale if self._correction is None else self._correction.correct(stale, rows)
-        draws = self._weigh(sample, EncodedRows(rows, known, is_drawn), options)
-        surrogate = self._surrogate(draws, drawn.embeddings, known, query_gradient)
-        drawn = EncodedRows(rows, tf.stop_gradient(drawn.embeddings), is_drawn)
+        shard = self._shard()
+        log_partition, query_gradient, drawn, draws = shard.draw(seed)
+        embeddings = self._encode_drawn(drawn)
+        staleness = contrastive.relative_staleness(drawn.stale, embeddings)
+        surrogate = self._surrogate(draws, embeddings, drawn.known, query_gradient)
+        fresh = tf.stop_gradient(embeddings)
         oldest = self._encode_oldest()
-        has_negatives = _has_negatives(log_partition)
+        has_some = has_negatives(log_partition)
         return Outcome(
             logit=contrastive.value_with_gradient(log_partition, surrogate),
-            log_partition=tf.where(has_negatives, log_partition, 0.0),
-            has_negatives=has_negatives,
-            drawn=drawn,
+            log_partition=tf.where(has_some, log_partition, 0.0),
+            has_negatives=has_some,
+            drawn=shard.bring_home(fresh, drawn.mask),
+            is_drawn=drawn.mask,
             staleness=staleness,
             oldest=oldest,
-            drift_loss=self._learn(drawn, oldest, seed),
+            drift_loss=self._learn(drawn, fresh, oldest, seed),
         )
 
-    def _options(self) -> dict[str, Any]:
-        """How the sampler is to score rows, and which it is to leave out."""
-        correction, log_weights = self._correction, self._source.log_weights(self._batch)
-        options: dict[str, Any] = {
-            "score_transform": self._batch.scores.transform,
-            "row_transform": None if correction is None else correction.correct,
-            "max_scores": self._batch.max_scores,
-            "log_zero": contrastive.NOT_A_CANDIDATE,
-            **self._source.left_out_rows(self._batch),
-        }
-        if log_weights is not None:
-            options["log_weights"] = log_weights
-        return options
+    def _shard(self) -> Shard:
+        return self._source.make_shard(self._batch, self._correction)
 
-    def _sample(
-        self, num_samples: int, options: dict[str, Any], **more: Any
-    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-        sampler = sampler_of(self._source.get_cache())
-        return sampler.sample_with_gradient(self._batch.queries, num_samples, **options, **more)
-
-    def _draw(
-        self, seed: tf.Tensor, options: dict[str, Any]
-    ) -> tuple[SoftmaxSample, tf.Tensor | None]:
-        """Draws S rows a query, or n in all, and [B, d] ∇_x log Z if it is to be exact."""
-        wanted = {"seed": seed, "compute_gradient": self._source.exact_query_gradient}
-        per_query, num_draws = self._source.num_negatives, self._source.num_draws
-        if per_query is not None:
-            return self._sample(per_query, options, **wanted)
-
-        def choose(log_partition: tf.Tensor) -> tf.Tensor:
-            # No step has a seed of negative numbers.
-            other_seed = tf.bitwise.invert(seed)
-            return shared_draws.choose_queries(self._shares(log_partition), num_draws, other_seed)
-
-        return self._sample(1, options, choose_queries=choose, **wanted)
-
-    def _weigh(self, sample: SoftmaxSample, drawn: EncodedRows, options: dict[str, Any]) -> Draws:
-        """The weights of the draws, of which the sampler knows the embeddings of `drawn`."""
-        if self._source.num_negatives is not None:
-            return Draws.own(sample)
-        log_partition = sample.log_partition
-        shares, queries = self._shares(log_partition), self._batch.queries
-        weights = shared_weights(queries, drawn, log_partition, shares, options)
-        return Draws(weights, are_shared=True)
-
-    def _shares(self, log_partition: tf.Tensor) -> tf.Tensor:
-        """[B] float32, π: how much each query's negatives matter to the loss.
-
-        The gradient of a query's loss by its log Z is at most 1 - p⁺ = Z / (exp s⁺ + Z); it is less
-        if there are other sources.
-        """
-        log_odds = log_partition - self._batch.positive_logits
-        log_weights = tf.where(
-            _has_negatives(log_partition),
-            tf.math.log_sigmoid(log_odds),
-            contrastive.NOT_A_CANDIDATE,
-        )
-        return tf.stop_gradient(shared_draws.mixture_shares(log_weights))
-
-    def _encode_drawn(self, rows: tf.Tensor, is_drawn: tf.Tensor) -> EncodedRows:
-        """Encodes the drawn `rows` [m]."""
+    def _encode_drawn(self, drawn: DrawnRows) -> tf.Tensor:
+        """[m, d] float32, with gradient."""
         # Where nothing is drawn, a positive of the batch is encoded instead.
         per_query = self._source.num_negatives
-        places = tf.range(tf.size(rows))
+        places = tf.range(tf.size(drawn.mask))
         if per_query is None:
             stand_ins = places % tf.maximum(self._batch.num_queries, 1)
         else:
             stand_ins = places // per_query
-        features = self._source.features_of(rows, is_drawn, self._batch, stand_ins)
-        return EncodedRows(rows, self._source.encode(features, training=True), is_drawn)
+        features = self._source.with_stand_ins(drawn.features, drawn.mask, self._batch, stand_ins)
+        return self._source.encode(features, training=True)
 
     def _surrogate(
         self,
@@ -211,18 +152,22 @@ class CachedStep:
         return EncodedRows(rows, embeddings, filled & is_due)
 
     def _learn(
-        self, drawn: EncodedRows, oldest: EncodedRows | None, seed: tf.Tensor
+        self,
+        drawn: DrawnRows,
+        fresh: tf.Tensor,
+        oldest: EncodedRows | None,
+        seed: tf.Tensor,
     ) -> tf.Tensor | None:
         """Lets the corrector learn from all rows that were encoded; its loss."""
         correction = self._correction
         if correction is None:
             return None
         source, batch = self._source, self._batch
-        examples = drawn
+        examples = correction.examples_of_drawn(drawn, fresh)
         for more in (source.own_rows(batch), oldest):
             if more is not None:
-                examples = examples.and_those(more)
-        examples = examples.finite()
+                stale = source.stale(more.rows)
+                examples = examples.and_those(correction.examples(more, stale))
         self._learn_landmarks(correction, seed)
         return _execution.compiled(
             lambda encoded: correction.corrector.learn(
@@ -232,7 +177,7 @@ class CachedStep:
                     tf.stop_gradient(batch.queries), embeddings, as_given=True
                 ),
             ),
-            correction.examples(examples, source.stale(examples.rows)),
+            examples.finite(),
             like=correction.corrector.state_variable,
         )
 
@@ -254,12 +199,6 @@ class CachedStep:
             correction.examples(landmarks, source.stale(rows)),
             like=corrector.state_variable,
         )
-
-
-def _has_negatives(log_partition: tf.Tensor) -> tf.Tensor:
-    """[B] bool, whether there is a row that is a negative of each query."""
-    has_some = log_partition > 0.5 * contrastive.NOT_A_CANDIDATE
-    return tf.math.is_finite(log_partition) & has_some
 
 
 def probe(source: CachedNegatives, seed: tf.Tensor) -> None:

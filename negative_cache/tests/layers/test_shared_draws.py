@@ -9,8 +9,9 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
+from negative_cache.layers._negatives.batch import Queries
 from negative_cache.layers._negatives.draws import Draws, shared_weights
-from negative_cache.layers._negatives.rows import EncodedRows
+from negative_cache.layers._negatives.rows import DrawnRows
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.ops import _small_blocks, shared_draws
 from negative_cache.tests.layers.corpus_cases import corrected_rows, step, teach
@@ -118,10 +119,10 @@ def test_every_variable_gets_the_gradient_of_all_rows(name):
 
 def test_what_is_not_drawn_has_no_weight():
     # An index may draw a row and find that it is none of the query's: nothing is drawn then.
-    queries, law = tf.constant(make_queries(2)), tf.zeros([2])
-    rows, are_drawn = tf.constant([3, 0, 5], tf.int64), tf.constant([True, False, True])
-    drawn = EncodedRows(rows, tf.gather(TABLE, rows), are_drawn)
-    weights = shared_weights(queries, drawn, law, tf.constant([0.5, 0.5]), {}).numpy()
+    queries, law = Queries(tf.constant(make_queries(2)), None, None), tf.zeros([2])
+    known, are_drawn = tf.gather(TABLE, [3, 0, 5]), tf.constant([True, False, True])
+    drawn = DrawnRows({}, are_drawn, known, known, None, None, None)
+    weights = shared_weights(queries, drawn, law, tf.constant([0.5, 0.5])).numpy()
     np.testing.assert_array_equal(weights > 0.0, [[True, False, True]] * 2)
 
 
