@@ -40,15 +40,13 @@ class RowsById:
         variables["rows"].assign(tf.fill(variables["rows"].shape, -1))
 
     @staticmethod
-    def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
-        """Stores that row i has the id `ids[i]`, for `ids` [n].
+    def check_distinct(ids: np.ndarray) -> None:
+        """Checks that the `ids` [n] of rows differ.
 
         Raises:
           ValueError: if two ids are equal.
         """
-        fingerprints = fingerprint(tf.constant(ids)).numpy()
-        order = np.argsort(fingerprints, kind="stable")
-        fingerprints = fingerprints[order]
+        order, fingerprints = _in_order(ids)
         same = np.flatnonzero(fingerprints[1:] == fingerprints[:-1])
         if len(same):
             first, second = sorted(order[same[0] : same[0] + 2])
@@ -56,6 +54,11 @@ class RowsById:
                 "Every candidate of a corpus must have an id of its own. Received the id"
                 f" {ids[[first]].tolist()[0]!r} for rows {first} and {second}."
             )
+
+    @staticmethod
+    def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
+        """Stores that row i has the id `ids[i]`, for distinct `ids` [n]."""
+        order, fingerprints = _in_order(ids)
         missing = variables["rows"].shape[0] - len(ids)
         variables["fingerprints"].assign(
             np.pad(fingerprints, [0, missing], constant_values=tf.int64.max)
@@ -73,6 +76,13 @@ class RowsById:
             is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
             rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
             return tf.where(is_there, rows, -1)
+
+
+def _in_order(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] the order of the fingerprints of `ids` [n], and the fingerprints in it."""
+    fingerprints = fingerprint(tf.constant(ids)).numpy()
+    order = np.argsort(fingerprints, kind="stable")
+    return order, fingerprints[order]
 
 
 def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:

@@ -8,7 +8,8 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import deserialize, keras
-from negative_cache.layers._cache.checks import check_index, check_on_host
+from negative_cache.layers._cache.checks import check_index, check_on_host, check_sharded
+from negative_cache.layers._cache.partition import Partition
 from negative_cache.layers._cache.rows import CacheRows
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._cache.writer import CacheWriter, RowUpdates
@@ -58,6 +59,9 @@ class Cache(StateLayer):
       on_host: names of features that stay in host memory if the layer computes on an accelerator. A
         step copies the rows that it uses. The embedding can be one of them if there is an `index`
         to draw from. Strings are always on the host. Not possible under a `tf.distribute` strategy.
+      sharded: whether each of the R replicas of a `tf.distribute` strategy holds its own R-th part
+        of a corpus, instead of the whole: row i of replica r is candidate R i + r, and C are the
+        rows of a replica. Needs a `row_key`. See `docs/distributed.md`.
 
     Raises:
       ValueError: if `specs` lacks an embedding `embedding_key` or an id `row_key`, if `cache_size`
@@ -87,6 +91,7 @@ class Cache(StateLayer):
         index: TreeIndex | None = None,
         row_key: str | None = None,
         on_host: Sequence[str] = (),
+        sharded: bool = False,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
@@ -107,6 +112,10 @@ class Cache(StateLayer):
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
+        check_sharded(sharded, row_key, index)
+        self.sharded = sharded
+        partition = Partition.over_replicas(sharded)
+        self._num_shards = partition.num_shards
         self._rows = CacheRows(self.specs, self.cache_size, on_host)
         check_on_host(on_host, embedding_key, index)
         self.on_host = tuple(on_host)
@@ -138,6 +147,7 @@ class Cache(StateLayer):
             index=index,
             row_key=row_key,
             rows_by_id=rows_by_id,
+            partition=partition,
         )
         # Keras 3 reads this before it compiles. XLA cannot access variables in host memory.
         self.supports_jit = not self.host_keys
@@ -198,10 +208,7 @@ class Cache(StateLayer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the number of rows not written so far.
-
-        They had an embedding that is not finite, or an id that is not in the corpus.
-        """
+        """Scalar int64, the rows not written so far: not finite, or of an id not in the corpus."""
         return self._state.num_skipped
 
     @classmethod
@@ -232,7 +239,8 @@ class Cache(StateLayer):
             features, so leave out those that neither the tower nor the id needs.
           candidate_id_key: name of the feature that identifies a candidate; it becomes `row_key`.
             If the tower takes a single tensor, that tensor is the id, with the name "candidate".
-          cache_size: the number of candidates; counted if None.
+          cache_size: the number of candidates, or if it is `sharded` of those of a replica; counted
+            if None.
           embedding_dtype: dtype of the cached embeddings: float32, bfloat16 or float16.
           index: as in `Cache`.
           saved: as in `Cache`.
@@ -248,7 +256,9 @@ class Cache(StateLayer):
             the same id, or if the dataset is empty or has more candidates than `cache_size`.
         """
         corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key, on_host)
-        size = corpus.count() if cache_size is None else cache_size
+        size = cache_size
+        if size is None:
+            size = Partition.over_replicas(kwargs.get("sharded", False)).num_rows(corpus.count())
         embedding = tf.io.FixedLenFeature([corpus.embedding_dim()], embedding_dtype)
         cache = cls(
             {**corpus.specs, EMBEDDING: embedding},
@@ -283,11 +293,12 @@ class Cache(StateLayer):
                 batches,
                 self.specs,
                 self.row_key,
-                self.cache_size,
+                self.cache_size * self._num_shards,
                 lambda start, items: on_every_replica(write, start, items),
                 verbose=verbose,
             )
-            on_every_replica(RowsById.assign, self._state.rows_by_id, ids)
+            RowsById.check_distinct(ids)
+            on_every_replica(self._writer.know_ids, ids)
         except Exception:
             # Without ids, a row could not be excluded as the positive of its own query.
             on_every_replica(self._writer.forget)
@@ -305,6 +316,10 @@ class Cache(StateLayer):
         # On a CPU the memory is shared, because a large corpus may not fit into memory twice.
         is_on_cpu = tf.DeviceSpec.from_string(embeddings.device).device_type == "CPU"
         return np.asarray(memoryview(embeddings)) if is_on_cpu else embeddings.numpy()
+
+    def count_skipped(self, is_skipped: tf.Tensor) -> None:
+        """Adds the entries with True in `is_skipped` [n] to `num_skipped`."""
+        on_every_replica(self._writer.count_skipped, is_skipped)
 
     def rows_of(self, ids: tf.Tensor) -> tf.Tensor:
         """[n] int64, the rows of the candidates with `ids` [n]; -1 for an unknown id.
@@ -412,6 +427,7 @@ class Cache(StateLayer):
             "index": keras.utils.serialize_keras_object(self.index),
             "row_key": self.row_key,
             "on_host": list(self.on_host),
+            "sharded": self.sharded,
         }
 
     @classmethod

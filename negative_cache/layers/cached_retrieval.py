@@ -16,6 +16,7 @@ from negative_cache.layers._negatives.explicit import Explicit
 from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
 from negative_cache.layers._negatives.from_corpus import FromCorpus
 from negative_cache.layers._negatives.in_batch import InBatch
+from negative_cache.layers._negatives.pool import check_pool_of_corpus
 from negative_cache.layers._negatives.rows import INTERNAL_KEYS
 from negative_cache.layers._state import describe_specs, fixed_seed, specs_of
 from negative_cache.layers._variables import is_on_host
@@ -39,7 +40,7 @@ _OF_CACHES = (
     "probe_size",
     "probe_every",
 )
-_PLAIN = (*_OF_CACHES, "in_batch_negatives", "num_hard_negatives", "write_back")
+_PLAIN = (*_OF_CACHES, "in_batch_negatives", "num_hard_negatives", "write_back", "pool")
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -154,6 +155,9 @@ class CachedRetrieval(Retrieval):
       embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
       save_cache: whether files hold the cache. Files without it are smaller, and a training that
         continues from one starts with an empty cache.
+      pool: "replicas" for the caches, and the batches, of all replicas of a `tf.distribute`
+        strategy as one: every query then has the negatives of all of them. None for those of its
+        own replica. A given `cache` is one pool if it is `sharded`. See `docs/distributed.md`.
       seed: seed of the draws; random if it is None, except under `keras.utils.set_random_seed`.
       **kwargs: of the layer. A given `name` is put before the names of its metrics in the logs,
         which tells several tasks in one model apart.
@@ -206,6 +210,7 @@ class CachedRetrieval(Retrieval):
         embedding_dim: int | None = None,
         embedding_dtype: str | tf.DType = tf.float32,
         save_cache: bool = True,
+        pool: str | None = None,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -253,8 +258,8 @@ class CachedRetrieval(Retrieval):
         elif cache is None:
             asked = ("corrector", "refresh_fraction", "probe_size")
             checks.check_needs_cache(index=index, **{name: of_rows[name] for name in asked})
-        sources = _of_the_batch(in_batch_negatives, num_hard_negatives)
-        sources += _of_rows(cache, spec, feature_specs, write_back, of_rows)
+        sources = _of_the_batch(in_batch_negatives, num_hard_negatives, pool)
+        sources += _of_rows(cache, spec, feature_specs, write_back, pool, of_rows)
         super().__init__(
             candidate_network,
             sources,
@@ -274,7 +279,7 @@ class CachedRetrieval(Retrieval):
         self.embedding_dtype = decided["embedding_dtype"]
         self.in_batch_negatives = in_batch_negatives
         self.num_hard_negatives = num_hard_negatives
-        self.write_back = write_back
+        self.write_back, self.pool = write_back, pool
         for name in _OF_CACHES:
             setattr(self, name, {**decided, **of_rows}[name])
         self._takes_one_tensor = not isinstance(feature_specs, Mapping)
@@ -411,7 +416,7 @@ class CachedRetrieval(Retrieval):
         )
 
 
-def _of_the_batch(in_batch: bool, num_hard: int | None) -> list[Negatives]:
+def _of_the_batch(in_batch: bool, num_hard: int | None, pool: str | None) -> list[Negatives]:
     """The sources that need no cache."""
     if not in_batch:
         if num_hard is not None:
@@ -422,7 +427,7 @@ def _of_the_batch(in_batch: bool, num_hard: int | None) -> list[Negatives]:
         return [Explicit()]
     if num_hard is not None:
         _validation.check_count(num_hard, "num_hard_negatives")
-    return [InBatch(num_hard), Explicit()]
+    return [InBatch(num_hard, pool), Explicit()]
 
 
 def _of_rows(
@@ -430,13 +435,15 @@ def _of_rows(
     spec: CacheSpec | None,
     feature_specs: Any,
     write_back: bool,
+    pool: str | None,
     options: Mapping[str, Any],
 ) -> list[Negatives]:
     """The source that is a cache, if there is one: of a corpus, or streaming."""
     if cache is not None:
+        check_pool_of_corpus(pool, cache)
         return [FromCorpus(cache, write_back=write_back, feature_specs=feature_specs, **options)]
     if not write_back:
         raise ValueError(
             "`write_back=False` is for a `cache` that covers a corpus. Received: cache=None."
         )
-    return [] if spec is None else [FromCache(spec, **options)]
+    return [] if spec is None else [FromCache(spec, pool=pool, **options)]

@@ -4,8 +4,10 @@ import functools
 from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
+from negative_cache.layers._cache.partition import Partition
 from negative_cache.layers._cache.rows import CacheRows, Items
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._corpus import RowsById
@@ -46,6 +48,7 @@ class CacheWriter:
       row_key: name of the feature that identifies a candidate and so its row; None if new items
         replace the oldest rows.
       rows_by_id: the variables of `RowsById` if there is a `row_key`, else empty.
+      partition: which candidates of a corpus this replica holds.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class CacheWriter:
         index: TreeIndex | None,
         row_key: str | None,
         rows_by_id: Mapping[str, StateVariable],
+        partition: Partition,
     ):
         self._rows = rows
         self._times = times
@@ -68,6 +72,7 @@ class CacheWriter:
         self._index = index
         self._row_key = row_key
         self._rows_by_id = rows_by_id
+        self._partition = partition
 
     def update(self, new_items: Items, mask: tf.Tensor, updates: RowUpdates | None) -> None:
         """`Cache.update` with checked arguments, for the `new_items` with True in `mask` [n]."""
@@ -102,12 +107,26 @@ class CacheWriter:
         self._follow([(updates.rows, mask)])
 
     def fill(self, start: tf.Tensor, items: Items) -> None:
-        """Writes `items` to the rows beginning at `start`. It does not update the index."""
-        embeddings = items[self._embedding_key]
-        mask = self._admit(items, tf.ones(tf.shape(embeddings)[:1], tf.bool))
-        rows = masked_rows(start + tf.range(tf.size(mask, tf.int64)), mask)
+        """Writes those of `items` that this replica holds. It does not update the index.
+
+        Args:
+          start: scalar int64, the place of the first item in the corpus.
+          items: feature name -> [n, ...].
+        """
+        count = tf.shape(items[self._embedding_key], tf.int64)[0]
+        places, is_own = self._partition.places(start, count)
+        mask = self._admit(items, is_own)
+        rows = masked_rows(places, mask)
         self._rows.write(rows, items)
         self._times.fill(rows, mask)
+
+    def know_ids(self, ids: np.ndarray) -> None:
+        """Stores whose rows these are, by the `ids` [N] of the whole corpus, in its order."""
+        RowsById.assign(self._rows_by_id, self._partition.part(ids))
+
+    def count_skipped(self, is_skipped: tf.Tensor) -> None:
+        """Counts rows that are not written, those with True in `is_skipped` [n]."""
+        self._num_skipped.assign_add(tf.math.count_nonzero(is_skipped))
 
     def forget(self) -> None:
         """Empties all rows of a cache with a `row_key`. It does not update the index."""
@@ -177,7 +196,7 @@ class CacheWriter:
           The `MaskedRows` of the items, and [n] bool, whether each item is written.
         """
         is_known = mask & (rows >= 0)
-        self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~is_known))
+        self.count_skipped(mask & ~is_known)
         # If a batch has a candidate several times, it is written once.
         is_known &= Groups.of(tf.cast(rows, tf.int32), is_known).rank == 0
         return masked_rows(rows, is_known), is_known
@@ -187,7 +206,7 @@ class CacheWriter:
         if self._embedding_key not in items:
             return mask
         finite = tf.reduce_all(tf.math.is_finite(items[self._embedding_key]), axis=1)
-        self._num_skipped.assign_add(tf.math.count_nonzero(mask & ~finite))
+        self.count_skipped(mask & ~finite)
         return mask & finite
 
     def _follow(self, changed: Changed) -> None:

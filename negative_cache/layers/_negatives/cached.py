@@ -46,6 +46,8 @@ class CachedNegatives(DrawnNegatives):
     _is_lost_in_folders = True
     # Whether draws are written back.
     write_back = True
+    # "replicas" if the caches of all replicas are one pool.
+    pool: str | None = None
 
     def __init__(
         self,
@@ -58,12 +60,10 @@ class CachedNegatives(DrawnNegatives):
         probe_size: int,
         probe_every: int,
         candidate_network: Callable[..., tf.Tensor] | None,
-        pool: str | None,
         seed: int | None,
         **kwargs: Any,
     ):
         super().__init__(seed=seed, **kwargs)
-        self.pool = checks.check_pool(pool)
         self.num_draws, self.num_negatives = checks.check_draws(num_draws, num_negatives)
         self.exact_query_gradient = exact_query_gradient
         self.corrector = corrector
@@ -352,7 +352,6 @@ class CachedNegatives(DrawnNegatives):
             "probe_size": self.probe_size,
             "probe_every": self.probe_every,
             "candidate_network": serialize(self.candidate_network),
-            "pool": self.pool,
             "seed": self.seed,
         }
 

@@ -236,17 +236,6 @@ def _check_embedding_key(cache: Cache) -> None:
         )
 
 
-def check_pool(pool: str | None) -> str | None:
-    """Returns `pool`.
-
-    Raises:
-      ValueError: if it is neither "replicas" nor None.
-    """
-    if pool not in (None, "replicas"):
-        raise ValueError(f'`pool` must be "replicas" or None. Received: {pool!r}.')
-    return pool
-
-
 def check_draws(num_draws: int | None, num_negatives: int | None) -> tuple[int | None, int | None]:
     """Checks `num_draws` and `num_negatives`; without both, a query has one draw of its own."""
     if num_draws is not None and num_negatives is not None:

@@ -16,6 +16,7 @@ from negative_cache.layers._corpus import EMBEDDING
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.cached import CachedNegatives, own_network
+from negative_cache.layers._negatives.pool import check_pool
 from negative_cache.layers._negatives.rows import (
     CANDIDATE_ID,
     INTERNAL_KEYS,
@@ -175,7 +176,6 @@ class FromCache(CachedNegatives):
             probe_size=probe_size,
             probe_every=probe_every,
             candidate_network=candidate_network,
-            pool=pool,
             seed=seed,
             **kwargs,
         )
@@ -186,6 +186,7 @@ class FromCache(CachedNegatives):
             specs = checks.check_streaming_cache(cache, INTERNAL_KEYS)
             self.takes_one_tensor = set(specs) == {_features.ONE_FEATURE}
             self._cache = cache
+        self.pool = check_pool(pool)
         self.feature_specs = specs
         self.cache_size = cache.cache_size
         self.use_lru = cache.use_lru
@@ -281,7 +282,7 @@ class FromCache(CachedNegatives):
             described = cache.get_config()
         else:
             described = keras.utils.serialize_keras_object(cache)
-        return {**super().get_config(), "cache": described}
+        return {**super().get_config(), "cache": described, "pool": self.pool}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> FromCache:

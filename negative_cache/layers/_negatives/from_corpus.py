@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import tensorflow as tf
 
-from negative_cache import _features
+from negative_cache import _features, util
 from negative_cache._compat import deserialize, keras
 from negative_cache.layers._corpus import EMBEDDING, Corpus
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.cached import CachedNegatives, own_network
 from negative_cache.layers._negatives.from_cache import as_updates
+from negative_cache.layers._negatives.pool import gather_rows
 from negative_cache.layers._negatives.rows import EncodedRows
 from negative_cache.layers._state import describe_specs, specs_of
 from negative_cache.layers.cache import Cache
@@ -34,6 +35,9 @@ class FromCorpus(CachedNegatives):
     written to their rows. What is stale are the rows that neither draws nor positives come to:
     `refresh_fraction` encodes them in turn, the callback `CacheRefresh` all at once, and a
     `corrector` estimates where they are without encoding them.
+
+    Under a `tf.distribute` strategy every replica holds the whole corpus, or with a cache that is
+    `sharded` its own part of it. Then every query has the rows of all replicas as negatives.
 
     Every candidate is there once, so that there are no corrections for popularity. `InBatch` beside
     it counts the batch's candidates twice, as themselves and as their rows.
@@ -87,7 +91,6 @@ class FromCorpus(CachedNegatives):
             probe_size=probe_size,
             probe_every=probe_every,
             candidate_network=candidate_network,
-            pool=None,
             seed=seed,
             **kwargs,
         )
@@ -98,6 +101,7 @@ class FromCorpus(CachedNegatives):
         self.cache_size = cache.cache_size
         self._cache = cache
         self._row_key = str(cache.row_key)
+        self.pool = "replicas" if cache.sharded else None
         self._make_state(cache.use_lru)
         self._count(cache.num_filled)
 
@@ -213,9 +217,32 @@ class FromCorpus(CachedNegatives):
     def write(self, batch: Batch, encoded: EncodedRows | None) -> None:
         if self.has_own_tower:
             # Nothing of the batch is a row.
-            items = _features.example_of(self.get_cache().specs, num_rows=0)
-            self.get_cache().update(new_items=items, **as_updates(encoded))
+            self._update(encoded)
+            return
+        if self.pool is not None and util.num_replicas() > 1:
+            self._write_to_shards(batch, encoded)
             return
         items = {**self.features_in(batch), EMBEDDING: batch.candidates}
         mask = None if self.write_back else tf.zeros([batch.num_candidates], tf.bool)
         self.get_cache().update(new_items=items, new_items_mask=mask, **as_updates(encoded))
+
+    def _write_to_shards(self, batch: Batch, encoded: EncodedRows | None) -> None:
+        """`write`, if the batch's candidates are rows of other replicas too."""
+        cache = self.get_cache()
+        ids = _features.fingerprint(batch.features[self._row_key])
+        replica = tf.fill(tf.shape(ids), util.replica_id())
+        ids, replicas, embeddings = gather_rows([ids, replica, batch.candidates])
+        rows = cache.rows_of(ids)
+        is_here = rows >= 0
+        # What is on no replica.
+        is_unknown = tf.equal(util.cross_replica_sum(tf.cast(is_here, tf.int32)), 0)
+        cache.count_skipped(is_unknown & tf.equal(replicas, util.replica_id()))
+        if self.write_back:
+            known = EncodedRows(tf.maximum(rows, 0), embeddings, is_here)
+            encoded = known if encoded is None else encoded.and_those(known)
+        self._update(encoded)
+
+    def _update(self, encoded: EncodedRows | None) -> None:
+        """Ends the step of the cache with no new candidates."""
+        items = _features.example_of(self.get_cache().specs, num_rows=0)
+        self.get_cache().update(new_items=items, **as_updates(encoded))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import tensorflow as tf
@@ -16,6 +17,7 @@ from negative_cache.ops._draws import draw_uniforms, inverse_cdf
 
 if TYPE_CHECKING:
     from negative_cache.layers._negatives.cached import CachedNegatives
+    from negative_cache.layers.cache import Cache
 
 
 class PooledShard(Shard):
@@ -109,6 +111,20 @@ class PooledShard(Shard):
         return DrawnRows(features, *others)
 
 
+def gather_rows(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Tensors [n, ...] of one n, each with the rows of all replicas, by one collective operation.
+
+    Args:
+      tensors: of known dimensions but for n, and of any dtype but strings.
+
+    Returns:
+      [G, ...] each, without gradient, in the order of the replicas.
+    """
+    tensors = [tf.stop_gradient(part) for part in tensors]
+    gathered = util.cross_replica_concat(words.to_words(tensors), axis=0)
+    return words.from_words(gathered, [words.RowSpec.of(part) for part in tensors])
+
+
 class _Gathered:
     """The queries of all replicas, of which those of this one are in a row.
 
@@ -125,9 +141,7 @@ class _Gathered:
         sent = [own.embeddings, tf.fill([self._size], util.replica_id())]
         if own.max_scores is not None:
             sent.append(own.max_scores)
-        sent = [tf.stop_gradient(part) for part in sent]
-        gathered = util.cross_replica_concat(words.to_words(sent), axis=0)
-        embeddings, replicas, *limits = words.from_words(gathered, [words.RowSpec.of(part) for part in sent])
+        embeddings, replicas, *limits = gather_rows(sent)
         ids = own.left_out_ids
         if ids is not None:
             ids = util.cross_replica_concat(_as_wide_as_all(ids), axis=0)
@@ -174,8 +188,6 @@ class _Shards(NamedTuple):
 
 def _as_wide_as_all(ids: tf.Tensor) -> tf.Tensor:
     """[B, P'] `ids` [B, P], of which the first is repeated up to the largest P of all replicas."""
-    if ids.shape[1] is not None:
-        return ids
     width = tf.shape(ids)[1]
     missing = tf.reduce_max(util.cross_replica_concat(width[tf.newaxis], axis=0)) - width
     return tf.concat([ids, tf.repeat(ids[:, :1], missing, axis=1)], axis=1)
@@ -200,11 +212,11 @@ def _sum_of_rows(rows: DrawnRows) -> DrawnRows:
     sent += [part for part in others if part is not None]
     sums = util.cross_replica_sum(_masked(words.to_words(sent), rows.mask))
     count, stale, *found = words.from_words(sums, [words.RowSpec.of(part) for part in sent])
-    mask, found = tf.equal(count, 1), iter(found)
-    features = {key: next(found) for key in features}
+    mask, rest = tf.equal(count, 1), iter(found)
+    features = {key: next(rest) for key in features}
     for key, values in strings.items():
-        features[key] = _sum_of_strings(values, rows.mask, next(found))
-    known, age, ids, log_weights = (None if part is None else next(found) for part in others)
+        features[key] = _sum_of_strings(values, rows.mask, next(rest))
+    known, age, ids, log_weights = (None if part is None else next(rest) for part in others)
     return DrawnRows(
         features={key: features[key] for key in rows.features},
         mask=mask,
@@ -236,3 +248,29 @@ def _flat(values: tf.Tensor) -> tf.Tensor:
 
 def _masked(values: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     return tf.where(mask[:, tf.newaxis], values, tf.zeros_like(values))
+
+
+def check_pool(pool: str | None) -> str | None:
+    """Returns `pool`.
+
+    Raises:
+      ValueError: if it is neither "replicas" nor None.
+    """
+    if pool not in (None, "replicas"):
+        raise ValueError(f'`pool` must be "replicas" or None. Received: {pool!r}.')
+    return pool
+
+
+def check_pool_of_corpus(pool: str | None, cache: Cache) -> None:
+    """Checks that a corpus that is to be one pool has a part of it on every replica.
+
+    Raises:
+      ValueError: if the cache is not sharded, and there are several replicas.
+    """
+    num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if pool is not None and not cache.sharded and num_replicas > 1:
+        raise ValueError(
+            "On every replica there is the whole corpus, so that a pool would hold each candidate"
+            " several times: make the cache with `sharded=True`. Received:"
+            f" pool={pool!r}, sharded=False."
+        )

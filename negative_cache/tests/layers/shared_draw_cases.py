@@ -10,9 +10,17 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.tests.layers.corpus_cases import drifted, make_corpus_task
+from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
+from negative_cache.tests.layers.corpus_cases import (
+    corrected_rows,
+    drifted,
+    make_corpus_task,
+    step,
+    teach,
+)
 from negative_cache.tests.layers.retrieval_cases import (
     DIM,
+    Curve,
     freeze_cache,
     make_queries,
     make_table,
@@ -80,8 +88,16 @@ def make_frozen(case, *, stale=STALE, filled=True, **kwargs):
     if case.set_up is not None:
         case.set_up(task)
     task.candidate_network.table.assign(TABLE)
-    freeze_cache(task)
+    freeze(task)
     return task
+
+
+def freeze(task):
+    """Lets no step change the cache or the corrector."""
+    freeze_cache(task)
+    if task.corrector is not None:
+        task.corrector.learn = lambda *args: None
+        task.corrector.rows_to_encode = lambda *args: None
 
 
 def as_variable(weight):
@@ -132,11 +148,11 @@ class Sampler:
     def expected(self):
         """The gradients, by all rows of the cache at once."""
         with tf.GradientTape() as tape:
-            loss = _dense_loss(self._case, self._task, tf.convert_to_tensor(self.queries))
+            loss = dense_loss(self._case, self._task, tf.convert_to_tensor(self.queries))
         return [tf.convert_to_tensor(part).numpy() for part in tape.gradient(loss, self.weights)]
 
 
-def _dense_loss(case, task, queries):
+def dense_loss(case, task, queries):
     """The sum of the losses, with the value of stale rows and the gradient of fresh ones."""
     options = case.task
     transform = tf.identity if task.score_transform is None else task.score_transform
@@ -174,3 +190,74 @@ def _dense_loss(case, task, queries):
     logits = tf.concat([positives[:, tf.newaxis], *logits], axis=1)
     losses = tf.reduce_logsumexp(logits, axis=1) - positives
     return tf.reduce_sum(losses * case.call.get("sample_weight", 1.0))
+
+
+def teach_once(task):
+    """Lets rows have ages, and the corrector move them."""
+    for turn in range(3):
+        step(task, make_queries(1), [3 * turn])
+    teach(task.corrector, STALE, TABLE, age=2)
+    assert np.max(np.abs(corrected_rows(task) - task.cache.embeddings)) > 0.1
+
+
+# 8 rows and 5 candidates of the batch are 13 draws from the stream.
+BATCH_P = np.float32([0.2, 0.05, 0.3, 0.01, 0.1])
+ROW_P = np.float32([0.3, 0.2, 0.02, 0.1, 0.05, 0.4, 0.1, 0.01])
+
+
+def add_with_probabilities(task):
+    task.add_to_cache({"id": tf.constant(CACHED, tf.int64)}, tf.constant(ROW_P))
+
+
+EXPLICIT = np.array([[9, 11], [12, 3], [15, 15], [0, 1], [13, 14]])
+# Query 0 has nothing left; query 3 shares an id with no row.
+KNOWN = np.array([CACHED, [5, 6] + [1] * 6, [2] * 8, [15] * 8, [5, 6, 7, 8, 9, 10, 1, 4]])
+KNOWN_ROWS = np.any(np.array(CACHED)[np.newaxis, :, np.newaxis] == KNOWN[:, np.newaxis], axis=2)
+
+CASES = {
+    "default": Case(),
+    "sampled": Case({"exact_query_gradient": False}),
+    "divided": Case({"temperature": 0.5}),
+    "in-batch, accidental hits": Case(
+        {"in_batch_negatives": True, "remove_accidental_hits": True}, left_out=own_rows(CACHED)
+    ),
+    "known positives": Case(
+        {"in_batch_negatives": False},
+        {"known_positive_ids": KNOWN},
+        left_out=KNOWN_ROWS | own_rows(CACHED),
+    ),
+    "margin": Case({"false_negative_margin": -0.2}),
+    "margin, sampled": Case({"false_negative_margin": 0.3, "exact_query_gradient": False}),
+    "explicit": Case({"exact_query_gradient": False}, explicit=EXPLICIT),
+    "log Q": Case(
+        {"in_batch_negatives": True, "use_lru": False},
+        {"candidate_sampling_probability": tf.constant(BATCH_P)},
+        log_weights=-np.log(13 * ROW_P),
+        log_expected=np.log(13 * BATCH_P),
+        set_up=add_with_probabilities,
+    ),
+    "learned temperature": Case({"score_transform": lambda: LearnedTemperature(0.5)}),
+    "learned temperature, sampled": Case(
+        {"score_transform": lambda: LearnedTemperature(0.5), "exact_query_gradient": False}
+    ),
+    "curve": Case({"score_transform": Curve, "in_batch_negatives": True}),
+    "corpus": Case(cached=None, left_out=own_rows(range(NUM_CANDIDATES))),
+    "corrector": Case(
+        {"corrector": Corrector},
+        cached=None,
+        left_out=own_rows(range(NUM_CANDIDATES)),
+        known=corrected_rows,
+        set_up=teach_once,
+    ),
+    "Nyström, sampled": Case(
+        {"corrector": lambda: NystromCorrector(6), "exact_query_gradient": False},
+        cached=None,
+        left_out=own_rows(range(NUM_CANDIDATES)),
+        known=corrected_rows,
+        set_up=teach_once,
+    ),
+    "index": Case({"index": lambda: TreeIndex(len(CACHED), DIM)}),
+    "sample weights": Case({}, {"sample_weight": tf.constant([1.0, 0.0, 3.0, 0.5, 0.0])}),
+}
+# The log Q case fills its cache itself.
+EMPTY_AT_FIRST = {"log Q"}

@@ -8,102 +8,26 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import Corrector, LearnedTemperature, NystromCorrector, TreeIndex
+from negative_cache import TreeIndex
 from negative_cache.layers._negatives.batch import Queries
 from negative_cache.layers._negatives.draws import Draws, shared_weights
 from negative_cache.layers._negatives.rows import DrawnRows
 from negative_cache.layers._negatives.scores import Scores
 from negative_cache.ops import _small_blocks, shared_draws
-from negative_cache.tests.layers.corpus_cases import corrected_rows, step, teach
-from negative_cache.tests.layers.retrieval_cases import DIM, Curve, make_queries, make_task
+from negative_cache.tests.layers.retrieval_cases import DIM, make_queries, make_task
 from negative_cache.tests.layers.shared_draw_cases import (
-    CACHED,
+    CASES,
+    EMPTY_AT_FIRST,
     IDS,
-    NUM_CANDIDATES,
-    STALE,
     TABLE,
     Case,
     Sampler,
     make_frozen,
-    own_rows,
 )
 from negative_cache.tests.statistics import assert_mean_is
 
 # Σ_x ω̃_x and strata differ much between these.
 NUM_DRAWS = 2
-
-
-def teach_once(task):
-    """Lets rows have ages, and the corrector move them, and learn nothing from then on."""
-    for turn in range(3):
-        step(task, make_queries(1), [3 * turn])
-    teach(task.corrector, STALE, TABLE, age=2)
-    assert np.max(np.abs(corrected_rows(task) - task.cache.embeddings)) > 0.1
-    task.corrector.learn = lambda *args: None
-    task.corrector.rows_to_encode = lambda *args: None
-
-
-# 8 rows and 5 candidates of the batch are 13 draws from the stream.
-BATCH_P = np.float32([0.2, 0.05, 0.3, 0.01, 0.1])
-ROW_P = np.float32([0.3, 0.2, 0.02, 0.1, 0.05, 0.4, 0.1, 0.01])
-
-
-def add_with_probabilities(task):
-    task.add_to_cache({"id": tf.constant(CACHED, tf.int64)}, tf.constant(ROW_P))
-
-
-EXPLICIT = np.array([[9, 11], [12, 3], [15, 15], [0, 1], [13, 14]])
-# Query 0 has nothing left; query 3 shares an id with no row.
-KNOWN = np.array([CACHED, [5, 6] + [1] * 6, [2] * 8, [15] * 8, [5, 6, 7, 8, 9, 10, 1, 4]])
-KNOWN_ROWS = np.any(np.array(CACHED)[np.newaxis, :, np.newaxis] == KNOWN[:, np.newaxis], axis=2)
-
-CASES = {
-    "default": Case(),
-    "sampled": Case({"exact_query_gradient": False}),
-    "divided": Case({"temperature": 0.5}),
-    "in-batch, accidental hits": Case(
-        {"in_batch_negatives": True, "remove_accidental_hits": True}, left_out=own_rows(CACHED)
-    ),
-    "known positives": Case(
-        {"in_batch_negatives": False},
-        {"known_positive_ids": KNOWN},
-        left_out=KNOWN_ROWS | own_rows(CACHED),
-    ),
-    "margin": Case({"false_negative_margin": -0.2}),
-    "margin, sampled": Case({"false_negative_margin": 0.3, "exact_query_gradient": False}),
-    "explicit": Case({"exact_query_gradient": False}, explicit=EXPLICIT),
-    "log Q": Case(
-        {"in_batch_negatives": True, "use_lru": False},
-        {"candidate_sampling_probability": tf.constant(BATCH_P)},
-        log_weights=-np.log(13 * ROW_P),
-        log_expected=np.log(13 * BATCH_P),
-        set_up=add_with_probabilities,
-    ),
-    "learned temperature": Case({"score_transform": lambda: LearnedTemperature(0.5)}),
-    "learned temperature, sampled": Case(
-        {"score_transform": lambda: LearnedTemperature(0.5), "exact_query_gradient": False}
-    ),
-    "curve": Case({"score_transform": Curve, "in_batch_negatives": True}),
-    "corpus": Case(cached=None, left_out=own_rows(range(NUM_CANDIDATES))),
-    "corrector": Case(
-        {"corrector": Corrector},
-        cached=None,
-        left_out=own_rows(range(NUM_CANDIDATES)),
-        known=corrected_rows,
-        set_up=teach_once,
-    ),
-    "Nyström, sampled": Case(
-        {"corrector": lambda: NystromCorrector(6), "exact_query_gradient": False},
-        cached=None,
-        left_out=own_rows(range(NUM_CANDIDATES)),
-        known=corrected_rows,
-        set_up=teach_once,
-    ),
-    "index": Case({"index": lambda: TreeIndex(len(CACHED), DIM)}),
-    "sample weights": Case({}, {"sample_weight": tf.constant([1.0, 0.0, 3.0, 0.5, 0.0])}),
-}
-# The log Q case fills its cache itself.
-EMPTY_AT_FIRST = {"log Q"}
 
 
 @pytest.mark.parametrize("name", CASES)
