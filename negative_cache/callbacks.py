@@ -123,7 +123,8 @@ class CacheWarmStart(keras.callbacks.Callback):
     Without this callback a streaming cache starts empty, and the first steps train against few
     negatives. The callback encodes batches until the cache is full or the dataset ends. A cache
     that already holds rows, for instance from a restored checkpoint, does not change. Under a
-    `tf.distribute` strategy every replica's cache gets the same candidates.
+    `tf.distribute` strategy every replica's cache gets the same candidates, or if they are one pool
+    different ones.
 
     Args:
       candidates: batches of candidate features.
@@ -162,11 +163,11 @@ class CacheWarmStart(keras.callbacks.Callback):
             if _holds_rows(source):
                 return
             batches = itertools.chain([first], batches)
-        bar = keras.utils.Progbar(source.cache_size, unit_name="row", verbose=self.verbose)
+        bar = keras.utils.Progbar(source.pool_size, unit_name="row", verbose=self.verbose)
         num_added = _add_until_full(source, batches, bar)
         if not num_added:
             raise ValueError("The dataset to fill the cache from is empty.")
-        if num_added < source.cache_size:
+        if num_added < source.pool_size:
             bar.update(num_added, finalize=True)
 
 
@@ -177,11 +178,13 @@ def _add_until_full(
     add = tf.function(source.add, reduce_retracing=True)
     num_added = 0
     for features in batches:
-        num_rows = min(_features.num_rows(features), source.cache_size - num_added)
+        num_rows = min(
+            _features.num_rows(features), source.cache_size, source.pool_size - num_added
+        )
         add(_features.first_rows(features, num_rows))
         num_added += num_rows
         bar.update(num_added)
-        if num_added >= source.cache_size:
+        if num_added >= source.pool_size:
             break
     return num_added
 

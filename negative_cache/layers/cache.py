@@ -59,9 +59,8 @@ class Cache(StateLayer):
       on_host: names of features that stay in host memory if the layer computes on an accelerator. A
         step copies the rows that it uses. The embedding can be one of them if there is an `index`
         to draw from. Strings are always on the host. Not possible under a `tf.distribute` strategy.
-      sharded: whether each of the R replicas of a `tf.distribute` strategy holds its own R-th part
-        of a corpus, instead of the whole: row i of replica r is candidate R i + r, and C are the
-        rows of a replica. Needs a `row_key`. See `docs/distributed.md`.
+      sharded: whether each of the R replicas of a `tf.distribute` strategy holds its part of a
+        corpus: row i of replica r is candidate R i + r. See `docs/distributed.md`.
 
     Raises:
       ValueError: if `specs` lacks an embedding `embedding_key` or an id `row_key`, if `cache_size`
@@ -196,6 +195,10 @@ class Cache(StateLayer):
     def filled(self) -> tf.Tensor:
         """[C] bool, whether each row holds a candidate."""
         return self._times.filled
+
+    def filled_on_any_replica(self) -> np.ndarray:
+        """[C] bool, whether each row holds a candidate on a replica of this process."""
+        return self._times.filled_on_any_replica()
 
     def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
         """[n] bool, whether each of `rows` [n] holds a candidate."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache.layers._variables import (
     Int32Variable,
     StateVariable,
+    by_replica,
     make_state_variable,
     scatter_rows,
 )
@@ -75,6 +77,10 @@ class RowTimes:
     def filled(self) -> tf.Tensor:
         """[C] bool, whether each row is filled."""
         return cache_rows.is_filled(tf.convert_to_tensor(self._stamps))
+
+    def filled_on_any_replica(self) -> np.ndarray:
+        """[C] bool, whether each row is filled on a replica of this process."""
+        return np.any([cache_rows.is_filled(part.value()) for part in by_replica(self._stamps)], 0)
 
     def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
         """[n] bool, whether each of `rows` [n] is filled."""

@@ -215,7 +215,7 @@ class CachedNegatives(DrawnNegatives):
                 "A refresh makes rows young, and would change which are replaced first. Received:"
                 " use_lru=False."
             )
-        filled = np.flatnonzero(cache.filled.numpy())
+        filled = np.flatnonzero(cache.filled_on_any_replica())
         bar = keras.utils.Progbar(len(filled), unit_name="candidate", verbose=verbose)
         for start in range(0, len(filled), batch_size):
             rows = filled[start : start + batch_size]
@@ -236,6 +236,12 @@ class CachedNegatives(DrawnNegatives):
 
     def _inputs(self, features: Mapping[str, tf.Tensor]) -> Any:
         return _features.as_given(features, self.takes_one_tensor)
+
+    @property
+    def pool_size(self) -> int:
+        """The rows that each query has as negatives when all are filled; R C of a pool."""
+        num_shards = tf.distribute.get_strategy().num_replicas_in_sync
+        return self.cache_size * (1 if self.pool is None else num_shards)
 
     # A step.
 
@@ -318,7 +324,11 @@ class CachedNegatives(DrawnNegatives):
 
     def _reencode(self, rows: tf.Tensor) -> None:
         def rewrite(rows: tf.Tensor) -> None:
-            self.get_cache().rewrite(rows, self.encode(self.features_at(rows)))
+            cache = self.get_cache()
+            # Another replica may have filled more rows than this one.
+            some_row = tf.argmax(tf.cast(cache.filled, tf.float32))
+            rows = tf.where(cache.is_filled(rows), rows, some_row)
+            cache.rewrite(rows, self.encode(self.features_at(rows)))
 
         on_every_replica(rewrite, rows)
 

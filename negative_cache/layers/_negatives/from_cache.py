@@ -23,7 +23,7 @@ from negative_cache.layers._negatives.rows import (
     LOG_PROBABILITY,
     EncodedRows,
 )
-from negative_cache.layers._state import describe_specs, specs_of
+from negative_cache.layers._state import describe_specs, on_every_replica, specs_of
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -237,6 +237,9 @@ class FromCache(CachedNegatives):
     ) -> None:
         """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
 
+        Outside of the replicas of a strategy, every replica's cache gets them, or of a `pool` each
+        gets its part.
+
         Args:
           candidate_features: the features [n, ...] of n <= C candidates.
           candidate_sampling_probability: [n] float, as in `Retrieval.call`.
@@ -256,7 +259,16 @@ class FromCache(CachedNegatives):
         about = self.get_task().about_candidates(
             features, embeddings, candidate_sampling_probability
         )
-        self.get_cache().update(new_items=self._new_rows(features, embeddings, *about))
+        rows = self._new_rows(features, embeddings, *about)
+        if self.pool is not None and tf.distribute.in_cross_replica_context():
+            on_every_replica(self._add_own_part, rows)
+        else:
+            self.get_cache().update(new_items=rows)
+
+    def _add_own_part(self, rows: Mapping[str, tf.Tensor]) -> None:
+        places = tf.range(tf.shape(rows[EMBEDDING])[0])
+        is_own = tf.equal(places % util.num_replicas(), util.replica_id())
+        self.get_cache().update(new_items=rows, new_items_mask=is_own)
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
         if batch.log_q is not None:

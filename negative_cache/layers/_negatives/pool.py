@@ -84,8 +84,7 @@ class PooledShard(Shard):
         return Drawn(log_partition, gradient, rows, draws)
 
     def bring_home(self, embeddings: tf.Tensor, mask: tf.Tensor) -> EncodedRows:
-        embeddings = util.cross_replica_concat(embeddings, axis=0)
-        mask = util.cross_replica_concat(mask, axis=0)
+        embeddings, mask = gather_rows([embeddings, mask])
         return EncodedRows(self._drawn_rows, embeddings, mask & self._is_mine)
 
     def _fetch(
