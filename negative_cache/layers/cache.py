@@ -113,8 +113,7 @@ class Cache(StateLayer):
         self.row_key = row_key
         check_sharded(sharded, row_key, index)
         self.sharded = sharded
-        partition = Partition.over_replicas(sharded)
-        self._num_shards = partition.num_shards
+        self._partition = partition = Partition.over_replicas(sharded)
         self._rows = CacheRows(self.specs, self.cache_size, on_host)
         check_on_host(on_host, embedding_key, index)
         self.on_host = tuple(on_host)
@@ -130,6 +129,7 @@ class Cache(StateLayer):
                 **LAYOUT,
                 "cache_size": self.cache_size,
                 "specs": describe_specs(self.specs),
+                **partition.description(sharded),
             },
             saved=saved,
             data=self._rows.variables,
@@ -148,7 +148,7 @@ class Cache(StateLayer):
             rows_by_id=rows_by_id,
             partition=partition,
         )
-        # Keras 3 reads this before it compiles. XLA cannot access variables in host memory.
+        # Read by Keras 3 before it compiles. XLA cannot access variables in host memory.
         self.supports_jit = not self.host_keys
         self.built = True
 
@@ -197,7 +197,7 @@ class Cache(StateLayer):
         return self._times.filled
 
     def filled_on_any_replica(self) -> np.ndarray:
-        """[C] bool, whether each row holds a candidate on a replica of this process."""
+        """[C] bool, `filled` of all replicas of this process together."""
         return self._times.filled_on_any_replica()
 
     def is_filled(self, rows: tf.Tensor) -> tf.Tensor:
@@ -211,7 +211,7 @@ class Cache(StateLayer):
 
     @property
     def num_skipped(self) -> tf.Variable:
-        """Scalar int64, the rows not written so far: not finite, or of an id not in the corpus."""
+        """Scalar int64, rows not written so far: not finite, or of an id not in the corpus."""
         return self._state.num_skipped
 
     @classmethod
@@ -296,7 +296,7 @@ class Cache(StateLayer):
                 batches,
                 self.specs,
                 self.row_key,
-                self.cache_size * self._num_shards,
+                self.cache_size * self._partition.num_shards,
                 lambda start, items: on_every_replica(write, start, items),
                 verbose=verbose,
             )
@@ -352,7 +352,7 @@ class Cache(StateLayer):
     def rewrite(self, rows: tf.Tensor, embeddings: tf.Tensor) -> None:
         """Writes recomputed embeddings to existing rows. This does not count as an update.
 
-        The rows get age 0. The ages of all other rows stay the same.
+        The rows get age 0, the others keep theirs.
 
         Args:
           rows: [n] int, distinct filled rows.

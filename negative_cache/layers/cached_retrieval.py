@@ -63,7 +63,8 @@ class CachedRetrieval(Retrieval):
 
     A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
     counts such candidates. The layer does not deduplicate: a candidate that came several times may
-    stand in several rows. Under a `tf.distribute` strategy every replica has its own cache.
+    stand in several rows. Under a `tf.distribute` strategy every replica has its own cache, or one
+    shard of a `pool`.
 
     With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from
     the first step on. The positive's own row is always left out. Positives are encoded anyway, and

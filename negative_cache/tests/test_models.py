@@ -8,6 +8,8 @@ import tensorflow as tf
 
 from negative_cache import (
     CachedRetrieval,
+    CacheRefresh,
+    CacheWarmStart,
     Corrector,
     DualEncoder,
     NystromCorrector,
@@ -157,13 +159,15 @@ def test_towers_may_be_functions_without_a_training_argument():
     model.fit(pairs().take(1), verbose=0)
 
 
-def test_two_replicas_see_the_gradient_of_the_joint_batch():
-    # Explicit negatives only, so that the loss of a query does not depend on its batch.
+@pytest.mark.parametrize("pool", [None, "replicas"])
+def test_two_replicas_see_the_gradient_of_the_joint_batch(pool):
+    # Explicit negatives only, so that the loss of a query does not depend on its batch; or a pool.
     rng = np.random.default_rng(5)
     data = batch(
         np.arange(8), negative={"id": tf.constant(rng.integers(0, NUM_CANDIDATES, [8, 3]))}
     )
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(8)
+    options = {"cache_size": 0, "in_batch_negatives": pool is not None, "pool": pool}
     for reduction in ("sum", "sum_over_batch_size"):
         results = []
         for strategy in (
@@ -171,7 +175,7 @@ def test_two_replicas_see_the_gradient_of_the_joint_batch():
             two_replicas(),
         ):
             with strategy.scope():
-                model = make_model(cache_size=0, run_eagerly=False, reduction=reduction)
+                model = make_model(run_eagerly=False, reduction=reduction, **options)
             logged = model.fit(dataset, epochs=1, verbose=0).history["loss"][0]
             results.append((model.query_network.values(), model.candidate_network.values(), logged))
         (queries, candidates, loss), (queries_2, candidates_2, loss_2) = results
@@ -181,16 +185,18 @@ def test_two_replicas_see_the_gradient_of_the_joint_batch():
         assert loss_2 == pytest.approx(loss, rel=1e-5)
 
 
-@pytest.mark.parametrize("as_string", [False, True])
-def test_two_replicas_train_with_caches_of_their_own(as_string):
+@pytest.mark.parametrize(("as_string", "pool"), [(False, None), (True, None), (True, "replicas")])
+def test_two_replicas_train_with_caches_of_their_own(as_string, pool):
     convert = tf.strings.as_string if as_string else tf.identity
     spec = tf.io.FixedLenFeature([], tf.string) if as_string else INT_ID
     strategy = two_replicas()
     with strategy.scope():
-        model = make_model(spec=spec, cache_size=4, run_eagerly=False)
+        model = make_model(spec=spec, cache_size=4, run_eagerly=False, pool=pool)
     ids = {"id": convert(tf.range(8, dtype=tf.int64))}
     data = tf.data.Dataset.from_tensor_slices({"query": ids, "candidate": ids}).batch(8)
-    history = model.fit(data, epochs=2, verbose=0).history
+    fill = CacheWarmStart(data.map(lambda pair: pair["candidate"]), verbose=0)
+    callbacks = [] if pool is None else [fill, CacheRefresh(every_steps=1, verbose=0)]
+    history = model.fit(data, epochs=2, verbose=0, callbacks=callbacks).history
     assert np.all(np.isfinite(history["loss"])) and history["fill"] == [1.0, 1.0]
     first, second = [
         {int(value) for value in rows.numpy()}

@@ -25,6 +25,10 @@ class Partition:
         """One shard for each replica of the present strategy, if a corpus is to have shards."""
         return cls(tf.distribute.get_strategy().num_replicas_in_sync if is_sharded else 1)
 
+    def description(self, is_sharded: bool) -> dict[str, int]:
+        """What a file must agree with: for another number of shards, its rows are not all there."""
+        return {"num_shards": self.num_shards} if is_sharded else {}
+
     def num_rows(self, num_candidates: int) -> int:
         """The rows that a shard needs."""
         return -(-num_candidates // self.num_shards)
