@@ -11,6 +11,7 @@
 | `draws` | with what weights the queries use the rows that a step draws |
 | `cached` | what the two caches share from step to step: the tower, metrics, refreshes, files |
 | `step` | what the two caches do in a step: draw, encode, estimate, learn |
+| `shard`, `pool` | the rows that a step draws from: of this replica, or of all replicas |
 | `from_cache`, `from_corpus` | a cache that streams; a cache that holds a corpus |
 | `samplers` | `Sampler`: the exact sampler and `TreeIndex` behind one call |
 | `rows` | rows of a cache on their way through a step |
