@@ -15,14 +15,27 @@ def two_replicas() -> tf.distribute.Strategy:
     return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 
 
+def on_two_replicas(function, *args):
+    """A function that runs `function` on both replicas and returns the two results.
+
+    It is one `tf.function`: traced once, however often it is called.
+    """
+    strategy = two_replicas()
+    run = tf.function(lambda: strategy.run(function, args))
+
+    def both():
+        results = run()
+        return [
+            tf.nest.map_structure(
+                lambda value: strategy.experimental_local_results(value)[replica],  # noqa: B023
+                results,
+            )
+            for replica in range(2)
+        ]
+
+    return both
+
+
 def run_on_two_replicas(function, *args):
     """Runs `function` on both replicas in one `tf.function`, and returns the two results."""
-    strategy = two_replicas()
-    results = tf.function(lambda: strategy.run(function, args))()
-    return [
-        tf.nest.map_structure(
-            lambda value: strategy.experimental_local_results(value)[replica],  # noqa: B023
-            results,
-        )
-        for replica in range(2)
-    ]
+    return on_two_replicas(function, *args)()

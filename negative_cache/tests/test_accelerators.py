@@ -47,6 +47,13 @@ COMPILED = {
     "corpus, coded index": 3,
 }
 
+TRAINED_IN_A_GRAPH = [
+    "in-batch",
+    "corrector, cross-entropy",
+    "index, corrector",
+    "corpus, coded index",
+]
+
 
 @pytest.fixture
 def on_gpu(monkeypatch):
@@ -56,9 +63,10 @@ def on_gpu(monkeypatch):
 
 
 def examine(model, features=candidates):
-    """Reports of a training step in a graph, and of one that XLA compiles."""
-    step = tf.function(model.train_step).get_concrete_function((batch_of(range(BATCH), features),))
-    return gpu_kernels.examine(step), gpu_kernels.examine(step, compiled=True)
+    """Reports of a training step in a graph, and of one that XLA compiles; the step."""
+    step = tf.function(model.train_step)
+    traced = step.get_concrete_function((batch_of(range(BATCH), features),))
+    return gpu_kernels.examine(traced), gpu_kernels.examine(traced, compiled=True), step
 
 
 def assert_runs_on_a_gpu(report, *, branches=False):
@@ -68,21 +76,61 @@ def assert_runs_on_a_gpu(report, *, branches=False):
     assert bool(report.control_flow) == branches, report.control_flow
 
 
+def assert_keeps_no_scores(step):
+    """Asserts that a step has nothing of the size of the scores of all rows for its gradient."""
+    step = step.get_concrete_function((batch_of(range(BATCH)),))
+    # What a gradient needs of a call or a loop leaves it as an output.
+    largest = max(
+        (tensor.shape.num_elements() or 0, operation.type)
+        for operation in step.graph.get_operations()
+        for tensor in operation.outputs
+    )
+    assert 0 < largest[0] < NUM_ROWS * BATCH, largest
+
+
+def assert_trains(model, step):
+    """Asserts that six steps change all weights, and fill the cache and its index."""
+    before = [weight.numpy() for weight in model.trainable_variables]
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        logs = step((batch_of(rng.choice(NUM_ROWS, BATCH, replace=False)),))
+    assert all(np.isfinite(float(value)) for value in tf.nest.flatten(logs)), logs
+    # Those of a corrector too.
+    for old, weight in zip(before, model.trainable_variables):
+        assert np.any(old != weight.numpy()), weight.name
+    cache = model.task.cache
+    assert int(cache.step) == 6 and int(cache.num_filled) == np.count_nonzero(cache.filled) > BATCH
+    # Every row is one candidate's: its features go with its id.
+    rows = np.flatnonzero(cache.filled)
+    expected = candidates(cache.data["id"].numpy()[rows])
+    for key in SPECS:
+        np.testing.assert_array_equal(cache.data[key].numpy()[rows], expected[key], err_msg=key)
+    if cache.index is not None:
+        assert int(cache.index.num_candidates) == len(rows)
+    if cache.index is not None and cache.index.store_embeddings:
+        check_tree(cache.index, {int(row): cache.embeddings.numpy()[row] for row in rows})
+
+
+# To trace a step takes longest, so that it is traced once for all that is asserted of it.
 @pytest.mark.parametrize("name", TASKS)
-def test_every_operation_of_a_step_has_a_kernel_on_a_gpu(name, on_gpu):
+def test_a_step_has_kernels_on_a_gpu_keeps_no_scores_and_trains(name, on_gpu):
     model = model_of(TASKS[name]())
-    report, compiled = examine(model)
+    report, compiled, step = examine(model)
     assert_runs_on_a_gpu(report)
     # Draws and the update of the cache; the update of the index; of a corrector what it learns, and
     # the ages of the rows that it is corrected by, the equations of Nyström's, and so on.
     assert report.compiled == COMPILED.get(name, 2)
     assert compiled.without_kernel == []
+    if "index" not in name:
+        assert_keeps_no_scores(step)
+    if name in TRAINED_IN_A_GRAPH:
+        assert_trains(model, step)
 
 
 @pytest.mark.parametrize("name", TASKS_WITH_BRANCHES)
 def test_every_operation_of_a_branch_has_a_kernel_on_a_gpu(name, on_gpu):
     model = model_of(TASKS_WITH_BRANCHES[name]())
-    report, compiled = examine(model)
+    report, compiled, _ = examine(model)
     assert_runs_on_a_gpu(report, branches=True)
     assert compiled.without_kernel == []
 
@@ -93,10 +141,9 @@ def test_a_step_with_something_on_the_host_copies_rows_and_not_the_cache(name, o
     with tf.device("CPU:1"):
         model = model_of(TASKS_ON_HOST[name](), titled)
         assert not model.task.supports_jit
-        report, _ = examine(model, titled)
+        report, _, step = examine(model, titled)
         copies = [*report.to_host, *report.to_device]
         assert copies and max(copies).num_rows < NUM_ROWS, max(copies)
-        step = tf.function(model.train_step)
         rng = np.random.default_rng(0)
         for _ in range(3):
             ids = rng.choice(NUM_ROWS, BATCH, replace=False)
@@ -131,7 +178,7 @@ def test_a_layer_runs_where_it_was_made_wherever_the_step_is(on_gpu):
 def test_nothing_is_compiled_where_nobody_wants_it(on_gpu, monkeypatch):
     monkeypatch.setenv("NEGATIVE_CACHE_XLA", "0")
     model = model_of(TASKS["index, corrector"]())
-    report, _ = examine(model)
+    report, _, _ = examine(model)
     assert report.compiled == 0
 
 
@@ -213,40 +260,10 @@ def test_a_compiled_update_is_that_of_a_cpu(make, jit_compile, monkeypatch):
     assert int(caches[0].num_filled) == int(caches[1].num_filled) > 0
 
 
-@pytest.mark.parametrize(
-    ["name", "jit_compile"],
-    [
-        ("in-batch", None),
-        ("bfloat16", True),
-        ("corrector, cross-entropy", None),
-        ("index, corrector", None),
-        ("index", True),
-        ("corpus, refreshed and corrected", True),
-        ("corpus, coded index", None),
-    ],
-)
-def test_a_model_trains_as_on_a_gpu(name, jit_compile, on_gpu):
+@pytest.mark.parametrize("name", ["bfloat16", "index", "corpus, refreshed and corrected"])
+def test_a_step_that_xla_compiles_trains(name, on_gpu):
     model = model_of(TASKS[name]())
-    step = tf.function(model.train_step, jit_compile=jit_compile)
-    before = [weight.numpy() for weight in model.trainable_variables]
-    rng = np.random.default_rng(0)
-    for _ in range(6):
-        logs = step((batch_of(rng.choice(NUM_ROWS, BATCH, replace=False)),))
-    assert all(np.isfinite(float(value)) for value in tf.nest.flatten(logs)), logs
-    # Those of a corrector too.
-    for old, weight in zip(before, model.trainable_variables):
-        assert np.any(old != weight.numpy()), weight.name
-    cache = model.task.cache
-    assert int(cache.step) == 6 and int(cache.num_filled) == np.count_nonzero(cache.filled) > BATCH
-    # Every row is one candidate's: its features go with its id.
-    rows = np.flatnonzero(cache.filled)
-    expected = candidates(cache.data["id"].numpy()[rows])
-    for key in SPECS:
-        np.testing.assert_array_equal(cache.data[key].numpy()[rows], expected[key], err_msg=key)
-    if cache.index is not None:
-        assert int(cache.index.num_candidates) == len(rows)
-    if cache.index is not None and cache.index.store_embeddings:
-        check_tree(cache.index, {int(row): cache.embeddings.numpy()[row] for row in rows})
+    assert_trains(model, tf.function(model.train_step, jit_compile=True))
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -310,15 +327,5 @@ class TestInt32Variable:
 
 
 @pytest.mark.parametrize("name", [name for name in TASKS if "index" not in name])
-@pytest.mark.parametrize("device", ["CPU", "GPU"])
-def test_no_step_keeps_the_scores_of_all_rows_for_its_gradient(name, device, monkeypatch):
-    monkeypatch.setattr(_execution, "device_type", lambda like=None: device)
-    model = model_of(TASKS[name]())
-    step = tf.function(model.train_step).get_concrete_function((batch_of(range(BATCH)),))
-    # What a gradient needs of a call or a loop leaves it as an output.
-    largest = max(
-        (tensor.shape.num_elements() or 0, operation.type)
-        for operation in step.graph.get_operations()
-        for tensor in operation.outputs
-    )
-    assert 0 < largest[0] < NUM_ROWS * BATCH, largest
+def test_on_a_cpu_no_step_keeps_the_scores_of_all_rows_for_its_gradient(name):
+    assert_keeps_no_scores(tf.function(model_of(TASKS[name]()).train_step))

@@ -57,9 +57,7 @@ def losses_of(amount, run_eagerly, **options):
     ],
 )
 def test_what_a_tower_adds_counts_once_for_the_encoding_of_the_batch(options, run_eagerly):
-    without, once, twice = (losses_of(amount, run_eagerly, **options) for amount in (0.0, 1.0, 2.0))
-    assert np.all(once - without > 0.5)
-    np.testing.assert_allclose(twice - without, 2.0 * (once - without), rtol=1e-4)
+    without, once = (losses_of(amount, run_eagerly, **options) for amount in (0.0, 1.0))
     # 1 of `add_loss`; of the regularizer, in Keras 3 the sum over the outputs, else per candidate.
     size = BATCH if once[0] - without[0] > 1.5 + DIM else 1
     np.testing.assert_allclose(once - without, 1.0 + size * DIM, rtol=1e-4)

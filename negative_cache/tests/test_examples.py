@@ -1,4 +1,7 @@
-"""Runs the examples as a user does, from the command line."""
+"""Runs the examples with the arguments that a user gives on the command line.
+
+Those that choose their Keras, or start a process of their own, run in a process of their own.
+"""
 
 import os
 import pathlib
@@ -29,6 +32,18 @@ def run(*arguments, script=MOVIELENS_TFRS, **variables):
     environment |= {"PYTHONPATH": str(ROOT), **variables}
     command = [sys.executable, str(script), *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys):
+    """Runs a script as `python script arguments`, but in this process: what it prints."""
+
+    def run_here(script, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+        runpy.run_path(str(script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here
 
 
 # The script chooses its Keras itself: a second run would show nothing new.
@@ -102,25 +117,20 @@ def test_serving_answers_from_a_process_that_has_tensorflow_only(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_tree_index_trains_and_searches():
-    legacy = "1" if IS_KERAS_2 else "0"
-    arguments = ("--candidates", 2000, "--steps", 150)
-    done = run(*arguments, script=TREE_INDEX, TF_USE_LEGACY_KERAS=legacy)
-    assert done.returncode == 0, done.stderr
-    first, last = map(float, re.search(r"loss (\S+) in .* steps, (\S+) in", done.stdout).groups())
+def test_tree_index_trains_and_searches(run_here):
+    printed = run_here(TREE_INDEX, "--candidates", 2000, "--steps", 150)
+    first, last = map(float, re.search(r"loss (\S+) in .* steps, (\S+) in", printed).groups())
     assert last < 0.5 * first
-    assert float(re.search(r"by the index: (\S+)%", done.stdout).group(1)) > 80.0
+    assert float(re.search(r"by the index: (\S+)%", printed).group(1)) > 80.0
 
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_stale_embeddings_are_corrected():
-    legacy = "1" if IS_KERAS_2 else "0"
+def test_stale_embeddings_are_corrected(run_here):
     arguments = ("--candidates", 4000, "--epochs", 4, "--corrector", "nystrom")
-    done = run(*arguments, script=STALE_EMBEDDINGS, TF_USE_LEGACY_KERAS=legacy)
-    assert done.returncode == 0, done.stderr
+    printed = run_here(STALE_EMBEDDINGS, *arguments)
     stale, corrected = (
-        float(re.findall(rf"{name}: (\S+)", done.stdout)[-1])
+        float(re.findall(rf"{name}: (\S+)", printed)[-1])
         for name in ("probe_staleness", "probe_corrected_staleness")
     )
     assert corrected < 0.8 * stale
@@ -128,11 +138,9 @@ def test_stale_embeddings_are_corrected():
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_contrastive_batches_find_more_than_shuffled_ones():
-    legacy = "1" if IS_KERAS_2 else "0"
-    done = run(script=CONTRASTIVE_BATCHES, TF_USE_LEGACY_KERAS=legacy)
-    assert done.returncode == 0, done.stderr
-    found = dict(re.findall(r"^(.*): loss \S+, MRR (\S+)$", done.stdout, re.MULTILINE))
+def test_contrastive_batches_find_more_than_shuffled_ones(run_here):
+    printed = run_here(CONTRASTIVE_BATCHES)
+    found = dict(re.findall(r"^(.*): loss \S+, MRR (\S+)$", printed, re.MULTILINE))
     assert list(found) == ["shuffled", "contrastive", "contrastive, of shards"]
     assert float(found["contrastive"]) > float(found["shuffled"]) + 0.02
     assert float(found["contrastive, of shards"]) > float(found["shuffled"]) + 0.02
@@ -140,11 +148,9 @@ def test_contrastive_batches_find_more_than_shuffled_ones():
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files():
-    legacy = "1" if IS_KERAS_2 else "0"
-    done = run("--epochs", 2, script=OWN_NEGATIVES, TF_USE_LEGACY_KERAS=legacy)
-    assert done.returncode == 0, done.stderr
-    lines = dict(re.findall(r"^(.*): (MRR .*)$", done.stdout, re.MULTILINE))
+def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files(run_here):
+    printed = run_here(OWN_NEGATIVES, "--epochs", 2)
+    lines = dict(re.findall(r"^(.*): (MRR .*)$", printed, re.MULTILINE))
     assert list(lines) == ["without", "with", "from the .keras file", "from the backup"]
     assert lines["from the .keras file"] == lines["from the backup"]
     mrr, visits, beaten = (

@@ -63,6 +63,7 @@ def logs_of(steps=70):
 
     outer = Outer()
     for call in (outer, lambda features: task(tower(features)[:, ::-1], tower(features), features)):
+        call = tf.function(call)
         for i in range(steps):
             call({"id": tf.constant([i % NUM_CANDIDATES], tf.int64)})
     metrics = [*task.training_metrics, *loss_metrics]

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 import setuptools
@@ -48,6 +49,15 @@ def test_four_private_modules_at_the_top():
     names = {path.stem for path in ROOT.glob("_*.py")} | {path.name for path in ROOT.glob("_*/")}
     private = {name for name in names if not name.startswith("__")}
     assert private == {"_compat", "_validation", "_features", "_towers"}
+
+
+def test_ops_and_their_tests_know_no_keras():
+    # So they are tested under one Keras only: see `tests/ops/conftest.py`.
+    for folder in (ROOT / "ops", ROOT / "tests" / "ops"):
+        paths = set(folder.rglob("*.py")) - {folder / "conftest.py"}
+        assert paths
+        for path in paths:
+            assert not re.search("keras|_compat\\b", path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from negative_cache import filter_fns, handlers, losses, negative_cache, retrieval_fns, util
-from negative_cache.tests.replicas import run_on_two_replicas, two_replicas
+from negative_cache.tests.replicas import on_two_replicas, two_replicas
 
 SPECS = {
     "id": tf.io.FixedLenFeature([], tf.int64),
@@ -252,9 +252,10 @@ def test_across_replicas_the_caches_stay_equal():
             "age": handler.cache.age,
         }
 
+    step_on_both = on_two_replicas(
+        lambda: replica_step(tf.distribute.get_replica_context().replica_id_in_sync_group)
+    )
     for _ in range(3):
-        first, second = run_on_two_replicas(
-            lambda: replica_step(tf.distribute.get_replica_context().replica_id_in_sync_group)
-        )
+        first, second = step_on_both()
         for key in first:
             np.testing.assert_array_equal(first[key], second[key], err_msg=key)

@@ -1,5 +1,7 @@
 """Tests of `fit` in its variants: they train the same model, to rounding, or say why not."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -38,6 +40,12 @@ def fit(data=None, **kwargs):
     return model, history.history
 
 
+@functools.cache
+def fit_once(**kwargs):
+    """`fit` on the pairs: what several tests compare with, and leave as it is."""
+    return fit(**kwargs)
+
+
 def moved_queries(model):
     """[NUM_PAIRS] bool, which rows of the query tower's table a training has changed."""
     initial = make_model()
@@ -60,7 +68,7 @@ def assert_same_training(left, right, rtol):
 )
 def test_variants_of_fit_train_the_same_model(kwargs):
     # A batch at a time, as a graph.
-    expected = fit(jit_compile=False)
+    expected = fit_once(jit_compile=False)
     assert_same_training(fit(**kwargs), expected, rtol=1e-4)
     assert expected[1]["fill"] == [1.0, 1.0]
     assert expected[1]["loss"][1] != expected[1]["loss"][0]
@@ -69,7 +77,7 @@ def test_variants_of_fit_train_the_same_model(kwargs):
 def test_xla_trains_about_the_same_model():
     # XLA has random numbers of its own: the draws are others of the same law.
     model, history = fit(jit_compile=True)
-    np.testing.assert_allclose(history["loss"], fit(jit_compile=False)[1]["loss"], rtol=1e-3)
+    np.testing.assert_allclose(history["loss"], fit_once(jit_compile=False)[1]["loss"], rtol=1e-3)
     assert int(model.task.cache.num_filled) == 16
 
 
@@ -78,7 +86,7 @@ def test_half_precision_towers_train_about_the_same_model(policy):
     model, history = fit(policy=policy)
     assert model(next(iter(pairs())))["candidate"].dtype == policy.removeprefix("mixed_")
     assert model.task.cache.embeddings.dtype == tf.float32
-    np.testing.assert_allclose(history["loss"], fit()[1]["loss"], rtol=2e-2)
+    np.testing.assert_allclose(history["loss"], fit_once()[1]["loss"], rtol=2e-2)
 
 
 def test_weights_of_zero_take_pairs_out_of_the_loss():
@@ -169,7 +177,7 @@ def ids_only():
 
 
 def expected_tables():
-    model, _ = fit()
+    model, _ = fit_once()
     return [tower.get_weights()[0] for tower in (model.query_network, model.candidate_network)]
 
 

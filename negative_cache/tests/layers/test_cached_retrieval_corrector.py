@@ -26,7 +26,7 @@ from negative_cache.tests.layers.retrieval_cases import (
     make_table,
     make_task,
 )
-from negative_cache.tests.replicas import run_on_two_replicas, two_replicas
+from negative_cache.tests.replicas import on_two_replicas, two_replicas
 from negative_cache.tests.statistics import assert_draws_follow
 
 SIZE = 12
@@ -250,7 +250,8 @@ def test_an_index_is_kept_and_its_bounds_are_of_stale_embeddings(make):
     task = taught_task(table, make(), cache={"index": index}, refresh_fraction=0.2)
     set_tower(task, drifted(table))
     for turn in range(3):
-        step(task, queries, [turn, turn + 1, turn + 2])
+        # Of as many as in the steps before: the update of the index is not traced again.
+        step(task, queries[:1], [turn])
         rows = task.cache.embeddings.numpy()
         np.testing.assert_array_equal(index._candidates.embeddings, rows)
         lower, upper = index.log_partition_bounds(queries)
@@ -386,8 +387,9 @@ def test_replicas_learn_each_from_what_it_has_encoded(make):
         task(tf.ones([2, DIM]), candidates, {"id": ids}, training=True)
         return task.cache.age, task.cache.rows_of(ids), task.corrector._state.num_updates + 0
 
+    step_on_both = on_two_replicas(replica_step)
     for _ in range(2):
-        results = run_on_two_replicas(replica_step)
+        results = step_on_both()
     for replica, (age, rows, num_updates) in enumerate(results):
         positives = [2 * replica, 2 * replica + 1]
         assert rows.numpy().tolist() == positives

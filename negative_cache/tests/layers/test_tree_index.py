@@ -16,6 +16,7 @@ from negative_cache.tests.layers.tree_cases import (
     assert_bounds,
     clustered,
     filled_index,
+    index_of,
     make_index,
     queries_of,
 )
@@ -156,8 +157,7 @@ def test_rows_that_are_not_finite_are_skipped_and_counted():
     rng = np.random.default_rng(13)
     rows = clustered(rng, 40)
     rows[3], rows[17, 1] = np.nan, np.inf
-    index = make_index()
-    index.index(rows, verbose=0)
+    index = index_of(rows)
     vectors = {i: row for i, row in enumerate(rows) if i not in (3, 17)}
     check_tree(index, vectors)
     assert int(index.num_skipped) == 2
@@ -180,7 +180,17 @@ def test_in_a_graph_bad_indices_are_skipped_and_counted():
     assert int(index.num_skipped) == 4
 
 
-@pytest.mark.parametrize("dtype, far", [("float32", 1e20), ("float16", 7e4), ("bfloat16", 3e38)])
+# Trees of several levels take seconds to trace, and do not depend on the dtype of candidates.
+@pytest.mark.parametrize(
+    "dtype, far, root_width",
+    [
+        ("float32", 1e20, 4096),
+        ("float32", 1e20, 12),
+        ("float16", 7e4, 4096),
+        ("bfloat16", 3e38, 4096),
+    ],
+    indirect=["root_width"],
+)
 def test_rows_too_long_to_be_squared_are_skipped_and_counted(root_width, dtype, far):
     rng = np.random.default_rng(14)
     index, vectors = filled_index(rng, embedding_dtype=dtype)
@@ -199,8 +209,7 @@ def test_rows_too_long_to_be_squared_are_skipped_and_counted(root_width, dtype, 
 def test_bounds_allow_for_the_rounding_of_scores():
     rng = np.random.default_rng(14)
     rows = np.full([50, DIM], 1.7, np.float32) + 1e-6 * rng.normal(size=[50, DIM])
-    index = make_index()
-    index.index(rows.astype(np.float32), verbose=0)
+    index = index_of(rows.astype(np.float32))
     queries = queries_of(rng, 50, scale=1e4)
     vectors = dict(enumerate(rows.astype(np.float32)))
     assert_bounds(index, queries, vectors, beam=1)

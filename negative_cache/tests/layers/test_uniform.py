@@ -1,6 +1,7 @@
 """Tests of `Uniform`: what it draws, and what its draws add to the loss."""
 
 import collections
+import functools
 
 import numpy as np
 import pytest
@@ -30,8 +31,9 @@ def scores_of(queries, temperature=1.0):
     return queries.astype(np.float64) @ TABLE.T.astype(np.float64) / temperature
 
 
+@functools.cache
 def draws_of(num_candidates, count, num_steps, seed=3):
-    """[num_steps, count] rows and sizes of parts."""
+    """[num_steps, count] rows and sizes of parts, which tests leave as they are."""
     seeds = tf.stack([tf.fill([num_steps], seed), tf.range(num_steps)], axis=1)
     draw = tf.function(
         lambda: tf.map_fn(
