@@ -178,9 +178,7 @@ def _add_until_full(
     add = tf.function(source.add, reduce_retracing=True)
     num_added = 0
     for features in batches:
-        num_rows = min(
-            _features.num_rows(features), source.cache_size, source.pool_size - num_added
-        )
+        num_rows = min(_features.num_rows(features), source.pool_size - num_added)
         add(_features.first_rows(features, num_rows))
         num_added += num_rows
         bar.update(num_added)

@@ -230,7 +230,7 @@ def write_in_order(
         if start + len(ids[-1]) > num_rows:
             raise ValueError(
                 "There must be no more candidates than rows. Received at least"
-                f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows}."
+                f" {start + len(ids[-1])} candidates for {num_rows} rows, on all shards together."
             )
         write(tf.constant(start, tf.int64), items)
         start += len(ids[-1])

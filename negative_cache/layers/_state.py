@@ -83,6 +83,9 @@ class StateLayer(keras.layers.Layer):
     It is a layer even if it computes nothing from inputs, as a cache does: in an attribute of a
     model, Keras looks for layers and lets no other object write state of its own into its files.
     Such a layer is used by its methods. It has no `call`, and to call it is an error.
+
+    Attributes:
+      num_replicas: for how many replicas the state was made.
     """
 
     # Whether Keras 2 cannot make the layer again from a folder that `model.save` has written.
@@ -110,6 +113,7 @@ class StateLayer(keras.layers.Layer):
         self._description = json.dumps(description, sort_keys=True)
         self._is_saved = saved
         self._refusal: str | None = None
+        self.num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
         # A namespace is nothing that Keras or TensorFlow track by themselves.
         self._state = types.SimpleNamespace(**fields)
         holder = tf.__internal__.tracking.AutoTrackable()

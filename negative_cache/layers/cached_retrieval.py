@@ -16,7 +16,7 @@ from negative_cache.layers._negatives.explicit import Explicit
 from negative_cache.layers._negatives.from_cache import CacheSpec, FromCache
 from negative_cache.layers._negatives.from_corpus import FromCorpus
 from negative_cache.layers._negatives.in_batch import InBatch
-from negative_cache.layers._negatives.pool import check_pool_of_corpus
+from negative_cache.layers._negatives.pool import check_pool, check_pool_of_corpus
 from negative_cache.layers._negatives.rows import INTERNAL_KEYS
 from negative_cache.layers._state import describe_specs, fixed_seed, specs_of
 from negative_cache.layers._variables import is_on_host
@@ -63,8 +63,7 @@ class CachedRetrieval(Retrieval):
 
     A candidate whose embedding is not finite never enters the cache; the metric `skipped_rows`
     counts such candidates. The layer does not deduplicate: a candidate that came several times may
-    stand in several rows. Under a `tf.distribute` strategy every replica has its own cache, or one
-    shard of a `pool`.
+    stand in several rows. Under a `tf.distribute` strategy every replica has its own cache.
 
     With a `cache` that covers a corpus (`Cache.from_dataset`), every candidate is a negative from
     the first step on. The positive's own row is always left out. Positives are encoded anyway, and
@@ -156,9 +155,9 @@ class CachedRetrieval(Retrieval):
       embedding_dtype: of the cached embeddings. bfloat16 and float16 halve the memory.
       save_cache: whether files hold the cache. Files without it are smaller, and a training that
         continues from one starts with an empty cache.
-      pool: "replicas" for the caches, and the batches, of all replicas of a `tf.distribute`
-        strategy as one: every query then has the negatives of all of them. None for those of its
-        own replica. A given `cache` is one pool if it is `sharded`. See `docs/distributed.md`.
+      pool: "replicas" for the caches, and the batches, of all replicas of a strategy as one: every
+        query has the negatives of all of them. A given `cache` must be `sharded`. None for those of
+        its own replica. See `docs/distributed.md`.
       seed: seed of the draws; random if it is None, except under `keras.utils.set_random_seed`.
       **kwargs: of the layer. A given `name` is put before the names of its metrics in the logs,
         which tells several tasks in one model apart.
@@ -234,6 +233,7 @@ class CachedRetrieval(Retrieval):
                 f" feature_specs={feature_specs!r}, cache_size={cache_size}."
             )
         checks.check_network(candidate_network)
+        pool = check_pool(pool)
         cache_size = _validation.check_count(decided["cache_size"], "cache_size", at_least=0)
         named_specs = dict(_features.as_dict(feature_specs))
         checks.check_features(named_specs, INTERNAL_KEYS)

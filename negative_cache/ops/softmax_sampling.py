@@ -3,8 +3,8 @@
 There are two implementations of the same law: `_small_blocks` for a CPU and `_large_blocks` for an
 accelerator. Neither holds an array of all scores.
 
-`merge_samples` merges samples over disjoint candidate sets. Blocks, caches and shards share its
-rule.
+`merge_samples` merges samples over disjoint candidate sets. Blocks, caches and the shards of a pool
+follow its rule.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Contribution
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.drawn import DrawnNegatives
-from negative_cache.layers._negatives.pool import PooledShard
+from negative_cache.layers._negatives.pool import PooledShard, check_replicas
 from negative_cache.layers._negatives.rows import EncodedRows, RowCorrection
 from negative_cache.layers._negatives.shard import Shard
 from negative_cache.layers._negatives.step import CachedStep, Outcome, probe
@@ -272,6 +272,7 @@ class CachedNegatives(DrawnNegatives):
 
     def make_shard(self, batch: Batch, correction: RowCorrection | None) -> Shard:
         """The rows that a step draws from."""
+        check_replicas(self)
         is_pooled = self.pool is not None and util.num_replicas() > 1
         return (PooledShard if is_pooled else Shard)(self, batch, correction)
 
@@ -324,13 +325,17 @@ class CachedNegatives(DrawnNegatives):
 
     def _reencode(self, rows: tf.Tensor) -> None:
         def rewrite(rows: tf.Tensor) -> None:
-            cache = self.get_cache()
+            self.get_cache().rewrite(rows, self.encode(self.features_at(rows)))
+
+        def rewrite_filled(rows: tf.Tensor) -> None:
             # Another replica may have filled more rows than this one.
+            cache = self.get_cache()
             some_row = tf.argmax(tf.cast(cache.filled, tf.float32))
             rows = tf.where(cache.is_filled(rows), rows, some_row)
-            cache.rewrite(rows, self.encode(self.features_at(rows)))
+            tf.cond(cache.num_filled > 0, lambda: rewrite(rows), lambda: None)
 
-        on_every_replica(rewrite, rows)
+        num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        on_every_replica(rewrite if num_replicas == 1 else rewrite_filled, rows)
 
     def _count(self, count: tf.Tensor | int) -> None:
         """Counts candidates that a replica has encoded or, outside of them, all have at once."""

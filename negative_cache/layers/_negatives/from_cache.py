@@ -16,7 +16,7 @@ from negative_cache.layers._corpus import EMBEDDING
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.cached import CachedNegatives, own_network
-from negative_cache.layers._negatives.pool import check_pool
+from negative_cache.layers._negatives.pool import check_pool, emptiest_first
 from negative_cache.layers._negatives.rows import (
     CANDIDATE_ID,
     INTERNAL_KEYS,
@@ -27,6 +27,7 @@ from negative_cache.layers._state import describe_specs, on_every_replica, specs
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
+from negative_cache.ops.cache_rows import take_rows
 
 if TYPE_CHECKING:
     from negative_cache.layers._negatives.base import Contribution
@@ -237,11 +238,11 @@ class FromCache(CachedNegatives):
     ) -> None:
         """Encodes candidates, in inference mode and without gradient, and puts them in the cache.
 
-        Outside of the replicas of a strategy, every replica's cache gets them, or of a `pool` each
-        gets its part.
+        Outside of the replicas of a strategy, every replica's cache gets them. Of a `pool` each
+        gets a part, those with the fewest rows first.
 
         Args:
-          candidate_features: the features [n, ...] of n <= C candidates.
+          candidate_features: the features [n, ...] of n <= C candidates, or R C for a pool.
           candidate_sampling_probability: [n] float, as in `Retrieval.call`.
 
         Raises:
@@ -261,14 +262,22 @@ class FromCache(CachedNegatives):
         )
         rows = self._new_rows(features, embeddings, *about)
         if self.pool is not None and tf.distribute.in_cross_replica_context():
+            _validation.check_fits(rows, self.pool_size, what="candidate_features")
             on_every_replica(self._add_own_part, rows)
         else:
             self.get_cache().update(new_items=rows)
 
     def _add_own_part(self, rows: Mapping[str, tf.Tensor]) -> None:
-        places = tf.range(tf.shape(rows[EMBEDDING])[0])
-        is_own = tf.equal(places % util.num_replicas(), util.replica_id())
-        self.get_cache().update(new_items=rows, new_items_mask=is_own)
+        cache, count = self.get_cache(), tf.shape(rows[EMBEDDING])[0]
+        num_filled = tf.cast(cache.num_filled, tf.int32)[tf.newaxis]
+        num_filled = util.cross_replica_concat(num_filled, axis=0)
+        owners = emptiest_first(num_filled, count, tf.cast(cache.step, tf.int32))
+        is_own = tf.equal(owners, util.replica_id())
+        # Own ones first, so that their number and not that of all must fit.
+        order = tf.argsort(tf.cast(is_own, tf.int32), direction="DESCENDING", stable=True)
+        order = order[: self.cache_size]
+        own = {key: take_rows(values, order) for key, values in rows.items()}
+        cache.update(new_items=own, new_items_mask=tf.gather(is_own, order))
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
         if batch.log_q is not None:

@@ -17,6 +17,7 @@ from negative_cache.layers._negatives.from_cache import as_updates
 from negative_cache.layers._negatives.pool import gather_rows
 from negative_cache.layers._negatives.rows import EncodedRows
 from negative_cache.layers._state import describe_specs, specs_of
+from negative_cache.layers._variables import by_replica
 from negative_cache.layers.cache import Cache
 from negative_cache.layers.drift_corrector import DriftCorrector
 from negative_cache.layers.tree_index import TreeIndex
@@ -103,7 +104,7 @@ class FromCorpus(CachedNegatives):
         self._row_key = str(cache.row_key)
         self.pool = "replicas" if cache.sharded else None
         self._make_state(cache.use_lru)
-        self._count(cache.num_filled)
+        self._count(self._num_filled())
 
     @property
     def index(self) -> TreeIndex | None:
@@ -144,7 +145,7 @@ class FromCorpus(CachedNegatives):
         specs = self._plain_specs()
         corpus = Corpus(candidates, self._tower, specs, self._row_key)
         self.get_cache().fill(corpus.items(), verbose=verbose)
-        self._count(self.get_cache().num_filled)
+        self._count(self._num_filled())
 
     def logits(self, batch: Batch, training: bool) -> Contribution:
         if batch.log_q is not None:
@@ -228,7 +229,10 @@ class FromCorpus(CachedNegatives):
 
     def _write_to_shards(self, batch: Batch, encoded: EncodedRows | None) -> None:
         """`write`, if the batch's candidates are rows of other replicas too."""
-        cache = self.get_cache()
+        cache, features = self.get_cache(), self.features_in(batch)
+        if not self.write_back:
+            self._update(encoded)
+            return
         ids = _features.fingerprint(batch.features[self._row_key])
         replica = tf.fill(tf.shape(ids), util.replica_id())
         ids, replicas, embeddings = gather_rows([ids, replica, batch.candidates])
@@ -237,10 +241,15 @@ class FromCorpus(CachedNegatives):
         # What is on no replica.
         is_unknown = tf.equal(util.cross_replica_sum(tf.cast(is_here, tf.int32)), 0)
         cache.count_skipped(is_unknown & tf.equal(replicas, util.replica_id()))
-        if self.write_back:
-            known = EncodedRows(tf.maximum(rows, 0), embeddings, is_here)
-            encoded = known if encoded is None else encoded.and_those(known)
-        self._update(encoded)
+        items = {key: util.cross_replica_concat(features[key], axis=0) for key in features}
+        items[EMBEDDING] = embeddings
+        cache.update(new_items=items, new_items_mask=is_here, **as_updates(encoded))
+
+    def _num_filled(self) -> tf.Tensor:
+        """Scalar int64, the rows that hold a candidate, of all shards in this process."""
+        num_filled = self.get_cache().num_filled
+        parts = by_replica(num_filled) if self.pool is not None else [num_filled]
+        return tf.add_n([tf.convert_to_tensor(part) for part in parts])
 
     def _update(self, encoded: EncodedRows | None) -> None:
         """Ends the step of the cache with no new candidates."""

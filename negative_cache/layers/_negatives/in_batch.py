@@ -59,12 +59,16 @@ class InBatch(Negatives):
 def _logits_of_other_replicas(batch: Batch) -> tf.Tensor:
     """[B, n] float32, the logits of the candidates in the batches of all other replicas."""
     replica = tf.fill([batch.num_candidates], util.replica_id())
-    sent = [replica, batch.log_probability]
-    if batch.ids is not None:
+    sent = [replica]
+    if batch.left_out_ids is not None:
         sent.append(batch.ids)
+    if batch.log_q is not None:
+        # By the frequencies that the replica of a candidate has counted.
+        log_q = batch.log_q.log_expected(batch.log_probability, batch.ids, are_cached=False)
+        sent.append(log_q)
     replicas, *about = gather_rows(sent)
     is_other = tf.not_equal(replicas, util.replica_id())
-    log_probability, *ids = (tf.boolean_mask(part, is_other) for part in about)
+    about = [tf.boolean_mask(part, is_other) for part in about]
     candidates = util.cross_replica_concat(batch.candidates, axis=0)
     candidates = tf.boolean_mask(candidates, is_other)
     logits = batch.scores.of_all_pairs(batch.queries, candidates)
@@ -72,7 +76,7 @@ def _logits_of_other_replicas(batch: Batch) -> tf.Tensor:
     if batch.max_scores is not None:
         left_out |= logits > batch.max_scores[:, tf.newaxis]
     if batch.left_out_ids is not None:
-        left_out |= is_among(ids[0][tf.newaxis], batch.left_out_ids)
+        left_out |= is_among(about[0][tf.newaxis], batch.left_out_ids)
     if batch.log_q is not None:
-        logits -= batch.log_q.log_expected(log_probability, *ids[:1] or [None], are_cached=False)
+        logits -= about[-1]
     return contrastive.leave_out(logits, left_out)

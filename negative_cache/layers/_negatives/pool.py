@@ -11,7 +11,7 @@ import tensorflow as tf
 from negative_cache import util
 from negative_cache.layers._negatives.batch import Batch, Queries
 from negative_cache.layers._negatives.rows import DrawnRows, EncodedRows, RowCorrection
-from negative_cache.layers._negatives.shard import Drawn, Shard, has_negatives
+from negative_cache.layers._negatives.shard import Shard, ShardSample, has_negatives
 from negative_cache.ops import SoftmaxSample, words
 from negative_cache.ops._draws import draw_uniforms, inverse_cdf
 
@@ -53,7 +53,7 @@ class PooledShard(Shard):
         shards = _Shards.of(sample.log_partition)
         return self._all_queries.own(shards.log_partition)
 
-    def draw(self, seed: tf.Tensor) -> Drawn:
+    def draw(self, seed: tf.Tensor) -> ShardSample:
         per_query, everyone = self._source.num_negatives, self._all_queries
         wanted = {"seed": seed, "compute_gradient": self._source.exact_query_gradient}
         sample, gradient = self._sample(per_query or 0, everyone.queries, **wanted)
@@ -81,7 +81,7 @@ class PooledShard(Shard):
         rows = self._fetch(sample, shards, uniforms, asked)
         is_drawn = tf.reshape(rows.mask, [-1, per_query or 1])
         draws = self._weigh(log_partition, is_drawn, rows)
-        return Drawn(log_partition, gradient, rows, draws)
+        return ShardSample(log_partition, gradient, rows, draws)
 
     def bring_home(self, embeddings: tf.Tensor, mask: tf.Tensor) -> EncodedRows:
         embeddings, mask = gather_rows([embeddings, mask])
@@ -103,7 +103,8 @@ class PooledShard(Shard):
         is_mine &= has_negatives(shards.log_partition)[:, tf.newaxis]
         self._is_mine = tf.reshape(is_mine, [-1])
         self._drawn_rows = tf.where(self._is_mine, tf.reshape(sample.indices, [-1]), 0)
-        rows = _sum_of_rows(self._look_up(self._drawn_rows, self._is_mine))
+        rows = self._look_up(self._drawn_rows, self._is_mine)
+        rows = _sum_of_rows(rows, is_corrected=self._correction is not None)
         own = functools.partial(asked.own, num_each=sample.indices.shape[1])
         features = {key: own(values) for key, values in rows.features.items()}
         others = (None if part is None else own(part) for part in rows[1:])
@@ -197,12 +198,15 @@ def _take(queries: Queries, places: tf.Tensor) -> Queries:
     return Queries(*(None if part is None else tf.gather(part, places) for part in queries))
 
 
-def _sum_of_rows(rows: DrawnRows) -> DrawnRows:
+def _sum_of_rows(rows: DrawnRows, is_corrected: bool) -> DrawnRows:
     """Rows that each are there on one replica at most, as all replicas are to know them.
 
     Should shards disagree, by a rounding, on whose a row is, then it is nobody's.
+
+    Args:
+      rows: as this replica has them.
+      is_corrected: whether `known` is something else than `stale`.
     """
-    is_corrected = rows.known is not rows.stale
     features = {key: values for key, values in rows.features.items() if not _is_string(values)}
     strings = {key: values for key, values in rows.features.items() if _is_string(values)}
     lengths = [_flat(tf.strings.length(values)) for values in strings.values()]
@@ -229,7 +233,8 @@ def _sum_of_rows(rows: DrawnRows) -> DrawnRows:
 
 def _sum_of_strings(strings: tf.Tensor, mask: tf.Tensor, lengths: tf.Tensor) -> tf.Tensor:
     """The strings [m, ...] of all replicas, each there on one; `lengths` are the sums of theirs."""
-    num_words = (tf.reduce_max(lengths) + 3) // 4
+    # At least one: there may be nothing drawn, or only empty strings.
+    num_words = tf.maximum((tf.reduce_max(lengths) + 3) // 4, 1)
     rows = tf.where(mask[:, tf.newaxis], _flat(strings), "")
     sums = util.cross_replica_sum(words.to_bytes(tf.reshape(rows, [-1]), num_words))
     joined = words.from_bytes(sums, tf.reshape(lengths, [-1]))
@@ -247,6 +252,23 @@ def _flat(values: tf.Tensor) -> tf.Tensor:
 
 def _masked(values: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     return tf.where(mask[:, tf.newaxis], values, tf.zeros_like(values))
+
+
+def emptiest_first(num_filled: tf.Tensor, count: tf.Tensor, turn: tf.Tensor) -> tf.Tensor:
+    """[count] int32, the shards that candidates go to, one after the other to the emptiest.
+
+    Args:
+      num_filled: [R] int32, the rows that each shard has.
+      count: scalar int32, how many candidates there are.
+      turn: scalar int32, another at every call, for which of equal shards comes first.
+    """
+    num_shards = tf.size(num_filled)
+    shards = tf.range(num_shards)
+    # The j-th more candidate of a shard comes before all that would make another one fuller.
+    levels = num_filled[tf.newaxis] + tf.range(count)[:, tf.newaxis]
+    order = levels * num_shards + (shards - turn) % num_shards
+    first = tf.math.top_k(-tf.reshape(order, [-1]), k=count).indices
+    return first % num_shards
 
 
 def check_pool(pool: str | None) -> str | None:
@@ -272,4 +294,26 @@ def check_pool_of_corpus(pool: str | None, cache: Cache) -> None:
             "On every replica there is the whole corpus, so that a pool would hold each candidate"
             " several times: make the cache with `sharded=True`. Received:"
             f" pool={pool!r}, sharded=False."
+        )
+
+
+def check_replicas(source: CachedNegatives) -> None:
+    """Checks that the replicas that take a step are those that the source's state was made for.
+
+    Raises:
+      ValueError: if the source, its cache, its index or its corrector was made outside of the scope
+        of the strategy, or a pool is used outside of its replicas.
+    """
+    cache, num_replicas = source.get_cache(), util.num_replicas()
+    for layer in (source, cache, cache.index, source.corrector):
+        if layer is not None and num_replicas > 1 and layer.num_replicas != num_replicas:
+            raise ValueError(
+                f"What replicas use must be made in the scope of their strategy. {layer.name!r} was"
+                f" made for {layer.num_replicas} replica(s). Wanted: {num_replicas}."
+            )
+    is_outside = source.pool is not None and tf.distribute.in_cross_replica_context()
+    if is_outside or (cache.sharded and cache.num_replicas != num_replicas):
+        raise ValueError(
+            "A pool is that of the replicas of a strategy, and all of them use it at once: call the"
+            f" task in `strategy.run`. {source.name!r} was called outside of the replicas."
         )

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from negative_cache.layers._negatives.cached import CachedNegatives
 
 
-class Drawn(NamedTuple):
+class ShardSample(NamedTuple):
     """What a step has drawn for the B queries of a batch.
 
     Attributes:
@@ -54,7 +54,7 @@ class Shard:
         """[B] float32, without gradient; changes nothing."""
         return self._sample(0, seed=0, compute_gradient=False)[0].log_partition
 
-    def draw(self, seed: tf.Tensor) -> Drawn:
+    def draw(self, seed: tf.Tensor) -> ShardSample:
         """Draws S rows for each query, or n for all of them.
 
         Args:
@@ -72,7 +72,7 @@ class Shard:
         self._drawn_rows = rows
         found = self._look_up(rows, is_drawn)
         draws = self._weigh(sample.log_partition, sample.indices >= 0, found)
-        return Drawn(sample.log_partition, gradient, found, draws)
+        return ShardSample(sample.log_partition, gradient, found, draws)
 
     def bring_home(self, embeddings: tf.Tensor, mask: tf.Tensor) -> EncodedRows:
         """The drawn rows with their embeddings of now, as what this replica is to write.

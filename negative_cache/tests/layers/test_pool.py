@@ -4,6 +4,7 @@ The reference has the rows of all replicas in one dense softmax, and knows no re
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -18,9 +19,11 @@ from negative_cache import (
     InBatch,
     Retrieval,
     TreeIndex,
+    ops,
     util,
 )
 from negative_cache._compat import keras
+from negative_cache.layers._negatives import samplers
 from negative_cache.layers._variables import by_replica
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.pool_cases import (
@@ -29,7 +32,16 @@ from negative_cache.tests.layers.pool_cases import (
     make_pooled,
     rows_of_all,
 )
-from negative_cache.tests.layers.retrieval_cases import DIM, Table, call, make_queries, make_task
+from negative_cache.tests.layers.retrieval_cases import (
+    DIM,
+    INT_ID,
+    Table,
+    assert_same_state,
+    call,
+    copy_of_state,
+    make_queries,
+    make_task,
+)
 from negative_cache.tests.layers.shared_draw_cases import CACHED, CASES, ROW_P, STALE, TABLE
 from negative_cache.tests.replicas import two_replicas
 from negative_cache.tests.statistics import assert_mean_is
@@ -75,6 +87,17 @@ def test_every_variable_gets_the_gradient_of_the_rows_of_all_replicas(name, draw
     expected = sampler.expected()
     for part, values in zip(expected, sampler.many(500)):
         assert np.any(part != 0.0)
+        assert_mean_is(values, part)
+
+
+@pytest.mark.parametrize("draws", [OWN, SHARED])
+def test_the_shard_of_a_draw_and_the_row_share_no_random_number(monkeypatch, draws):
+    # In one block, the sampler has no number to choose a block by.
+    in_blocks = functools.partial(ops.sample_softmax_with_gradient, block_size=1)
+    monkeypatch.setattr(samplers, "sample_softmax_with_gradient", in_blocks)
+    case = pooled("sampled")
+    sampler = PooledSampler(case, make_pooled(case, **draws))
+    for part, values in zip(sampler.expected(), sampler.many(500)):
         assert_mean_is(values, part)
 
 
@@ -218,6 +241,101 @@ def test_a_corpus_is_divided_and_each_row_is_written_by_its_owner():
     assert np.all(is_as_it_was[others]) and not np.all(np.all(table == STALE, axis=1)[others])
     # 99 and 100 are of no replica, and each counts where it came from.
     assert [int(part) for part in by_replica(cache.num_skipped)] == [1, 1]
+    # The whole corpus, and of two steps what was drawn.
+    assert [int(part) for part in by_replica(task.cached._state.num_encoded)] == [16 + 3, 3]
+
+
+@pytest.mark.parametrize("num_hard", [None, 2])
+def test_the_batches_of_all_replicas_are_one(num_hard):
+    with two_replicas().scope():
+        options = {"candidate_id_key": "id", "remove_accidental_hits": True, "reduction": "none"}
+        sources = [InBatch(num_hard, pool="replicas")]
+        task = Retrieval(Table(TABLE), sources, false_negative_margin=-0.5, **options)
+    # Candidate 0 is the positive of a query on each replica, and 3 is right for query 1 as well.
+    ids, known = [[0, 1, 2], [3, 0]], [[[-1], [3], [-1]], [[-1], [-1]]]
+    queries = make_queries(5)
+
+    def evaluate():
+        first = tf.equal(util.replica_id(), 0)
+        own, right = parts(ids, first), parts(known, first)
+        start, count = tf.where(first, 0, 3), tf.shape(own)[0]
+        candidates = task.candidate_network({"id": own})
+        own_queries = tf.slice(queries, [start, 0], [count, DIM])
+        return task(own_queries, candidates, {"id": own}, known_positive_ids=right, training=False)
+
+    def parts(values, is_first):
+        one, other = (tf.constant(part, tf.int64) for part in values)
+        return tf.cond(is_first, lambda: one, lambda: other)
+
+    flat, lists = [0, 1, 2, 3, 0], [[0], [1, 3], [2], [3], [0]]
+    scores = queries.astype(np.float64) @ TABLE[flat].T
+    for i, loss in enumerate(np.concatenate(run(evaluate))):
+        positive = scores[i, i]
+        negatives = [
+            score
+            for j, score in enumerate(scores[i])
+            if flat[j] not in lists[i] and score <= positive + 0.5
+        ]
+        negatives = sorted(negatives)[-(num_hard or 5) :]
+        expected = np.logaddexp.reduce([positive, *negatives]) - positive
+        assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_shards_are_filled_evenly_by_any_calls():
+    with two_replicas().scope():
+        source = FromCache(CacheSpec({"id": INT_ID}, 4, embedding_dim=DIM), pool="replicas", seed=1)
+        task = Retrieval(Table(TABLE), [source])
+        # One at a time, by threes, and more than a shard holds.
+        for ids in ([0], [1], [2], [3, 4, 5], [6, 7]):
+            source.add({"id": tf.constant(ids, tf.int64)})
+        shards = [part.numpy() for part in by_replica(source.cache.data["id"])]
+        assert [len(set(shard)) for shard in shards] == [4, 4]
+        assert set(np.concatenate(shards)) == set(range(8))
+        source.add({"id": tf.range(8, 15, dtype=tf.int64)})
+        source.add({"id": tf.range(15, 16, dtype=tf.int64)})
+        shards = [part.numpy() for part in by_replica(source.cache.data["id"])]
+        assert set(np.concatenate(shards)) == set(range(8, 16))
+        with pytest.raises(ValueError, match="9 rows"):
+            source.add({"id": tf.range(9, dtype=tf.int64)})
+        with pytest.raises(ValueError, match="outside of the replicas"):
+            call(task, make_queries(1), [0], TABLE, training=False)
+
+
+def test_a_pool_of_strings_begins_empty():
+    with two_replicas().scope():
+        spec = CacheSpec({"title": tf.io.FixedLenFeature([], tf.string)}, 4, embedding_dim=DIM)
+        source = FromCache(spec, pool="replicas", seed=1)
+
+        def tower(features):
+            return tf.gather(TABLE, tf.strings.length(features["title"]))
+
+        task = Retrieval(tower, [source])
+
+    def step(titles):
+        features, count = {"title": titles}, tf.shape(titles)[0]
+        queries = tf.constant(make_queries(2))[:count]
+        return task(queries, tower(features), features, training=True)
+
+    # Nothing is drawn at first, and then only empty strings are.
+    first, second = run(step, tf.constant([""])), run(step, tf.constant([""]))
+    assert first == [0.0, 0.0]
+    scores = (make_queries(1).astype(np.float64) @ TABLE[0])[0] + np.zeros(3)
+    np.testing.assert_allclose(second, np.logaddexp.reduce(scores) - scores[0], rtol=1e-5)
+
+
+def test_a_refresh_bears_a_shard_without_rows():
+    with two_replicas().scope():
+        tower = Titles(STALE)
+        source = FromCache(CacheSpec(SPECS, 4, embedding_dim=DIM), pool="replicas", seed=1)
+        Retrieval(tower, [source])
+        source.add(features_of(tf.constant([5])))
+        tower.table.assign(TABLE)
+        source.refresh(verbose=0)
+    first, second = (part.numpy() for part in by_replica(source.cache.embeddings))
+    np.testing.assert_array_equal(
+        np.concatenate([first, second])[[0, 4]].max(axis=0), np.maximum(TABLE[5], 0.0)
+    )
+    assert [int(part) for part in by_replica(source.cache.num_skipped)] == [0, 0]
 
 
 def test_what_cannot_be_one_pool_is_refused():
@@ -236,6 +354,17 @@ def test_what_cannot_be_one_pool_is_refused():
         whole = Cache.from_dataset(corpus_of(16), tower, **options)
         with pytest.raises(ValueError, match="make the cache with `sharded=True`"):
             CachedRetrieval(tower, cache=whole, pool="replicas")
+        with pytest.raises(ValueError, match='"replicas" or None'):
+            CachedRetrieval(tower, {"id": INT_ID}, 0, pool="all")
+    outside = Cache.from_dataset(corpus_of(16), Table(TABLE), sharded=True, **options)
+    with two_replicas().scope():
+        task = CachedRetrieval(Table(TABLE), cache=outside)
+
+    def step():
+        return call(task, make_queries(1), [0], TABLE, training=False)
+
+    with pytest.raises(ValueError, match="made in the scope of their strategy"):
+        run(step)
 
 
 def test_a_configuration_has_the_pool():
@@ -254,8 +383,11 @@ def test_a_configuration_has_the_pool():
 
 
 def test_one_replica_is_a_pool_of_its_own():
-    losses = []
+    states = []
     for pool in (None, "replicas"):
-        task = make_task(TABLE, filled_with=[3, 4, 5], pool=pool, in_batch_negatives=True)
-        losses.append(call(task, make_queries(2), [0, 1], TABLE, training=True).numpy())
-    assert losses[0] == losses[1]
+        task = make_task(STALE, filled_with=[3, 4, 5], pool=pool, in_batch_negatives=True)
+        task.candidate_network.table.assign(TABLE)
+        for ids in ([0, 1], [6, 7]):
+            call(task, make_queries(2), ids, TABLE, training=True)
+        states.append(copy_of_state(task))
+    assert_same_state(*states)
