@@ -1,0 +1,66 @@
+"""Two workers of a `MultiWorkerMirroredStrategy`, as two processes."""
+
+from unittest import mock
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from negative_cache.layers import Cache, FrequencyEstimator
+from negative_cache.layers._variables import by_replica, make_state_variable
+from negative_cache.tests import multi_worker_cases
+from negative_cache.tests.replicas import two_replicas
+from negative_cache.tests.worker_processes import NUM_WORKERS, run_workers
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_two_workers_do_what_two_replicas_do(tmp_path):
+    finished = run_workers(multi_worker_cases.__name__, tmp_path, folder=tmp_path)
+    of_workers = [worker.result() for worker in finished]
+    for name, case in multi_worker_cases.CASES.items():
+        expected = case(two_replicas(), tmp_path)
+        assert len(expected) == NUM_WORKERS and expected[0] != expected[1]
+        for worker, wanted in zip(of_workers, expected):
+            (received,) = worker[name]
+            assert received.keys() == wanted.keys()
+            for key, values in wanted.items():
+                if isinstance(values[0], str):
+                    assert received[key] == values, key
+                else:
+                    np.testing.assert_allclose(received[key], values, 1e-4, 1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize("dtype", [tf.string, tf.int32])
+def test_a_worker_makes_a_variable_for_each_of_its_replicas(dtype):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy._from_local_devices(("CPU:0", "CPU:1"))
+    calls = []
+
+    def initial_value():
+        calls.append(None)
+        return tf.constant(["a", "b"]) if dtype == tf.string else tf.constant([-1, 2])
+
+    with strategy.scope():
+        variable = make_state_variable(initial_value, "state")
+    parts = by_replica(variable)
+    assert [part.device.rpartition("/")[2] for part in parts] == ["device:CPU:0", "device:CPU:1"]
+    assert [part.name for part in parts] == ["state:0", "state/replica_1:0"]
+    assert len(calls) == 1
+    for part in parts:
+        np.testing.assert_array_equal(part.numpy(), initial_value().numpy())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Cache({"embedding": tf.io.FixedLenFeature([2], tf.float32)}, 4),
+        lambda: FrequencyEstimator(4),
+    ],
+    ids=["Cache", "FrequencyEstimator"],
+)
+def test_a_strategy_without_replicas_is_refused(make):
+    # A real one would connect this process to servers.
+    strategy = mock.Mock(spec=tf.distribute.ParameterServerStrategy)
+    with mock.patch.object(tf.distribute, "get_strategy", return_value=strategy):
+        with pytest.raises(ValueError, match="ParameterServerStrategy` has no place for it. Use a"):
+            make()
