@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from negative_cache import CachedRetrieval, DualEncoder, layers, losses, util
-from negative_cache._compat import keras
+from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.handlers import CacheLossHandler
 from negative_cache.layers._variables import by_replica, make_state_variable, scatter_rows
 from negative_cache.negative_cache import CacheManager
@@ -162,6 +162,16 @@ def published(strategy, folder):
     return _by_replica(results)
 
 
+def refusal(strategy):
+    """What Keras 3 says to a `fit` of several workers."""
+    with strategy.scope():
+        model = make_model()
+    try:
+        model.fit(tf.data.Dataset.from_tensors(_batch_of(STEPS[0][0])), verbose=0)
+    except ValueError as error:
+        return str(error)
+
+
 CASES = {case.__name__: case for case in (states, files, training, published)}
 
 
@@ -202,4 +212,5 @@ if __name__ == "__main__":
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     number = strategy.cluster_resolver.task_id
     folder = pathlib.Path(sys.argv[1]) / f"worker_{number}"
-    print(json.dumps({name: case(strategy, folder) for name, case in CASES.items()}))
+    results = {name: case(strategy, folder) for name, case in CASES.items()}
+    print(json.dumps({**results, "refusal": None if IS_KERAS_2 else refusal(strategy)}))
