@@ -1,15 +1,17 @@
 """Two workers of a `MultiWorkerMirroredStrategy`, as two processes."""
 
+import signal
 from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from negative_cache import BackupAndRestore
 from negative_cache._compat import IS_KERAS_2
 from negative_cache.layers import Cache, FrequencyEstimator
 from negative_cache.layers._variables import by_replica, make_state_variable
-from negative_cache.tests import multi_worker_cases
+from negative_cache.tests import multi_worker_cases, multi_worker_fit
 from negative_cache.tests.replicas import two_replicas
 from negative_cache.tests.worker_processes import NUM_WORKERS, run_workers
 
@@ -32,6 +34,56 @@ def test_two_workers_do_what_two_replicas_do(tmp_path):
                     np.testing.assert_allclose(received[key], values, 1e-4, 1e-5, err_msg=key)
     if not IS_KERAS_2:
         assert "Keras 3 has no `fit` and no `evaluate`" in of_workers[0]["refusal"]
+
+
+@pytest.mark.skipif(not IS_KERAS_2, reason="Keras 3 has no `fit` for several workers")
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_fit_goes_on_after_one_of_the_workers_was_killed(tmp_path):
+    def run(folder, *arguments, **kwargs):
+        arguments = (tmp_path / folder, *(arguments or (0, "never", 0)))
+        return run_workers(multi_worker_fit.__name__, *arguments, folder=tmp_path, **kwargs)
+
+    whole = [worker.result() for worker in run("whole")]
+    assert whole[0]["mirrored"] == whole[1]["mirrored"]
+    assert whole[0]["logs"] == whole[1]["logs"]
+    titles = [set(worker["titles"]) for worker in whole]
+    assert titles[0] != titles[1] and titles[0] | titles[1] <= set(multi_worker_cases.WORDS)
+    # The chief writes its third backup. The other is about to give its own an index.
+    killed = run("parts", 1, "rename", 6, succeed=False)
+    assert killed[1].returncode == -signal.SIGKILL and killed[0].returncode != 0
+    assert indices(tmp_path / "parts") == ["ckpt-4.index", "ckpt-6.index"]
+    assert indices(tmp_path / "parts_worker_1") == ["ckpt-2.index", "ckpt-4.index"]
+    assert [worker.result() for worker in run("parts")] == whole
+    assert not list(tmp_path.glob("parts*")) and not list(tmp_path.glob("whole*"))
+
+
+def indices(folder):
+    return sorted(path.name for path in folder.glob("ckpt-*.index"))
+
+
+@pytest.mark.parametrize(
+    ("of_workers", "expected"),
+    [
+        ([[], []], None),
+        ([[6], []], None),
+        ([[4, 6], [2, 4]], 4),
+        ([[4, 6], [2, 4, 6]], 6),
+        ([[4, 6], []], "by worker: \\[\\[4, 6\\], \\[\\]\\]"),
+        ([[6], [4]], "by worker: \\[\\[6\\], \\[4\\]\\]"),
+    ],
+)
+def test_workers_agree_on_a_backup(of_workers, expected):
+    callback = BackupAndRestore("backup")
+    callback._backups = mock.Mock(**{"numbers.return_value": of_workers[0]})
+    rows = np.array([numbers + [-1] * (3 - len(numbers)) for numbers in of_workers])
+    callback._workers = mock.Mock(**{"gather.return_value": rows})
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=f"(?s)do not belong together.*{expected}"):
+            callback._newest_of_all()
+    else:
+        assert callback._newest_of_all() == expected
+    callback._workers.gather.assert_called_once_with(rows[0].tolist())
 
 
 @pytest.mark.parametrize("dtype", [tf.string, tf.int32])
