@@ -72,6 +72,10 @@ if IS_KERAS_2:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self._loss_tracker = RunningMean(name="loss")
+            if isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
+                # Logs are results of metrics, which are those of all workers. Keras would add them
+                # up over the workers.
+                self.distribute_reduction_method = "first"
 
         def make_train_function(self, force: bool = False) -> Callable:
             if self._jit_compile:

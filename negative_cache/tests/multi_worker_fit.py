@@ -51,8 +51,9 @@ def fit(folder, countdown):
     data = words.map(lambda word: {"query": word, "candidate": {"title": word}}).batch(4)
     options = tf.data.Options()
     options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+    data = data.with_options(options)
     history = model.fit(
-        data.with_options(options),
+        data,
         epochs=EPOCHS,
         steps_per_epoch=STEPS,
         verbose=0,
@@ -60,7 +61,9 @@ def fit(folder, countdown):
     )
     optimizer = [variable for variable in model.optimizer.variables if variable.dtype == tf.float32]
     cache = model.task.cache
+    evaluated = model.evaluate(data, steps=2, verbose=0, return_dict=True)
     return {
+        "evaluated": [evaluated["loss"], float(model._loss_tracker.result())],
         "mirrored": [np.asarray(value).tolist() for value in (*model.get_weights(), *optimizer)],
         "logs": {name: values[-1] for name, values in history.history.items()},
         "titles": [title.decode() for title in cache.data["title"].numpy().tolist()],

@@ -47,6 +47,7 @@ def test_a_fit_goes_on_after_one_of_the_workers_was_killed(tmp_path):
     whole = [worker.result() for worker in run("whole")]
     assert whole[0]["mirrored"] == whole[1]["mirrored"]
     assert whole[0]["logs"] == whole[1]["logs"]
+    np.testing.assert_allclose(*whole[0]["evaluated"], rtol=1e-6)
     titles = [set(worker["titles"]) for worker in whole]
     assert titles[0] != titles[1] and titles[0] | titles[1] <= set(multi_worker_cases.WORDS)
     # The chief writes its third backup. The other is about to give its own an index.
