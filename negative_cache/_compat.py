@@ -72,6 +72,10 @@ if IS_KERAS_2:
         def __init__(self, *args: Any, **kwargs: Any):
             super().__init__(*args, **kwargs)
             self._loss_tracker = RunningMean(name="loss")
+            if isinstance(self.distribute_strategy, tf.distribute.MultiWorkerMirroredStrategy):
+                # Logs are results of metrics, which are those of all workers. Keras would add them
+                # up over the workers.
+                self.distribute_reduction_method = "first"
 
         def make_train_function(self, force: bool = False) -> Callable:
             if self._jit_compile:
@@ -161,17 +165,26 @@ if IS_KERAS_2:
 else:
 
     class Model(keras.Model):  # type: ignore[no-redef]  # One class for each Keras.
-        """`keras.Model` whose `fit` takes strings under a distribution strategy."""
+        """`keras.Model` whose `fit` takes strings under a strategy, and refuses several workers."""
 
         def _maybe_symbolic_build(
             self, iterator: Iterator | None = None, data_batch: Any = None
         ) -> None:
+            strategy = self.distribute_strategy
+            num_replicas = strategy.num_replicas_in_sync
+            is_of_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
+            if is_of_workers and num_replicas > len(strategy.extended.worker_devices):
+                raise ValueError(
+                    "Keras 3 has no `fit` and no `evaluate` for several workers. Train in a loop of"
+                    " your own, or with Keras 2 (TF_USE_LEGACY_KERAS=1). Received a model of a"
+                    f" `{type(strategy).__name__}` with {num_replicas} replicas."
+                )
             # Keras would average the replicas' batches to get one of the right shape, and strings
             # have no average.
-            if iterator is not None and self.distribute_strategy.num_replicas_in_sync > 1:
+            if iterator is not None and num_replicas > 1:
                 _, _, batches = next(iter(iterator))
                 data_batch = tf.nest.map_structure(
-                    lambda values: self.distribute_strategy.experimental_local_results(values)[0],
+                    lambda values: strategy.experimental_local_results(values)[0],
                     next(batches),
                 )
                 iterator = None

@@ -35,6 +35,9 @@ class DualEncoder(_compat.Model):
     Compile the model with an optimizer and without a loss, because the task computes the loss.
     Calling the model returns the embeddings of a batch, `{"query": [B, d], "candidate": [N, d]}`.
 
+    Under a `MultiWorkerMirroredStrategy` of several workers only the `fit` of Keras 2 works. With
+    Keras 3 write the training loop yourself: `compute_loss` is the loss of a replica.
+
     Save the model like any Keras model. The cache is saved too, unless the task has
     `save_cache=False`. A `.keras` file can be loaded under these conditions:
 

@@ -108,7 +108,8 @@ def replica_id() -> tf.Tensor:
 
 
 def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
-    return tf.distribute.get_replica_context().all_gather(tensor, axis=axis)
+    # A tensor from outside of the replicas may be on no device, and then is on this replica's.
+    return tf.distribute.get_replica_context().all_gather(tf.identity(tensor), axis=axis)
 
 
 def _carrier_dtype(dtype: tf.DType) -> tf.DType:

@@ -7,11 +7,14 @@ variable has a kernel on every device. Strings exist in host memory only.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.distribute import distribute_utils
+from tensorflow.python.ops import resource_variable_ops
 
 # Dtypes of variables that an accelerator can hold, with all that a cache does to them.
 _ON_ACCELERATORS = (
@@ -28,6 +31,11 @@ _ON_ACCELERATORS = (
     tf.uint16,
     tf.uint32,
     tf.uint64,
+)
+
+_WITHOUT_REPLICAS = (
+    tf.distribute.ParameterServerStrategy,
+    tf.compat.v1.distribute.experimental.ParameterServerStrategy,
 )
 
 
@@ -130,12 +138,27 @@ def make_state_variable(
 ) -> StateVariable:
     """Makes a non-trainable variable with an independent value on every replica.
 
+    Every worker of a `MultiWorkerMirroredStrategy` makes the variables of its own replicas, and
+    calls its own `initial_value` for them.
+
     Args:
       initial_value: returns it. Int32 makes an `Int32Variable`.
       name: of the variable.
       on_host: whether the variable stays in host memory where the replica computes on an
         accelerator. Steps then cannot be compiled as a whole, and move the rows they use.
+
+    Raises:
+      ValueError: within the scope of a `ParameterServerStrategy`.
     """
+    strategy = tf.distribute.get_strategy()
+    if isinstance(strategy, _WITHOUT_REPLICAS):
+        raise ValueError(
+            "A cache, a source of negatives or an index keeps its state on every replica, and a"
+            " `tf.distribute.ParameterServerStrategy` has no place for it. Use a"
+            " `MirroredStrategy`, or a `MultiWorkerMirroredStrategy`. Received a state variable"
+            f" {name!r} in the scope of a `{type(strategy).__name__}`."
+        )
+    has_workers = isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy)
     dtypes = set()
 
     def initial_bits() -> tf.Tensor:
@@ -144,8 +167,9 @@ def make_state_variable(
         return _to_bits(value) if value.dtype == tf.int32 else value
 
     with tf.init_scope(), tf.device("CPU:0") if on_host else contextlib.nullcontext():
-        variable = tf.Variable(
-            initial_bits,
+        make = functools.partial(_make_on_worker, strategy) if has_workers else tf.Variable
+        variable = make(
+            initial_value=initial_bits,
             trainable=False,
             synchronization=tf.VariableSynchronization.ON_READ,
             aggregation=tf.VariableAggregation.ONLY_FIRST_REPLICA,
@@ -206,6 +230,39 @@ def by_replica(variable: StateVariable) -> Sequence[StateVariable]:
         return (variable,)
     parts = kept.distribute_strategy.experimental_local_results(kept)
     return tuple(Int32Variable(part) for part in parts) if kept is not variable else parts
+
+
+def _make_on_worker(strategy: tf.distribute.Strategy, **kwargs: Any) -> tf.Variable:
+    """Makes what `tf.Variable(**kwargs)` makes under a strategy of several workers, on this one.
+
+    `tf.Variable` would broadcast the chief's initial value. TensorFlow broadcasts bool, int32,
+    int64 and floats of 16 (not bfloat16), 32 and 64 bits, and so could make no other variable.
+    """
+
+    def make_parts(
+        initial_value: Callable[[], tf.Tensor], name: str, **kwargs: Any
+    ) -> list[tf.Variable]:
+        parts: list[tf.Variable] = []
+        for replica, device in enumerate(strategy.extended.worker_devices):
+            with tf.device(device):
+                # The class itself: `tf.Variable` would ask the strategy.
+                part = resource_variable_ops.ResourceVariable(
+                    initial_value=parts[0].read_value() if parts else initial_value,
+                    # A name that ends in "/" is used as it is.
+                    name=f"{parts[0].name.split(':')[0]}/replica_{replica}/" if parts else name,
+                    distribute_strategy=strategy,
+                    **kwargs,
+                )
+            parts.append(part)
+        return parts
+
+    return distribute_utils.create_mirrored_variable(
+        strategy,
+        make_parts,
+        distribute_utils.VARIABLE_CLASS_MAPPING,
+        distribute_utils.VARIABLE_POLICY_MAPPING,
+        **kwargs,
+    )
 
 
 def _as_kept(variable: StateVariable, values: tf.Tensor) -> tuple[tf.Variable, tf.Tensor]:

@@ -4,12 +4,13 @@ import json
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from negative_cache import BackupAndRestore, CachedRetrieval, DualEncoder
+from negative_cache import BackupAndRestore, CachedRetrieval, DualEncoder, backup
 from negative_cache._compat import IS_KERAS_2, keras
 
 EPOCHS, STEPS = 3, 6
@@ -86,12 +87,12 @@ def fit(
     keras.utils.set_random_seed(1)
     model = make_model(**kwargs)
     steps = {"steps_per_epoch": STEPS} if as_stream else {}
-    backup = kind(str(folder), save_freq, **(steps if kind is BackupAndRestore else {}))
+    callback = kind(str(folder), save_freq, **(steps if kind is BackupAndRestore else {}))
     history = model.fit(
         make_data(as_stream),
         epochs=EPOCHS,
         verbose=0,
-        callbacks=[*before, backup, *callbacks],
+        callbacks=[*before, callback, *callbacks],
         initial_epoch=initial_epoch,
         **steps,
     )
@@ -197,9 +198,9 @@ def test_other_files_in_the_folder_are_left_alone(tmp_path):
 def test_data_that_end_too_early_are_refused_and_the_backup_is_kept(tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path, as_stream=False, callbacks=[Interrupt(5, interrupt)])
-    backup = BackupAndRestore(str(tmp_path), 2)
+    callback = BackupAndRestore(str(tmp_path), 2)
     with pytest.raises(ValueError, match="The data ended before the batch"):
-        make_model().fit(make_data(False).take(2), epochs=3, verbose=0, callbacks=[backup])
+        make_model().fit(make_data(False).take(2), epochs=3, verbose=0, callbacks=[callback])
     assert list(tmp_path.iterdir())
 
 
@@ -258,8 +259,53 @@ def test_a_model_that_is_not_built_is_refused(tmp_path):
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     with pytest.raises(Interrupted):
         fit(tmp_path, as_stream=False, callbacks=[Interrupt(4, interrupt)])
-    with pytest.raises(ValueError, match="is of another model, or damaged. Remove the"):
+    with pytest.raises(
+        ValueError, match="is of another model or another number of workers, or damaged."
+    ):
         fit(tmp_path, as_stream=False, dim=5)
+
+
+def test_a_backup_that_was_not_finished_is_none(tmp_path):
+    variable = tf.Variable(1)
+    backups = backup._Backups(tf.train.Checkpoint(variable=variable), str(tmp_path / "backup"))
+    backups.write(3)
+    variable.assign(2)
+    rename = tf.io.gfile.rename
+
+    def rename_data(source, *args, **kwargs):
+        if source.endswith(".index"):
+            raise Interrupted
+        rename(source, *args, **kwargs)
+
+    with mock.patch.object(tf.io.gfile, "rename", rename_data), pytest.raises(Interrupted):
+        backups.write(10)
+    assert backups.numbers() == [3]
+    backups.read(3)
+    assert variable.numpy() == 1
+    backups.write(10)
+    assert backups.numbers() == [3, 10]
+    backups.keep([10])
+    assert backups.numbers() == [10]
+    backups.remove()
+    assert not (tmp_path / "backup").exists()
+
+
+class TwoWorkers(backup._Workers):
+    """Of two workers the first, of which the other does the same."""
+
+    def __init__(self, strategy):
+        super().__init__(strategy)
+        self.count = 2
+
+    def gather(self, values):
+        return np.array([values, values])
+
+
+def test_a_backup_of_another_number_of_workers_is_refused(tmp_path):
+    with mock.patch.object(backup, "_Workers", TwoWorkers), pytest.raises(Interrupted):
+        fit(tmp_path, as_stream=False, callbacks=[Interrupt(4, interrupt)])
+    with pytest.raises(ValueError, match="is of another model or another number of workers"):
+        fit(tmp_path, as_stream=False)
 
 
 class Damage(keras.callbacks.Callback):
