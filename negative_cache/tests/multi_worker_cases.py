@@ -109,11 +109,11 @@ def files(strategy, folder):
     return _by_replica(rows)
 
 
-def training(strategy, folder):
+def training(strategy, folder, **kwargs):
     """Weights, rows and losses of a training loop of one's own."""
     keras.utils.set_random_seed(1)
     with strategy.scope():
-        model = make_model()
+        model = make_model(**kwargs)
         model(_batch_of(STEPS[0][0]), training=False)
         optimizer = model.optimizer
         optimizer.build(model.trainable_variables)
@@ -138,6 +138,11 @@ def training(strategy, folder):
         "embeddings": [_listed(part) for part in by_replica(cache.embeddings)],
     }
     return [{**results, **of_replica} for of_replica in _by_replica(rows)]
+
+
+def pooled(strategy, folder):
+    """The same, with the caches and the batches of both replicas as one."""
+    return training(strategy, folder, pool="replicas")
 
 
 def published(strategy, folder):
@@ -172,7 +177,7 @@ def refusal(strategy):
         return str(error)
 
 
-CASES = {case.__name__: case for case in (states, files, training, published)}
+CASES = {case.__name__: case for case in (states, files, training, pooled, published)}
 
 
 def _handle(handler):
