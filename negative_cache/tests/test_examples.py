@@ -21,6 +21,7 @@ SERVING = ROOT / "examples" / "serving.py"
 CONTRASTIVE_BATCHES = ROOT / "examples" / "contrastive_batches.py"
 TREE_INDEX = ROOT / "examples" / "tree_index.py"
 STALE_EMBEDDINGS = ROOT / "examples" / "stale_embeddings.py"
+SEVERAL_DEVICES = ROOT / "examples" / "several_devices.py"
 OWN_NEGATIVES = ROOT / "examples" / "own_negatives.py"
 
 if not MOVIELENS_TFRS.exists():
@@ -113,6 +114,19 @@ def test_serving_answers_from_a_process_that_has_tensorflow_only(tmp_path):
     # User i likes movies of taste i % 10.
     for user in ("3", "4"):
         assert re.findall(r"of taste (\d)", answers[user]) == [user] * 5
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_several_devices_train_with_one_pool():
+    # A strategy of its own needs a process of its own.
+    keras = {"TF_USE_LEGACY_KERAS": str(int(IS_KERAS_2))}
+    done = run("--epochs", 2, script=SEVERAL_DEVICES, **keras)
+    assert done.returncode == 0, done.stderr
+    (different,) = re.findall(r"2 replicas with (\S+) different candidates", done.stdout)
+    # Two caches of 1,000 rows, some of which batches have written again.
+    assert 1500 < int(different.replace(",", "")) <= 2000
+    assert float(re.search(r"MRR of the training queries: (\S+)", done.stdout).group(1)) > 0.1
 
 
 @pytest.mark.slow
