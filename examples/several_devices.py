@@ -6,7 +6,7 @@
     python examples/several_devices.py --devices GPU:0,GPU:1
 
 Queries and candidates are strings, so that features of any kind are seen to travel. Every device
-has a quarter of the candidates as rows; with a pool a query has the rows of all devices as negatives.
+has a quarter of the candidates as rows; with a pool a query has the rows of all as negatives.
 """
 
 import argparse
