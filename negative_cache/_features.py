@@ -165,8 +165,18 @@ def first_rows(features: _FeaturesT, count: int) -> _FeaturesT:
 
 
 def num_rows(features: Features) -> int:
-    """Returns the number of rows of features that are arrays or tensors of known size."""
-    return int(tf.nest.flatten(features)[0].shape[0])
+    """Returns the number of rows of features that are arrays or tensors of known size.
+
+    Raises:
+      ValueError: if they are those of one row, and no batch.
+    """
+    shape = tf.nest.flatten(features)[0].shape
+    if not len(shape):
+        raise ValueError(
+            "Features must come in batches, [n, ...]. Received a scalar: is a `.batch(…)` of the"
+            " dataset missing?"
+        )
+    return int(shape[0])
 
 
 def concatenate(parts: Sequence[_Part]) -> _Part:

@@ -201,6 +201,7 @@ def write_in_order(
     specs: Mapping[str, tf.io.FixedLenFeature],
     id_key: str,
     num_rows: int,
+    num_shards: int,
     write: Callable[[tf.Tensor, Mapping[str, tf.Tensor]], None],
     *,
     verbose: int,
@@ -211,7 +212,8 @@ def write_in_order(
       batches: batches of candidates, with all features of `specs`.
       specs: feature name -> spec.
       id_key: name of the feature that identifies a candidate.
-      num_rows: the number of rows.
+      num_rows: the number of rows, on all shards together.
+      num_shards: on how many shards they are.
       write: function (first row, items) that writes a batch.
       verbose: 1 for a progress bar, 0 for none.
 
@@ -230,7 +232,8 @@ def write_in_order(
         if start + len(ids[-1]) > num_rows:
             raise ValueError(
                 "There must be no more candidates than rows. Received at least"
-                f" {start + len(ids[-1])} candidates for {num_rows} rows, on all shards together."
+                f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows // num_shards}"
+                + (f" on each of {num_shards} replicas." if num_shards > 1 else ".")
             )
         write(tf.constant(start, tf.int64), items)
         start += len(ids[-1])

@@ -99,6 +99,7 @@ class Cache(StateLayer):
         _validation.check_embedding(embedding_key, self.specs)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
+        check_sharded(sharded, row_key, index)
         if index is not None:
             check_index(
                 index,
@@ -111,7 +112,6 @@ class Cache(StateLayer):
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
         self.row_key = row_key
-        check_sharded(sharded, row_key, index)
         self.sharded = sharded
         self._partition = partition = Partition.over_replicas(sharded)
         self._rows = CacheRows(self.specs, self.cache_size, on_host)
@@ -245,8 +245,7 @@ class Cache(StateLayer):
           cache_size: the number of candidates, or if it is `sharded` of those of a replica; counted
             if None.
           embedding_dtype: dtype of the cached embeddings: float32, bfloat16 or float16.
-          index: as in `Cache`.
-          saved: as in `Cache`.
+          index, saved: as in `Cache`.
           on_host: as in `Cache`; the name of the embedding is "embedding".
           verbose: 1 for a progress bar, 0 for none.
           **kwargs: passed to `Cache`.
@@ -297,6 +296,7 @@ class Cache(StateLayer):
                 self.specs,
                 self.row_key,
                 self.cache_size * self._partition.num_shards,
+                self._partition.num_shards,
                 lambda start, items: on_every_replica(write, start, items),
                 verbose=verbose,
             )

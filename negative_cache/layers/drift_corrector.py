@@ -50,13 +50,21 @@ class Encoded(NamedTuple):
     def and_those(self, other: "Encoded") -> "Encoded":
         """Both together."""
         parts = zip(self, other)
-        return Encoded(*(None if one is None else tf.concat([one, two], 0) for one, two in parts))
+        return Encoded(*(None if one is None else _concatenated(one, two) for one, two in parts))
 
     def finite(self) -> "Encoded":
         """The same, of which candidates whose fresh embedding is not finite are masked."""
         is_finite = tf.reduce_all(tf.math.is_finite(self.fresh), axis=1)
         fresh = tf.where(is_finite[:, tf.newaxis], self.fresh, 0.0)
         return self._replace(fresh=fresh, mask=self.mask & is_finite)
+
+
+def _concatenated(one: tf.Tensor, two: tf.Tensor) -> tf.Tensor:
+    if one.dtype != tf.int32:
+        return tf.concat([one, two], axis=0)
+    # TensorFlow concatenates int32 on the host, even if they are on an accelerator.
+    bits = tf.concat([tf.bitcast(one, tf.uint32), tf.bitcast(two, tf.uint32)], axis=0)
+    return tf.bitcast(bits, tf.int32)
 
 
 class DriftCorrector(StateLayer):

@@ -311,8 +311,7 @@ def check_replicas(source: CachedNegatives) -> None:
                 f"What replicas use must be made in the scope of their strategy. {layer.name!r} was"
                 f" made for {layer.num_replicas} replica(s). Wanted: {num_replicas}."
             )
-    is_outside = source.pool is not None and tf.distribute.in_cross_replica_context()
-    if is_outside or (cache.sharded and cache.num_replicas != num_replicas):
+    if source.pool is not None and cache.num_replicas != num_replicas:
         raise ValueError(
             "A pool is that of the replicas of a strategy, and all of them use it at once: call the"
             f" task in `strategy.run`. {source.name!r} was called outside of the replicas."

@@ -299,6 +299,10 @@ def test_shards_are_filled_evenly_by_any_calls():
             source.add({"id": tf.range(9, dtype=tf.int64)})
         with pytest.raises(ValueError, match="outside of the replicas"):
             call(task, make_queries(1), [0], TABLE, training=False)
+    # Nor does it take the rows of the first replica, where there is no strategy at all.
+    for training in (False, True):
+        with pytest.raises(ValueError, match="outside of the replicas"):
+            call(task, make_queries(1), [0], TABLE, training=training)
 
 
 def test_a_pool_of_strings_begins_empty():

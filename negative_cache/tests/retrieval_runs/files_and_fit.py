@@ -88,6 +88,9 @@ FIT = (
 REPLICATED = (
     ReplicatedRun("two replicas", lambda: {**IN_BATCH, **BY_ID, **make_metrics()}),
     ReplicatedRun(
+        "two replicas, one pool", lambda: {**IN_BATCH, **BY_ID, "pool": "replicas", "num_draws": 3}
+    ),
+    ReplicatedRun(
         "two replicas, corpus",
         lambda: {"refresh_fraction": 0.1, "num_negatives": 2, "probe_size": 3, "probe_every": 3},
         corpus=dict,
