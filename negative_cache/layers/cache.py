@@ -64,8 +64,7 @@ class Cache(StateLayer):
 
     Raises:
       ValueError: if `specs` lacks an embedding `embedding_key` or an id `row_key`, if `cache_size`
-        is not positive, if `index` does not fit the rows, or if `on_host` names a feature that
-        cannot be on the host.
+        is not positive, or if `index`, `on_host` or `sharded` do not fit the rows.
 
     Example:
       >>> cache = Cache(
@@ -245,7 +244,8 @@ class Cache(StateLayer):
           cache_size: the number of candidates, or if it is `sharded` of those of a replica; counted
             if None.
           embedding_dtype: dtype of the cached embeddings: float32, bfloat16 or float16.
-          index, saved: as in `Cache`.
+          index: as in `Cache`.
+          saved: as in `Cache`.
           on_host: as in `Cache`; the name of the embedding is "embedding".
           verbose: 1 for a progress bar, 0 for none.
           **kwargs: passed to `Cache`.
@@ -254,8 +254,8 @@ class Cache(StateLayer):
           The filled `Cache`.
 
         Raises:
-          ValueError: if the features of the dataset do not match the specs, if two candidates have
-            the same id, or if the dataset is empty or has more candidates than `cache_size`.
+          ValueError: if the dataset does not match the specs, is empty, has more candidates than
+            `cache_size` or two with the same id.
         """
         corpus = Corpus(dataset, candidate_network, feature_specs, candidate_id_key, on_host)
         size = cache_size

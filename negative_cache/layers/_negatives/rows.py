@@ -76,7 +76,14 @@ class RowCorrection:
         """Corrects embeddings [n, d] of `rows` [n]; `rows` are None for means of many."""
         if rows is None:
             return self._correct(embeddings)
-        return self._correct(embeddings, self._cache.age_of(rows), self._content(rows))
+        return self.correct_and_age(embeddings, rows)[0]
+
+    def correct_and_age(
+        self, embeddings: tf.Tensor, rows: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """Corrected embeddings [n, d] of `rows` [n], and [n] int32 the ages of these."""
+        age = self._cache.age_of(rows)
+        return self._correct(embeddings, age, self._content(rows)), age
 
     def examples(self, encoded: EncodedRows, stale: tf.Tensor) -> Encoded:
         """Encoded rows of this replica, and what they were, [n, d], as what a corrector learns."""

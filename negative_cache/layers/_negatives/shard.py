@@ -107,7 +107,10 @@ class Shard:
     def _look_up(self, rows: tf.Tensor, mask: tf.Tensor) -> DrawnRows:
         """What is known of `rows` [m] of this replica, of which `mask` [m] says which there are."""
         source = self._source
-        stale = source.stale(rows)
+        known = stale = source.stale(rows)
+        age = None
+        if self._correction is not None:
+            known, age = self._correction.correct_and_age(stale, rows)
         is_weighed = source.num_draws is not None
         log_weights = ids = None
         if is_weighed and self._log_weights is not None:
@@ -118,8 +121,8 @@ class Shard:
             features=source.features_at(rows),
             mask=mask,
             stale=stale,
-            known=stale if self._correction is None else self._correction.correct(stale, rows),
-            age=None if self._correction is None else source.get_cache().age_of(rows),
+            known=known,
+            age=age,
             ids=ids,
             log_weights=log_weights,
         )

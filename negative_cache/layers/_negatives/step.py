@@ -164,10 +164,13 @@ class CachedStep:
             return None
         source, batch = self._source, self._batch
         examples = correction.examples_of_drawn(drawn, fresh)
-        for more in (source.own_rows(batch), oldest):
-            if more is not None:
-                stale = source.stale(more.rows)
-                examples = examples.and_those(correction.examples(more, stale))
+        more = source.own_rows(batch)
+        if more is None or oldest is None:
+            more = more or oldest
+        else:
+            more = more.and_those(oldest)
+        if more is not None:
+            examples = examples.and_those(correction.examples(more, source.stale(more.rows)))
         self._learn_landmarks(correction, seed)
         return _execution.compiled(
             lambda encoded: correction.corrector.learn(
