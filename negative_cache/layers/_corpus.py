@@ -212,8 +212,8 @@ def write_in_order(
       batches: batches of candidates, with all features of `specs`.
       specs: feature name -> spec.
       id_key: name of the feature that identifies a candidate.
-      num_rows: the number of rows, on all shards together.
-      num_shards: on how many shards they are.
+      num_rows: the number of rows of a shard.
+      num_shards: how many shards there are.
       write: function (first row, items) that writes a batch.
       verbose: 1 for a progress bar, 0 for none.
 
@@ -224,15 +224,16 @@ def write_in_order(
       ValueError: if there are more candidates than rows, or no candidates, or if the features do
         not match the specs.
     """
-    bar = keras.utils.Progbar(num_rows, unit_name="candidate", verbose=verbose)
+    total = num_rows * num_shards
+    bar = keras.utils.Progbar(total, unit_name="candidate", verbose=verbose)
     ids, start = [], 0
     for items in batches:
         items = _validation.check_items(items, specs, what="batches", exact=True)
         ids.append(items[id_key].numpy())
-        if start + len(ids[-1]) > num_rows:
+        if start + len(ids[-1]) > total:
             raise ValueError(
                 "There must be no more candidates than rows. Received at least"
-                f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows // num_shards}"
+                f" {start + len(ids[-1])} candidates for a `cache_size` of {num_rows}"
                 + (f" on each of {num_shards} replicas." if num_shards > 1 else ".")
             )
         write(tf.constant(start, tf.int64), items)
@@ -240,6 +241,6 @@ def write_in_order(
         bar.update(start)
     if not start:
         raise ValueError("There must be candidates to fill the cache with. Received none.")
-    if start < num_rows:
+    if start < total:
         bar.update(start, finalize=True)
     return np.concatenate(ids)

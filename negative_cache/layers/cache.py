@@ -295,7 +295,7 @@ class Cache(StateLayer):
                 batches,
                 self.specs,
                 self.row_key,
-                self.cache_size * self._partition.num_shards,
+                self.cache_size,
                 self._partition.num_shards,
                 lambda start, items: on_every_replica(write, start, items),
                 verbose=verbose,

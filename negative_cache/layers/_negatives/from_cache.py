@@ -325,7 +325,10 @@ class FromCache(CachedNegatives):
         return {"candidate_ids": self._row_ids(), "positive_ids": ids}
 
     def ids_at(self, rows: tf.Tensor) -> tf.Tensor:
-        return tf.gather(self._row_ids(), rows)
+        data: dict[str, Any] = self.get_cache().data
+        if CANDIDATE_ID in data:
+            return tf.gather(data[CANDIDATE_ID], rows)
+        return fingerprint(tf.gather(_features.id_feature(data, self._id_key), rows))
 
     def _row_ids(self) -> tf.Tensor:
         """[C] int64, fingerprints of the rows' ids."""

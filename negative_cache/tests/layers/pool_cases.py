@@ -17,6 +17,7 @@ from negative_cache.tests.layers.shared_draw_cases import (
     as_variable,
     dense_loss,
     freeze,
+    repeated,
 )
 from negative_cache.tests.replicas import two_replicas
 
@@ -86,17 +87,8 @@ class PooledSampler:
 
     def many(self, count):
         """[count, ...] for each weight."""
-
-        @tf.function
-        def sample():
-            shapes = [self._queries.shape, *(weight.shape for weight in self.weights)]
-            arrays = [tf.TensorArray(tf.float32, count, element_shape=shape) for shape in shapes]
-            for i in tf.range(count):
-                parts = self.gradients()
-                arrays = [array.write(i, part) for array, part in zip(arrays, parts)]
-            return [array.stack() for array in arrays]
-
-        return [part.numpy() for part in sample()]
+        shapes = [self._queries.shape, *(weight.shape for weight in self.weights)]
+        return repeated(self.gradients, shapes, count)
 
     def expected(self):
         """The gradients, by all rows of all caches at once."""

@@ -105,6 +105,19 @@ def as_variable(weight):
     return weight if isinstance(weight, tf.Variable) else weight.value
 
 
+def repeated(gradients, shapes, count):
+    """[count, ...] of each tensor, of `shapes`, that `gradients()` returns, in one graph."""
+
+    @tf.function
+    def sample():
+        arrays = [tf.TensorArray(tf.float32, count, element_shape=shape) for shape in shapes]
+        for i in tf.range(count):
+            arrays = [array.write(i, part) for array, part in zip(arrays, gradients())]
+        return [array.stack() for array in arrays]
+
+    return [part.numpy() for part in sample()]
+
+
 class Sampler:
     """Gradients of training steps of a task with a frozen cache."""
 
@@ -134,16 +147,7 @@ class Sampler:
         """[count, ...] for each weight."""
         # What a first call makes, no loop may make.
         first = self.gradients()
-
-        @tf.function
-        def sample():
-            arrays = [tf.TensorArray(tf.float32, count, element_shape=part.shape) for part in first]
-            for i in tf.range(count):
-                parts = self.gradients()
-                arrays = [array.write(i, part) for array, part in zip(arrays, parts)]
-            return [array.stack() for array in arrays]
-
-        return [part.numpy() for part in sample()]
+        return repeated(self.gradients, [part.shape for part in first], count)
 
     def expected(self):
         """The gradients, by all rows of the cache at once."""
