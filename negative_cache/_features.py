@@ -160,7 +160,12 @@ def take(features: Features, rows: np.ndarray) -> Features:
 
 
 def first_rows(features: _FeaturesT, count: int) -> _FeaturesT:
-    """Returns the first `count` rows of features."""
+    """Returns the first `count` rows of features.
+
+    Raises:
+      ValueError: if they are those of one row, and no batch.
+    """
+    check_batched(features)
     return tf.nest.map_structure(lambda values: values[:count], features)
 
 
@@ -170,13 +175,18 @@ def num_rows(features: Features) -> int:
     Raises:
       ValueError: if they are those of one row, and no batch.
     """
-    shape = tf.nest.flatten(features)[0].shape
-    if not len(shape):
-        raise ValueError(
-            "Features must come in batches, [n, ...]. Received a scalar: is a `.batch(…)` of the"
-            " dataset missing?"
-        )
-    return int(shape[0])
+    check_batched(features)
+    return int(tf.nest.flatten(features)[0].shape[0])
+
+
+def check_batched(features: Features) -> None:
+    """Raises a `ValueError` if a feature is a scalar, and so none of a batch."""
+    for values in tf.nest.flatten(features):
+        if tf.TensorShape(getattr(values, "shape", None)).rank == 0:
+            raise ValueError(
+                "Features must come in batches, [n, ...]. Received a scalar: is a `.batch(…)` of the"
+                " dataset missing?"
+            )
 
 
 def concatenate(parts: Sequence[_Part]) -> _Part:

@@ -68,6 +68,7 @@ class Encoder:
 
     def embed_tensor(self, features: Features) -> tf.Tensor:
         """Embeds one batch of features: a tensor [n, d] float32."""
+        _features.check_batched(features)
         if not self._is_traced:
             self._trace(features)
         embeddings = self._compiled(features)
@@ -241,6 +242,7 @@ def known_output_dim(network: Tower) -> int | None:
 
 def _call(network: Tower, features: Features, training: bool | None) -> tf.Tensor:
     """Calls a tower and checks that its output can be one tensor [n, dim]."""
+    _features.check_batched(features)
     kwargs = {"training": training} if _takes_training(network, training) else {}
     embeddings = network(_inputs_of(network, features), **kwargs)
     shape = getattr(embeddings, "shape", None)

@@ -341,6 +341,24 @@ def test_a_checkpoint_of_the_best_epoch_is_that_of_an_epoch_that_was_evaluated(t
     assert np.any(tables[1] != tables[2])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: CacheWarmStart(candidates().unbatch()),
+        lambda: CorpusMetrics(candidates().unbatch(), pairs()),
+        lambda: CorpusMetrics(candidates(), pairs().unbatch()),
+    ],
+)
+def test_datasets_without_batches_are_refused(make):
+    with pytest.raises(ValueError, match=r"a scalar: is a `.batch\(…\)` of the dataset missing"):
+        make_model().fit(pairs(), verbose=0, callbacks=[make()])
+
+
+def test_a_fit_without_batches_is_refused():
+    with pytest.raises(ValueError, match=r"a scalar: is a `.batch\(…\)` of the dataset missing"):
+        make_model().fit(pairs().unbatch(), verbose=0)
+
+
 @pytest.mark.parametrize("make", [CorpusMetrics, lambda c, v: CacheWarmStart(c, verbose=0)])
 def test_callbacks_can_be_copied_as_tuners_copy_them(make):
     callback = make(candidates(), pairs())
