@@ -184,8 +184,8 @@ def check_batched(features: Features) -> None:
     for values in tf.nest.flatten(features):
         if tf.TensorShape(getattr(values, "shape", None)).rank == 0:
             raise ValueError(
-                "Features must come in batches, [n, ...]. Received a scalar: is a `.batch(…)` of the"
-                " dataset missing?"
+                "Features must come in batches, [n, ...]. Received a scalar: is a `.batch(…)` of"
+                " the dataset missing?"
             )
 
 
