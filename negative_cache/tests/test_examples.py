@@ -10,6 +10,7 @@ import runpy
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from negative_cache._compat import IS_KERAS_2
@@ -23,6 +24,7 @@ TREE_INDEX = ROOT / "examples" / "tree_index.py"
 STALE_EMBEDDINGS = ROOT / "examples" / "stale_embeddings.py"
 SEVERAL_DEVICES = ROOT / "examples" / "several_devices.py"
 OWN_NEGATIVES = ROOT / "examples" / "own_negatives.py"
+FROM_CSV = ROOT / "examples" / "from_csv.py"
 
 if not MOVIELENS_TFRS.exists():
     pytest.skip("The examples are not part of an installed package.", allow_module_level=True)
@@ -174,3 +176,25 @@ def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files(run_here):
     assert mrr[0] > 0.2
     assert visits[1] == pytest.approx(1.5 * visits[0])
     assert 50.0 < beaten[0] < beaten[1]
+
+
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_a_csv_becomes_a_retriever_that_answers(run_here, tmp_path):
+    run_here(FROM_CSV, tmp_path / "pairs.csv", "--generate")
+    printed = run_here(FROM_CSV, tmp_path / "pairs.csv", "--output", tmp_path / "retriever")
+    mrr = re.findall(r"val_mrr: (\S+)", printed)
+    assert float(re.search(r"^test: .*, mrr (\S+)$", printed, re.MULTILINE).group(1)) > 0.12
+    assert 3 < len(mrr) < 50, "Training did not stop by the validation MRR."
+    # User i likes items of taste i % 20.
+    user, items = re.search(r"^user (\d+) -> (.*)$", printed, re.MULTILINE).groups()
+    assert [int(item) % 20 for item in re.findall(r"\d+", items)] == [int(user) % 20] * 5
+
+
+def test_what_a_user_has_had_is_passed_over():
+    example = runpy.run_path(str(FROM_CSV))
+    users = np.array(["a", "b", "a", "a", "b", "c", "a"])
+    items = np.array(["1", "1", "2", "3", "2", "1", "4"])
+    train, validation, test = example["split"](users)
+    assert [rows.tolist() for rows in (train, validation, test)] == [[0, 2], [1, 3], [4, 5, 6]]
+    assert example["items_before"](users, items, test) == [["1"], [], ["1", "2", "3"]]
