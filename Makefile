@@ -23,7 +23,7 @@ EXTRAS := demo,test
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-keras3 test-keras2 lint format clean clean-venv
+.PHONY: help venv demo test test-keras3 test-keras2 lint format smoke clean clean-venv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -61,6 +61,9 @@ lint: $(STAMP) ## Check style, formatting and types
 format: $(STAMP) ## Format the code and fix what ruff can fix
 	@$(VENV_PYTHON) -m ruff check --fix-only .
 	@$(VENV_PYTHON) -m ruff format .
+
+smoke: ## Build sdist and wheel into dist/, try the wheel in an empty environment (TENSORFLOW=newest KERAS=3)
+	@.ci/smoke $(or $(TENSORFLOW),newest) $(or $(KERAS),3) $(PYTHON)
 
 clean: ## Remove build products and caches, keep .venv
 	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -22,14 +22,20 @@ def read_long_description() -> str:
     return readme.read_text(encoding="utf-8") if readme.exists() else ""
 
 
+# Keras 2, which tf.keras becomes under TF_USE_LEGACY_KERAS=1.
+KERAS_2 = ["tf-keras>=2.16"]
+# It imports under Keras 2 only.
+TF_RECOMMENDERS = ["tensorflow-recommenders>=0.7.3", *KERAS_2]
+
 setup(
     name="negative-cache",
     version=read_version(),
     description="Train dual encoders in TensorFlow/Keras against a very large pool of negatives.",
     long_description=read_long_description(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    packages=find_packages(include=["negative_cache*"]),
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["negative_cache*"], exclude=["negative_cache.tests*"]),
     package_data={"negative_cache": ["py.typed"]},
     python_requires=">=3.10",
     install_requires=[
@@ -37,15 +43,15 @@ setup(
         "numpy",
         "scipy",
         "tensorflow>=2.16",
-        "tensorflow-recommenders>=0.7.3",
         # tf.summary.scalar needs it, and TensorFlow does not install it since 2.21.
         "tensorboard",
-        # Keras 2, which tf.keras becomes under TF_USE_LEGACY_KERAS=1.
-        "tf-keras>=2.16",
     ],
     extras_require={
+        "keras2": KERAS_2,
+        "tfrs": TF_RECOMMENDERS,
         "demo": ["matplotlib"],
         "test": [
+            *TF_RECOMMENDERS,
             "hypothesis",
             "keras-rs",
             "matplotlib",
@@ -63,7 +69,6 @@ setup(
         "Development Status :: 4 - Beta",
         "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
-        "License :: OSI Approved :: Apache Software License",
         "Operating System :: MacOS",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
