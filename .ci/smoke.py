@@ -10,21 +10,24 @@ import zipfile
 
 
 def check_archives(folder):
+    """Checks what is in the sdist and the wheel of `folder`, and what is not."""
     (wheel,), (sdist,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
-    names = zipfile.ZipFile(wheel).namelist()
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        (metadata,) = [name for name in names if name.endswith("/METADATA")]
+        assert "License-Expression: Apache-2.0" in archive.read(metadata).decode()
     assert not [name for name in names if "/tests/" in name], "There are tests in the wheel."
     for name in ("negative_cache/py.typed", "negative_cache/ops/tree/", "licenses/LICENSE"):
         assert any(name in found for found in names), f"{name} is not in the wheel."
-    (metadata,) = [name for name in names if name.endswith("/METADATA")]
-    text = zipfile.ZipFile(wheel).read(metadata).decode()
-    assert "License-Expression: Apache-2.0" in text
-    files = tarfile.open(sdist).getnames()
+    with tarfile.open(sdist) as archive:
+        files = archive.getnames()
     for name in ("/negative_cache/tests/conftest.py", "/CITATION.cff", "/LICENSE", "/Makefile"):
         assert any(found.endswith(name) for found in files), f"{name} is not in the sdist."
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(files)} files")
 
 
 def try_package():
+    """Trains a small model, and uses it in every way that a file or a server does."""
     import numpy as np
     import tensorflow as tf
 
