@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import hypothesis
 import pytest
 import tensorflow as tf
+
+from negative_cache._compat import IS_KERAS_2
 
 SEED = 20210426
 NUM_CPU_DEVICES = 2
@@ -73,6 +76,16 @@ hypothesis.settings.register_profile(
     print_blob=True,
 )
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "deterministic"))
+
+
+def pytest_collection_modifyitems(items):
+    """Skips under Keras 2 what is marked `one_keras`, as all tests of `ops/` are."""
+    of_ops = pathlib.Path(__file__).parent / "ops"
+    for item in items:
+        if of_ops in item.path.parents:
+            item.add_marker("one_keras")
+        if IS_KERAS_2 and item.get_closest_marker("one_keras"):
+            item.add_marker(pytest.mark.skip(reason="Runs with the tests under Keras 3."))
 
 
 def pytest_report_header():

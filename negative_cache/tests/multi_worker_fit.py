@@ -1,9 +1,10 @@
 """A worker of a `fit` with backups, which may be killed.
 
-`python -m negative_cache.tests.multi_worker_fit folder worker event count` is a worker. It prints
-weights, logs and its rows as JSON. The worker with the number `worker` kills itself when an event
-happens for the `count`-th time: the end of a "batch", or a "rename" of a file. Each backup makes
-two of those, of its data and then of its index.
+`python -m negative_cache.tests.multi_worker_fit worker event count folders…` is a worker. For each
+folder in turn it trains a model with backups there. It prints weights, logs and its rows as JSON,
+in a list. The worker with the number `worker` kills itself when an event happens for the `count`-th
+time: the end of a "batch", or a "rename" of a file. Each backup makes two of those, of its data and
+then of its index.
 """
 
 import json
@@ -48,9 +49,8 @@ def batches(words):
     return data.with_options(options)
 
 
-def fit(folder, countdown):
+def fit(strategy, folder, countdown):
     """Trains a model, and returns all that it then consists of."""
-    strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(1)
     with strategy.scope():
         model = make_model()
@@ -80,7 +80,7 @@ def fit(folder, countdown):
 
 
 if __name__ == "__main__":
-    folder, worker, event, count = sys.argv[1:]
+    worker, event, count, *folders = sys.argv[1:]
     number = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     countdown = Countdown(event, int(count) if int(worker) == number else 0)
     rename = tf.io.gfile.rename
@@ -89,5 +89,6 @@ if __name__ == "__main__":
         countdown.happens("rename")
         rename(*args, **kwargs)
 
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
     with mock.patch.object(tf.io.gfile, "rename", rename_or_die):
-        print(json.dumps(fit(folder, countdown)))
+        print(json.dumps([fit(strategy, folder, countdown) for folder in folders]))

@@ -3,12 +3,14 @@
 Those that choose their Keras, or start a process of their own, run in a process of their own.
 """
 
+import email
 import os
 import pathlib
 import re
 import runpy
 import subprocess
 import sys
+import sysconfig
 
 import numpy as np
 import pytest
@@ -164,7 +166,10 @@ def test_contrastive_batches_find_more_than_shuffled_ones(run_here):
 
 @pytest.mark.slow
 @pytest.mark.end_to_end
-def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files(run_here):
+def test_negatives_of_ones_own_are_trained_on_and_go_on_from_files(run_here, monkeypatch):
+    # A package in the place of all of the standard library.
+    package = {"stdlib": pathlib.Path(email.__file__).parent}
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: package)
     printed = run_here(OWN_NEGATIVES, "--epochs", 2)
     lines = dict(re.findall(r"^(.*): (MRR .*)$", printed, re.MULTILINE))
     assert list(lines) == ["without", "with", "from the .keras file", "from the backup"]

@@ -40,22 +40,23 @@ def test_two_workers_do_what_two_replicas_do(tmp_path):
 @pytest.mark.slow
 @pytest.mark.end_to_end
 def test_a_fit_goes_on_after_one_of_the_workers_was_killed(tmp_path):
-    def run(folder, *arguments, **kwargs):
-        arguments = (tmp_path / folder, *(arguments or (0, "never", 0)))
-        return run_workers(multi_worker_fit.__name__, *arguments, folder=tmp_path, **kwargs)
-
-    whole = [worker.result() for worker in run("whole")]
-    assert whole[0]["mirrored"] == whole[1]["mirrored"]
-    assert whole[0]["logs"] == whole[1]["logs"]
-    np.testing.assert_allclose(*whole[0]["evaluated"], rtol=1e-6)
-    titles = [set(worker["titles"]) for worker in whole]
-    assert titles[0] != titles[1] and titles[0] | titles[1] <= set(multi_worker_cases.WORDS)
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
     # The chief writes its third backup. The other is about to give its own an index.
-    killed = run("parts", 1, "rename", 6, succeed=False)
+    killed = run_workers(
+        multi_worker_fit.__name__, 1, "rename", 6, parts, folder=tmp_path, succeed=False
+    )
     assert killed[1].returncode == -signal.SIGKILL and killed[0].returncode != 0
     assert indices(tmp_path / "parts") == ["ckpt-4.index", "ckpt-6.index"]
     assert indices(tmp_path / "parts_worker_1") == ["ckpt-2.index", "ckpt-4.index"]
-    assert [worker.result() for worker in run("parts")] == whole
+    # New processes go on, and then train another model that nothing interrupts.
+    finished = run_workers(multi_worker_fit.__name__, 0, "never", 0, parts, whole, folder=tmp_path)
+    resumed, expected = zip(*(worker.result() for worker in finished))
+    assert resumed == expected
+    assert expected[0]["mirrored"] == expected[1]["mirrored"]
+    assert expected[0]["logs"] == expected[1]["logs"]
+    np.testing.assert_allclose(*expected[0]["evaluated"], rtol=1e-6)
+    titles = [set(worker["titles"]) for worker in expected]
+    assert titles[0] != titles[1] and titles[0] | titles[1] <= set(multi_worker_cases.WORDS)
     assert not list(tmp_path.glob("parts*")) and not list(tmp_path.glob("whole*"))
 
 

@@ -52,9 +52,9 @@ def test_four_private_modules_at_the_top():
 
 
 def test_ops_and_their_tests_know_no_keras():
-    # So they are tested under one Keras only: see `tests/ops/conftest.py`.
+    # So they are tested under one Keras only: see `tests/conftest.py`.
     for folder in (ROOT / "ops", ROOT / "tests" / "ops"):
-        paths = set(folder.rglob("*.py")) - {folder / "conftest.py"}
+        paths = set(folder.rglob("*.py"))
         assert paths
         for path in paths:
             assert not re.search("keras|_compat\\b", path.read_text(encoding="utf-8")), path

@@ -59,6 +59,7 @@ def pooled(name):
     return dataclasses.replace(case, set_up=add_own_shard) if name == "log Q" else case
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     ("name", "draws"),
     [
@@ -90,6 +91,7 @@ def test_every_variable_gets_the_gradient_of_the_rows_of_all_replicas(name, draw
         assert_mean_is(values, part)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("draws", [OWN, SHARED])
 def test_the_shard_of_a_draw_and_the_row_share_no_random_number(monkeypatch, draws):
     # In one block, the sampler has no number to choose a block by.
