@@ -1,9 +1,11 @@
 """Checks of the arguments of a `Cache`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
+from negative_cache import _validation
+from negative_cache.layers._cache.writer import RowUpdates
 from negative_cache.layers.tree_index import TreeIndex
 
 
@@ -71,3 +73,31 @@ def check_sharded(sharded: bool, row_key: str | None, index: TreeIndex | None) -
         raise ValueError(
             "A `sharded` cache cannot have an `index` yet. Received: sharded=True and an index."
         )
+
+
+def check_updates(
+    items: Mapping[str, tf.Tensor] | None,
+    indices: tf.Tensor | None,
+    mask: tf.Tensor | None,
+    specs: Mapping[str, tf.io.FixedLenFeature],
+) -> RowUpdates | None:
+    """New values of existing rows, checked.
+
+    Args:
+      items: feature name -> [m, ...], for any of the features in `specs`; None for no updates.
+      indices: [m] int, the rows.
+      mask: [m] bool; entries with False change nothing. None for all.
+      specs: feature name -> spec.
+
+    Raises:
+      ValueError: if names, dtypes or shapes do not match.
+    """
+    if items is None:
+        return None
+    items = _validation.check_items(items, specs, what="updated_item_data", exact=False)
+    like = next(iter(items.values()))
+    indices = _validation.check_indices(
+        indices, like, what="updated_item_indices", needed_by="updated_item_data"
+    )
+    mask = _validation.check_mask(mask, like, what="updated_item_mask")
+    return RowUpdates(items, indices, mask)
