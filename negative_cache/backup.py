@@ -216,7 +216,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         except (AssertionError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"The checkpoint in {self._backups.folder!r} is of another model or another number"
-                " of workers or replicas, or damaged. Remove the folder to start from the beginning."
+                " of workers, or damaged. Remove the folder to start from the beginning."
                 f" {error}"
             ) from error
 

@@ -6,7 +6,7 @@ those of its own replicas out of all that a file has, in `StateLayer._divided`.
 
 import types
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -79,6 +79,17 @@ def deal(ages: np.ndarray, num_replicas: int, num_rows: int, name: str) -> list[
             stacklevel=2,
         )
     return [order[num_dropped + replica :: num_replicas] for replica in range(num_replicas)]
+
+
+def check_lengths(values: Iterable[np.ndarray]) -> None:
+    """Checks that the values of rows, of one replica in a file, are of the same rows.
+
+    Raises:
+      IndexError: if they are not.
+    """
+    lengths = {len(each) for each in values}
+    if len(lengths) > 1:
+        raise IndexError(f"Received: arrays of {sorted(lengths)} rows.")
 
 
 def divided_rows(

@@ -388,7 +388,8 @@ class StateLayer(keras.layers.Layer):
         self._check_description(received, theirs, ours)
         if is_as_here:
             return None
-        wanted = f"Received the state of {made_on} replicas. Wanted: of {self.num_replicas}."
+        here = f"{self._num_here} of {self.num_replicas}"
+        wanted = f"Received the state of {num_in_file} of {made_on} replicas. Wanted: of {here}."
         if self._untracked.is_to_go_on:
             raise ValueError(
                 "A training goes on from a backup on as many replicas as before, with the same"

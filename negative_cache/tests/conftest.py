@@ -10,11 +10,11 @@ import pytest
 import tensorflow as tf
 
 SEED = 20210426
-NUM_CPU_DEVICES = 2
+NUM_CPU_DEVICES = 4
 
 
 def _split_cpu() -> None:
-    """Makes two logical CPU devices, on which MirroredStrategy runs with two replicas.
+    """Makes four logical CPU devices, on which MirroredStrategy runs with two or four replicas.
 
     TensorFlow allows this only before its runtime starts: a module of the package that makes a
     tensor when it is imported would break it.

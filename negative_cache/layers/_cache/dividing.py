@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._corpus import RowsById
-from negative_cache.layers._dividing import State, deal, divided_rows, shares
+from negative_cache.layers._dividing import State, check_lengths, deal, divided_rows, shares
 
 # The stamps of empty rows: of a cache that streams, as if touched before the first update, so that
 # they are filled first; of a corpus, see `RowTimes.forget`.
@@ -101,6 +101,9 @@ class _Times:
     """
 
     def __init__(self, states: Sequence[State], queue: State):
+        for state in states:
+            by_row = [state["data"], state["rows_by_id"], state["times"]["stamps"]]
+            check_lengths(tf.nest.flatten(by_row))
         self._queue = queue
         times = [state["times"] for state in states]
         self.rows = [np.flatnonzero(part["stamps"] >= 0) for part in times]
