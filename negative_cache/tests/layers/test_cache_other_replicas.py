@@ -224,7 +224,6 @@ def test_a_corpus_that_every_replica_has_is_copied_with_its_index(old, new, load
     cache, fresh = make(old), make(new)
     with scope_of(old):
         cache.fill([{"id": np.arange(NUM_CANDIDATES), "embedding": VALUES}], verbose=0)
-        cache.update(new_items={"id": [4], "embedding": np.ones([1, DIM], np.float32)})
     load(cache, fresh, tmp_path)
     for shard in shards(fresh):
         assert shard == union(cache) and len(shard) == NUM_CANDIDATES
@@ -234,13 +233,18 @@ def test_a_corpus_that_every_replica_has_is_copied_with_its_index(old, new, load
 @pytest.mark.parametrize(
     "old, new, load", [(1, 2, load_checkpoint), (2, 1, load_keras)], ids=["1 to 2", "2 to 1"]
 )
-def test_the_index_of_a_stream_is_made_of_the_rows_that_are_there(old, new, load, tmp_path):
+def test_the_index_of_a_stream_is_made_of_the_rows_that_are_there(
+    old, new, load, tmp_path, request
+):
     def make(num_replicas):
         with scope_of(num_replicas):
             size = 12 // num_replicas
             return Cache(SPECS, size, index=TreeIndex(size, DIM, leaf_size=4))
 
     cache, fresh = make(old), make(new)
+    # A few small steps are faster than a graph of them.
+    tf.config.run_functions_eagerly(True)
+    request.addfinalizer(lambda: tf.config.run_functions_eagerly(False))
 
     def write(replica):
         cache.update(new_items=features_of(10 * int(replica) + np.arange(5)))
