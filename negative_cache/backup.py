@@ -55,6 +55,8 @@ class BackupAndRestore(keras.callbacks.Callback):
     * With `steps_per_epoch`, all epochs read one stream, such as `dataset.shuffle(…, seed=1)
       .repeat().batch(…)`, which may reshuffle. A resumed `fit` reads the stream from its start.
 
+    A backup of another number of replicas is refused.
+
     As with the callback of Keras, a Keras 3 model must be built before `fit`, for instance by a
     call on a batch. Place this callback last, so that a backup contains the changes of other
     callbacks, for instance of the learning rate. Other callbacks see the skipped batches too.

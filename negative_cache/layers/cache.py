@@ -55,7 +55,7 @@ class Cache(StateLayer):
       use_lru: whether updating a row resets its age, so that the row *used* longest ago is replaced
         first. If False, rows are replaced in order of insertion.
       saved: whether TensorFlow checkpoints, `.keras` and `.weights.h5` files hold the rows. A file
-        with other specs or another number of rows is refused.
+        with other specs is refused, and with another number of rows if it has as many replicas.
       index: an index over the embeddings of the rows. Every update of the cache updates it too. It
         does not notice other changes, such as an assignment to `embeddings`: call `index.index`
         after them.

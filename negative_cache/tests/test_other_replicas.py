@@ -375,6 +375,7 @@ def test_a_backup_goes_on_on_as_many_replicas_only(old, new, tmp_path):
         model.compile("adam")
         backup = BackupAndRestore(str(tmp_path / "backup"))
         backup.set_model(model)
+        backup.set_params({})
         backup.on_train_begin()
         return backup
 

@@ -25,8 +25,6 @@ SPECS = {
     "count": tf.io.FixedLenFeature([], tf.int32),
     "embedding": tf.io.FixedLenFeature([DIM], tf.bfloat16),
 }
-# From how many replicas to how many.
-MOVES = [(1, 2), (2, 1), (2, 4), (4, 2)]
 NUM_CANDIDATES = 13
 VALUES = np.random.default_rng(5).normal(size=[NUM_CANDIDATES, DIM]).astype(np.float32)
 
@@ -50,6 +48,16 @@ def load_checkpoint(saved, fresh, folder):
     else:
         # To replicas that the checkpoint does not have, nothing in it belongs.
         status.expect_partial()
+
+
+# From how many replicas to how many, and by what.
+MOVES = [
+    (1, 2, load_keras),
+    (2, 1, load_checkpoint),
+    (2, 4, load_checkpoint),
+    (4, 2, load_keras),
+    (4, 2, load_checkpoint),
+]
 
 
 def features_of(ids):
@@ -102,8 +110,7 @@ def skip(cache, counts):
         variable.assign(count)
 
 
-@pytest.mark.parametrize("load", [load_keras, load_checkpoint])
-@pytest.mark.parametrize("old, new", MOVES)
+@pytest.mark.parametrize("old, new, load", MOVES)
 def test_all_rows_of_a_stream_are_there_and_divided_evenly(old, new, load, tmp_path, monkeypatch):
     # A cache of more rows keeps a queue: here one of the two does.
     monkeypatch.setattr(times, "_QUEUE_SIZE", 12)
@@ -170,8 +177,7 @@ def corpus(num_replicas, size=None):
     return cache
 
 
-@pytest.mark.parametrize("load", [load_keras, load_checkpoint])
-@pytest.mark.parametrize("old, new", MOVES)
+@pytest.mark.parametrize("old, new, load", MOVES)
 def test_every_candidate_of_a_corpus_goes_to_its_owner(old, new, load, tmp_path):
     cache, fresh = corpus(old), empty_corpus(new)
     load(cache, fresh, tmp_path)
