@@ -375,7 +375,7 @@ class StateLayer(keras.layers.Layer):
         made_on = theirs.pop(_NUM_REPLICAS, None)
         num_in_file = theirs.pop(_NUM_IN_FILE, num_in_file)
         if made_on is None:
-            # An earlier version wrote it, and said this of a corpus at most.
+            # Earlier versions said it of a divided corpus only.
             is_as_here = num_in_file in (None, self._num_here)
             made_on = theirs.get("num_shards", self.num_replicas if is_as_here else num_in_file)
         if num_in_file is None:

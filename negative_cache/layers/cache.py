@@ -105,7 +105,7 @@ class Cache(StateLayer):
         _validation.check_embedding(embedding_key, self.specs)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
-        check_sharded(sharded, row_key, index)
+        check_sharded(sharded, row_key)
         if index is not None:
             check_index(
                 index,
@@ -114,7 +114,7 @@ class Cache(StateLayer):
                 saved=saved,
                 is_filled_at_once=row_key is not None,
             )
-            index.row_law = "remade" if row_key is None else "copied"
+            index.row_law = "remade" if row_key is None or sharded else "copied"
         self.index = index
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
@@ -313,9 +313,7 @@ class Cache(StateLayer):
             # Without ids, a row could not be excluded as the positive of its own query.
             on_every_replica(self._writer.forget)
             raise
-        if self.index is not None:
-            embeddings = self._rows.on_host(self.embedding_key, self.filled.numpy())
-            self.index.index(embeddings, verbose=verbose)
+        self._writer.index_corpus(verbose=verbose)
 
     def count_skipped(self, is_skipped: tf.Tensor) -> None:
         """Adds the entries with True in `is_skipped` [n] to `num_skipped`."""

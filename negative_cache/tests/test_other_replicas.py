@@ -12,6 +12,7 @@ from negative_cache.layers import (
     Corrector,
     FrequencyEstimator,
     NystromCorrector,
+    TreeIndex,
     Uniform,
 )
 from negative_cache.layers._state import next_seed
@@ -43,10 +44,13 @@ def make_model(kind, num_replicas, rows=None, seed=1):
     with scope_of(num_replicas):
         tower = IdTower()
         options = {"candidate_id_key": "id", "reduction": "sum", "seed": seed}
-        if kind == "corpus":
+        if kind != "stream":
             size = -(-SIZE // num_replicas)
             specs = {"id": INT_ID, "embedding": tf.io.FixedLenFeature([DIM], tf.float32)}
-            cache = Cache(specs, size, row_key="id", sharded=True)
+            # A beam of all leaves opens them all, so that nothing is an estimate.
+            has_index = kind == "corpus with an index"
+            index = TreeIndex(size, DIM, leaf_size=4, beam=99) if has_index else None
+            cache = Cache(specs, size, row_key="id", sharded=True, index=index)
             task = CachedRetrieval(tower, cache=cache, **options)
         else:
             options |= {"remove_accidental_hits": True, "pool": "replicas", "embedding_dim": DIM}
@@ -62,7 +66,7 @@ def filled(kind, num_replicas, rows=None):
     model = make_model(kind, num_replicas, rows)
     task, ids = model.task, np.arange(SIZE)
     with scope_of(num_replicas):
-        if kind == "corpus":
+        if kind != "stream":
             task.cache.fill([{"id": ids, "embedding": STALE}], verbose=0)
         else:
             task.add_to_cache({"id": tf.constant(ids[:-2])})
@@ -151,6 +155,8 @@ ONLY_KERAS_2 = pytest.mark.skipif(not IS_KERAS_2, reason="a format of Keras 2")
         ("stream", 1, 2, as_checkpoint),
         pytest.param("stream", 2, 1, as_tensorflow_weights, marks=ONLY_KERAS_2),
         ("corpus", 4, 2, as_weights),
+        ("corpus with an index", 2, 1, as_keras),
+        ("corpus with an index", 1, 2, as_checkpoint),
         ("stream", 4, 2, as_checkpoint),
     ],
 )
@@ -159,7 +165,7 @@ def test_a_model_has_the_loss_of_all_rows_and_goes_on(kind, old, new, save, tmp_
     rows = SIZE if save is as_keras else 1 + SIZE // old
     model = filled(kind, old, rows)
     expected = rows_of(model.task.cache)
-    assert len(expected) == (SIZE if kind == "corpus" else SIZE - 2)
+    assert len(expected) == (SIZE - 2 if kind == "stream" else SIZE)
     loaded = save(model, lambda: make_model(kind, new, SIZE, seed=2), new, tmp_path)
     found = rows_of(loaded.task.cache)
     assert found.keys() == expected.keys()
@@ -167,10 +173,11 @@ def test_a_model_has_the_loss_of_all_rows_and_goes_on(kind, old, new, save, tmp_
         np.testing.assert_array_equal(found[key], embedding)
     np.testing.assert_allclose(losses_of(loaded, new), [dense_loss(expected)] * new, rtol=1e-5)
     assert np.all(np.isfinite(losses_of(loaded, new, training=True)))
-    if kind == "corpus":
+    if kind != "stream":
         found = rows_of(loaded.task.cache)
         for key in POSITIVES.tolist():
             np.testing.assert_array_equal(found[key], TABLE[key])
+        np.testing.assert_allclose(losses_of(loaded, new), [dense_loss(found)] * new, rtol=1e-5)
 
 
 def reload(layer, fresh):

@@ -58,20 +58,16 @@ def check_on_host(on_host: Sequence[str], embedding_key: str, index: TreeIndex |
         )
 
 
-def check_sharded(sharded: bool, row_key: str | None, index: TreeIndex | None) -> None:
+def check_sharded(sharded: bool, row_key: str | None) -> None:
     """Checks that the rows of a cache can be divided among replicas.
 
     Raises:
-      ValueError: if the cache is none of a corpus, or has an index.
+      ValueError: if the cache is none of a corpus.
     """
     if sharded and row_key is None:
         raise ValueError(
             "Only a cache that covers a corpus, with a `row_key`, can be `sharded`: the caches that"
             ' stream are one pool by `pool="replicas"` of their source. Received: row_key=None.'
-        )
-    if sharded and index is not None:
-        raise ValueError(
-            "A `sharded` cache cannot have an `index` yet. Received: sharded=True and an index."
         )
 
 

@@ -41,7 +41,11 @@ class Partition:
         num_shards = config.pop("num_shards", None)
         if num_shards is not None:
             here = cls.over_replicas(config["sharded"])
-            config["cache_size"] = here.num_rows(config["cache_size"] * num_shards)
+            size = here.num_rows(config["cache_size"] * num_shards)
+            config["cache_size"] = size
+            index = config["index"]
+            if index is not None:
+                config["index"] = {**index, "config": {**index["config"], "capacity": size}}
         return config
 
     def num_rows(self, num_candidates: int) -> int:

@@ -124,9 +124,27 @@ class CacheWriter:
         self._rows.write(rows, items)
         self._times.fill(rows, mask)
 
+    def index_corpus(self, *, verbose: int) -> None:
+        """Builds the index over the rows of a corpus, of every replica if it holds a part."""
+        index = self._index
+        if index is None:
+            return
+
+        def build() -> None:
+            embeddings = self._rows.on_host(self._embedding_key, self._times.filled.numpy())
+            index.index(embeddings, verbose=verbose)
+
+        if self._partition.num_shards > 1:
+            on_every_replica_of(self._strategy, build)
+        else:
+            build()
+
     def remake_index(self) -> None:
         """Makes the index of every replica of its filled rows, which are other ones now."""
         assert self._index is not None, "the caller knows"
+        if self._row_key is not None:
+            self.index_corpus(verbose=0)
+            return
         self._index.reset()
         on_every_replica_of(self._strategy, self._index_rows)
 

@@ -11,7 +11,8 @@ from negative_cache.layers._cache import times
 from negative_cache.layers._negatives.pool import emptiest_first
 from negative_cache.layers._variables import by_replica
 from negative_cache.ops.cache_rows import is_filled, times_of
-from negative_cache.tests.layers.retrieval_cases import DIM
+from negative_cache.tests.layers.corpus_cases import corpus_of
+from negative_cache.tests.layers.retrieval_cases import DIM, Table
 from negative_cache.tests.replicas import run_on, scope_of
 
 CORPUS = {
@@ -278,6 +279,17 @@ def check_index_of(cache, num_replicas):
         assert count == len(rows) > 0
         exact = np.logaddexp.reduce(queries @ rows.T / 10.0, axis=1)
         assert np.all(lower <= exact + 1e-4) and np.all(exact <= upper + 1e-4)
+
+
+def test_each_part_of_a_corpus_has_an_index_of_its_own():
+    with scope_of(2):
+        index = TreeIndex(7, DIM, leaf_size=4)
+        options = {"candidate_id_key": "id", "sharded": True, "verbose": 0}
+        cache = Cache.from_dataset(
+            corpus_of(NUM_CANDIDATES, 13), Table(VALUES), index=index, **options
+        )
+    assert [len(shard) for shard in shards(cache)] == [7, 6]
+    check_index_of(cache, 2)
 
 
 def test_an_index_without_a_cache_is_refused():
