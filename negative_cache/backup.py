@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from negative_cache import _compat, _validation, util
 from negative_cache._compat import keras
-from negative_cache.layers._state import StateLayer
+from negative_cache.layers._state import StateLayer, on_the_same_replicas
 
 _DATA_ENDED_EARLY = (
     "The data ended before the batch at which the training was interrupted. They are not the data"
@@ -54,6 +54,8 @@ class BackupAndRestore(keras.callbacks.Callback):
       one with a `seed` and `reshuffle_each_iteration=False`.
     * With `steps_per_epoch`, all epochs read one stream, such as `dataset.shuffle(…, seed=1)
       .repeat().batch(…)`, which may reshuffle. A resumed `fit` reads the stream from its start.
+
+    A backup of another number of replicas is refused.
 
     As with the callback of Keras, a Keras 3 model must be built before `fit`, for instance by a
     call on a batch. Place this callback last, so that a backup contains the changes of other
@@ -111,16 +113,13 @@ class BackupAndRestore(keras.callbacks.Callback):
         self._progress = tf.Variable([0, 0, 0], dtype=tf.int64, trainable=False)
         self._workers = _Workers(model.distribute_strategy)
         number, count = self._workers.number, self._workers.count
+        self._layers = [each for each in model._flatten_layers() if isinstance(each, StateLayer)]
         checkpoint = tf.train.Checkpoint(
             model=model,
             optimizer=model.optimizer,
             variables=_compat.all_variables(model),
             # States are saved even if the user chose to leave them out of files.
-            states=[
-                layer.checkpointable_state
-                for layer in model._flatten_layers()
-                if isinstance(layer, StateLayer)
-            ],
+            states=[layer.checkpointable_state for layer in self._layers],
             # A backup of another number of workers does not fit.
             **{"progress" if count == 1 else f"progress_{number}_of_{count}": self._progress},
         )
@@ -214,7 +213,8 @@ class BackupAndRestore(keras.callbacks.Callback):
 
     def _restore(self, number: int) -> None:
         try:
-            self._backups.read(number)
+            with on_the_same_replicas(self._layers):
+                self._backups.read(number)
         except (AssertionError, ValueError, tf.errors.InvalidArgumentError) as error:
             raise ValueError(
                 f"The checkpoint in {self._backups.folder!r} is of another model or another number"

@@ -46,7 +46,9 @@ class RowsById:
         Raises:
           ValueError: if two ids are equal.
         """
-        order, fingerprints = _in_order(ids)
+        fingerprints = fingerprint(tf.constant(ids)).numpy()
+        order = np.argsort(fingerprints, kind="stable")
+        fingerprints = fingerprints[order]
         same = np.flatnonzero(fingerprints[1:] == fingerprints[:-1])
         if len(same):
             first, second = sorted(order[same[0] : same[0] + 2])
@@ -58,12 +60,21 @@ class RowsById:
     @staticmethod
     def assign(variables: Mapping[str, tf.Variable], ids: np.ndarray) -> None:
         """Stores that row i has the id `ids[i]`, for distinct `ids` [n]."""
-        order, fingerprints = _in_order(ids)
-        missing = variables["rows"].shape[0] - len(ids)
-        variables["fingerprints"].assign(
-            np.pad(fingerprints, [0, missing], constant_values=tf.int64.max)
-        )
-        variables["rows"].assign(np.pad(order.astype(np.int32), [0, missing], constant_values=-1))
+        fingerprints = fingerprint(tf.constant(ids)).numpy()
+        num_rows = variables["rows"].shape[0]
+        values = RowsById.values(fingerprints, np.arange(len(ids)), num_rows)
+        for name, variable in variables.items():
+            variable.assign(values[name])
+
+    @staticmethod
+    def values(fingerprints: np.ndarray, rows: np.ndarray, num_rows: int) -> dict[str, np.ndarray]:
+        """The values of the variables, if distinct `fingerprints` [n] are those of `rows` [n]."""
+        order, missing = np.argsort(fingerprints, kind="stable"), num_rows - len(rows)
+        rows = rows[order].astype(np.int32)
+        return {
+            "fingerprints": np.pad(fingerprints[order], [0, missing], constant_values=tf.int64.max),
+            "rows": np.pad(rows, [0, missing], constant_values=-1),
+        }
 
     @staticmethod
     def find(variables: Mapping[str, tf.Variable], ids: tf.Tensor) -> tf.Tensor:
@@ -76,13 +87,6 @@ class RowsById:
             is_there = tf.equal(tf.gather(variables["fingerprints"], place), wanted)
             rows = tf.cast(tf.gather(variables["rows"], place), tf.int64)
             return tf.where(is_there, rows, -1)
-
-
-def _in_order(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[n] the order of the fingerprints of `ids` [n], and the fingerprints in it."""
-    fingerprints = fingerprint(tf.constant(ids)).numpy()
-    order = np.argsort(fingerprints, kind="stable")
-    return order, fingerprints[order]
 
 
 def _lower_bound(ascending: tf.Variable, wanted: tf.Tensor) -> tf.Tensor:

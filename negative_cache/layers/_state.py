@@ -4,28 +4,34 @@ It lives in raw variables (`_variables`): the `add_weight` of Keras can make nei
 variables nor, where they must be saved, strings. `StateLayer` puts them into files of every format.
 """
 
+import contextlib
 import functools
 import json
 import operator
 import random
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import _compat
+from negative_cache import _compat, _validation
 from negative_cache._compat import keras
+from negative_cache.layers._arrays import LENGTHS, from_arrays, to_arrays, to_bytes
+from negative_cache.layers._dividing import Law, Origin, Replicas, State, copies
 from negative_cache.layers._variables import (
     StateVariable,
     by_replica,
-    check_when_restored,
     kept_variable,
+    values_in_file,
+    when_restored,
 )
 
 _DESCRIPTION = "description"
-_LENGTHS = "_lengths"
+# What the description in a file says besides that of the layer: on how many replicas it was made,
+# and of how many of them the file has the state.
+_NUM_REPLICAS, _NUM_IN_FILE = "num_replicas", "replicas_in_file"
 # In the descriptions of layers whose variables once had other dtypes, which files may still have.
 LAYOUT = {"layout": 2}
 
@@ -36,6 +42,15 @@ def on_every_replica(function: Callable[..., None], *args: Any) -> None:
         tf.distribute.get_strategy().run(function, args)
     else:
         function(*args)
+
+
+def on_every_replica_of(
+    strategy: tf.distribute.Strategy, function: Callable[..., None], *args: Any
+) -> None:
+    """`on_every_replica` of `strategy`, also where it is called outside of its scope."""
+    is_outside = strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy()
+    with strategy.scope() if is_outside else contextlib.nullcontext():
+        on_every_replica(function, *args)
 
 
 def next_seed(seed_and_step: tf.Variable) -> tf.Tensor:
@@ -77,8 +92,8 @@ def specs_of(description: Any) -> Any:
 class StateLayer(keras.layers.Layer):
     """A layer with state variables, which TensorFlow checkpoints and Keras files hold.
 
-    What a file holds are the values of all replicas. Where it is loaded on fewer, the first ones
-    are taken; on more, the others keep what they have.
+    What a file holds are the values of all replicas, and how many these are. On another number of
+    replicas a layer makes its state out of all of theirs (`_divided`), or refuses the file.
 
     It is a layer even if it computes nothing from inputs, as a cache does: in an attribute of a
     model, Keras looks for layers and lets no other object write state of its own into its files.
@@ -87,6 +102,12 @@ class StateLayer(keras.layers.Layer):
     Attributes:
       num_replicas: for how many replicas the state was made.
     """
+
+    # For files of other replicas: field -> what makes the values of R' replicas of those of R. A
+    # subclass without laws overrides `_divided`, or refuses such files.
+    _laws: Mapping[str, Law] = {}
+    # Set by a cache whose rows the state is about: "copied" with them, or "remade" from them.
+    row_law: str | None = None
 
     # Whether Keras 2 cannot make the layer again from a folder that `model.save` has written.
     _is_lost_in_folders = False
@@ -102,15 +123,25 @@ class StateLayer(keras.layers.Layer):
             " the model it belongs to. Use its methods."
         )
 
-    def _hold_state(self, *, description: Mapping, saved: bool = True, **fields: Any) -> None:
+    def _hold_state(
+        self,
+        *,
+        description: Mapping,
+        saved: bool = True,
+        divisible: Sequence[str] = (),
+        **fields: Any,
+    ) -> None:
         """Makes `self._state`, to be called once.
 
         Args:
           description: what a file must agree with to be loaded: JSON values.
           saved: whether files hold the state.
+          divisible: names in the description that may differ in a file of another number of
+            replicas.
           **fields: the attributes of `self._state`, each a state variable or a dictionary of them.
         """
         self._description = json.dumps(description, sort_keys=True)
+        self._divisible = frozenset(divisible)
         self._is_saved = saved
         self._refusal: str | None = None
         self.num_replicas = tf.distribute.get_strategy().num_replicas_in_sync
@@ -118,17 +149,19 @@ class StateLayer(keras.layers.Layer):
         self._state = types.SimpleNamespace(**fields)
         holder = tf.__internal__.tracking.AutoTrackable()
         holder.description = _Description(self)
+        flat = tf.nest.flatten(fields)
         # A variable of all replicas would be saved with the value of the first only.
-        parts = [
-            [kept_variable(part) for part in by_replica(variable)]
-            for variable in tf.nest.flatten(fields)
-        ]
-        holder.replicas = [tf.nest.pack_sequence_as(fields, part) for part in zip(*parts)]
-        for variable in tf.nest.flatten(fields):
-            for component in by_replica(variable):
-                check = functools.partial(self._check_values, variable)
-                check_when_restored(component, check)
-        self._untracked = types.SimpleNamespace(state=holder)
+        parts = list(zip(*([kept_variable(part) for part in by_replica(one)] for one in flat)))
+        self._num_here = len(parts)
+        holder.replicas = Replicas(
+            [tf.nest.pack_sequence_as(fields, part) for part in parts], self._take_restored
+        )
+        for number, variable in enumerate(flat):
+            for replica, component in enumerate(by_replica(variable)):
+                take = functools.partial(self._take_restored, number, replica)
+                when_restored(component, take)
+        # The origin of a checkpoint that is being restored, and what has come of its values so far.
+        self._untracked = types.SimpleNamespace(state=holder, origin=None, is_to_go_on=False)
         if saved:
             self._checkpointed = holder
 
@@ -152,9 +185,9 @@ class StateLayer(keras.layers.Layer):
         """Writes the state into a Keras file; called by Keras."""
         if not self._is_saved:
             return
-        store[_DESCRIPTION] = _to_bytes(self._description.encode())
+        store[_DESCRIPTION] = to_bytes(self._description_in_file().encode())
         for name, _, component in self._saved_variables():
-            for suffix, array in _to_arrays(component).items():
+            for suffix, array in to_arrays(component).items():
                 store[name + suffix] = array
 
     def load_own_variables(self, store: Any) -> None:
@@ -171,31 +204,133 @@ class StateLayer(keras.layers.Layer):
             )
         self._refusal = None
         try:
-            self._check_description(np.asarray(store[_DESCRIPTION]).tobytes().decode())
-            self._load_variables(store)
+            num_in_file = 0
+            while f"0_{num_in_file}" in store:
+                num_in_file += 1
+            received = np.asarray(store[_DESCRIPTION]).tobytes().decode()
+            self._load_variables(store, self._origin_of(received, num_in_file))
         except ValueError as error:
             self._refusal = str(error)
             raise
 
-    def _load_variables(self, store: Any) -> None:
-        for name, variable, component in self._saved_variables():
-            is_there = name in store
-            if component.dtype == tf.string:
-                is_there = is_there and name + _LENGTHS in store
-            if is_there:
-                arrays = {
-                    suffix: np.asarray(store[name + suffix])
-                    for suffix in ("", _LENGTHS)
-                    if name + suffix in store
-                }
-                values = _from_arrays(arrays, component)
+    def _load_variables(self, store: Any, origin: Origin | None) -> None:
+        """Loads the state of the same replicas, or of others if there is an `origin`."""
+        if origin is not None:
+            flat = tf.nest.flatten(origin.fields)
+            self._take_divided(
+                origin,
+                (
+                    [self._read(store, f"{i}_{j}", like) for i, like in enumerate(flat)]
+                    for j in range(origin.num_replicas)
+                ),
+            )
+            return
+        for i, variable in enumerate(tf.nest.flatten(vars(self._state))):
+            for j, component in enumerate(by_replica(variable)):
+                values = self._read(store, f"{i}_{j}", variable)
                 self._check_values(variable, values)
                 component.assign(values)
-            elif name.endswith("_0"):
-                # A file may be of fewer replicas, and not of fewer variables.
+
+    def _read(self, store: Any, name: str, variable: StateVariable) -> np.ndarray | tf.Tensor:
+        suffixes = ("", LENGTHS) if variable.dtype == tf.string else ("",)
+        if any(name + suffix not in store for suffix in suffixes):
+            raise ValueError(
+                f"The file is damaged: it lacks a part of the state of the layer {self.name!r}."
+            )
+        arrays = {suffix: np.asarray(store[name + suffix]) for suffix in suffixes}
+        return from_arrays(arrays, variable)
+
+    def _fields_in_file(self, description: Mapping) -> Mapping:
+        """The fields of the state in a file with a description of other sizes.
+
+        They are the variables, or stand-ins with dtype and shape for variables that are not here.
+        """
+        del description
+        return vars(self._state)
+
+    def _divided(self, states: list[State], num_replicas: int) -> list[State] | None:
+        """The states of R' replicas, out of those of R others in a file.
+
+        Args:
+          states: of each of the R replicas: field -> NumPy array, or a dictionary of them.
+          num_replicas: R'.
+
+        Returns:
+          The states of the R', or None to keep what the layer has.
+
+        Raises:
+          ValueError: if that cannot be.
+        """
+        if self.row_law is not None:
+            return copies(states, num_replicas) if self.row_law == "copied" else None
+        if self._laws.keys() != vars(self._state).keys():
+            raise ValueError(
+                f"The state of a `{type(self).__name__}` cannot be divided: load the file on as"
+                f" many replicas as it was made on. Received the state of {len(states)} replicas"
+                f" for {self.name!r}. Wanted: of {num_replicas}."
+            )
+        fields = {
+            field: law([state[field] for state in states], num_replicas)
+            for field, law in self._laws.items()
+        }
+        return [{key: values[i] for key, values in fields.items()} for i in range(num_replicas)]
+
+    def _take_divided(self, origin: Origin, values: Iterable[list[Any]]) -> None:
+        """Takes what `_divided` makes of the `values` of other replicas, flat lists of fields."""
+        flat = tf.nest.flatten(vars(self._state))
+        states = [
+            tf.nest.pack_sequence_as(origin.fields, [np.asarray(value) for value in part])
+            for part in values
+        ]
+        try:
+            divided = self._divided(states, self.num_replicas)
+        except IndexError as error:
+            raise ValueError(
+                f"The file is damaged: parts of the state of the layer {self.name!r} have other"
+                f" sizes than belong together. {error}"
+            ) from error
+        if divided is None:
+            return
+        parts = [tf.nest.flatten(state) for state in divided]
+        for i, variable in enumerate(flat):
+            for part in parts:
+                self._check_values(variable, part[i])
+        for i, variable in enumerate(flat):
+            for part, component in zip(parts, by_replica(variable)):
+                component.assign(part[i])
+        self._is_divided()
+
+    def _is_divided(self) -> None:
+        """Is called when the state has been taken from other replicas."""
+
+    def _take_restored(self, number: int, replica: int, kept_values: tf.Tensor) -> bool:
+        """Looks at what a checkpoint has for a variable; whether it is to be written."""
+        origin = self._untracked.origin
+        if not tf.executing_eagerly():
+            if origin is not None:
                 raise ValueError(
-                    f"The file is damaged: it lacks a part of the state of the layer {self.name!r}."
+                    f"The layer {self.name!r} cannot be restored on another number of replicas"
+                    f" within a graph. Received the state of {origin.num_replicas} replicas."
+                    f" Wanted: of {self.num_replicas}."
                 )
+            return True
+        flat = tf.nest.flatten(vars(self._state))
+        values = values_in_file(flat[number], kept_values)
+        if origin is None:
+            self._check_values(flat[number], values)
+            return True
+        gathered = self._untracked.gathered
+        gathered[replica, number] = values.numpy()
+        numbers = {id(variable): i for i, variable in enumerate(flat)}
+        # The fields of the file that are here too; None for others.
+        fields = [numbers.get(id(like)) for like in tf.nest.flatten(origin.fields)]
+        if len(gathered) == origin.num_replicas * sum(i is not None for i in fields):
+            self._untracked.origin = None
+            self._take_divided(
+                origin,
+                ([gathered.get((j, i)) for i in fields] for j in range(origin.num_replicas)),
+            )
+        return False
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         """Names, state variables, and the least and largest values that they may have.
@@ -218,19 +353,87 @@ class StateLayer(keras.layers.Layer):
                     f" {least} and {largest}. Received: {values[is_wrong].reshape(-1)[0]}."
                 )
 
-    def _check_description(self, received: str) -> None:
-        if received == self._description:
+    def _description_in_file(self) -> str:
+        replicas = {_NUM_REPLICAS: self.num_replicas, _NUM_IN_FILE: self._num_here}
+        return json.dumps({**json.loads(self._description), **replicas}, sort_keys=True)
+
+    def _origin_of(self, received: str, num_in_file: int | None = None) -> Origin | None:
+        """Checks the description in a file.
+
+        Args:
+          received: the description.
+          num_in_file: of how many replicas the file has the state; None if only the description
+            says that.
+
+        Returns:
+          Where the file was made, or None if that was on as many replicas as here.
+
+        Raises:
+          ValueError: if the file does not fit the layer.
+        """
+        theirs, ours = json.loads(received), json.loads(self._description)
+        made_on = theirs.pop(_NUM_REPLICAS, None)
+        num_in_file = theirs.pop(_NUM_IN_FILE, num_in_file)
+        if made_on is None:
+            # Earlier versions said it of a divided corpus only.
+            is_as_here = num_in_file in (None, self._num_here)
+            made_on = theirs.get("num_shards", self.num_replicas if is_as_here else num_in_file)
+        if num_in_file is None:
+            num_in_file = self._num_here if made_on == self.num_replicas else made_on
+        for count in (made_on, num_in_file):
+            _validation.check_count(count, "the number of replicas in the file")
+        is_as_here = (made_on, num_in_file) == (self.num_replicas, self._num_here)
+        if not is_as_here:
+            theirs.update((name, ours[name]) for name in self._divisible & theirs.keys())
+        self._check_description(received, theirs, ours)
+        if is_as_here:
+            return None
+        here = f"{self._num_here} of {self.num_replicas}"
+        wanted = f"Received the state of {num_in_file} of {made_on} replicas. Wanted: of {here}."
+        if self._untracked.is_to_go_on:
+            raise ValueError(
+                "A training goes on from a backup on as many replicas as before, with the same"
+                f" bits. {wanted} To go on with others, save a file of another kind."
+            )
+        if made_on != num_in_file or self.num_replicas != self._num_here:
+            raise ValueError(
+                f"The layer {self.name!r} is one of several workers, here or in the file. Their"
+                " files hold their own replicas only, and are loaded by as many workers, with as"
+                f" many replicas each. {wanted}"
+            )
+        return Origin(made_on, self._fields_in_file(json.loads(received)))
+
+    def _expect_restored(self, received: str) -> None:
+        """Is called with the description in a checkpoint, before the values are restored."""
+        self._untracked.origin = self._origin_of(received)
+        self._untracked.gathered = {}
+
+    def _check_description(self, received: str, theirs: Mapping, ours: Mapping) -> None:
+        if theirs == ours:
             return
         message = (
             f"The state in the file does not fit the layer {self.name!r}. Received: {received}."
             f" Wanted: {self._description}."
         )
-        if LAYOUT.keys() & json.loads(self._description).keys() - json.loads(received).keys():
+        if LAYOUT.keys() & ours.keys() - theirs.keys():
             message += (
                 " The file was written by an earlier version of negative_cache, which kept this"
                 " state in other dtypes: load it there, or train and fill the layer again."
             )
         raise ValueError(message)
+
+
+@contextlib.contextmanager
+def on_the_same_replicas(layers: Iterable[StateLayer]) -> Iterator[None]:
+    """Lets `layers` refuse, within the context, a checkpoint of another number of replicas."""
+    untracked = [layer._untracked for layer in layers]
+    for each in untracked:
+        each.is_to_go_on = True
+    try:
+        yield
+    finally:
+        for each in untracked:
+            each.is_to_go_on = False
 
 
 class _Description(tf.train.experimental.PythonState):
@@ -240,35 +443,7 @@ class _Description(tf.train.experimental.PythonState):
         self._layer = layer
 
     def serialize(self) -> str:
-        return self._layer._description
+        return self._layer._description_in_file()
 
     def deserialize(self, string_value: bytes) -> None:
-        self._layer._check_description(string_value.decode())
-
-
-def _to_arrays(variable: StateVariable) -> dict[str, np.ndarray]:
-    """Suffix of a name -> an array that HDF5 can hold."""
-    value = variable.numpy()
-    if variable.dtype == tf.bfloat16:
-        return {"": value.view(np.uint16)}
-    if variable.dtype == tf.string:
-        flat = value.ravel().tolist()
-        lengths = np.array([len(text) for text in flat], np.int64)
-        return {"": _to_bytes(b"".join(flat)), _LENGTHS: lengths}
-    return {"": value}
-
-
-def _from_arrays(arrays: Mapping[str, np.ndarray], like: StateVariable) -> np.ndarray | tf.Tensor:
-    """The inverse of `_to_arrays`."""
-    value = arrays[""]
-    if like.dtype == tf.bfloat16:
-        return value.view(tf.bfloat16.as_numpy_dtype)
-    if like.dtype == tf.string:
-        blob, ends = value.tobytes(), np.cumsum(arrays[_LENGTHS])
-        texts = [blob[end - size : end] for end, size in zip(ends, arrays[_LENGTHS])]
-        return tf.reshape(tf.constant(texts, tf.string), like.shape)
-    return value
-
-
-def _to_bytes(value: bytes) -> np.ndarray:
-    return np.frombuffer(value, np.uint8)
+        self._layer._expect_restored(string_value.decode())

@@ -201,26 +201,30 @@ def kept_variable(variable: StateVariable) -> tf.Variable:
     return variable.variable if isinstance(variable, Int32Variable) else variable
 
 
-def check_when_restored(variable: StateVariable, check: Callable[[tf.Tensor], None]) -> None:
-    """Lets `check` refuse what a TensorFlow checkpoint has for a variable, before it is written.
+def when_restored(variable: StateVariable, take: Callable[[tf.Tensor], bool]) -> None:
+    """Lets `take` see what a TensorFlow checkpoint has for a variable, before it is written.
 
     TensorFlow calls this method of the variable wherever it restores it, also when a layer is made
-    after `Checkpoint.restore`. Within a graph the values are unknown, and are not checked.
+    after `Checkpoint.restore`. Within a graph the values are unknown.
 
     Args:
       variable: the variable of one replica.
-      check: takes the values from the checkpoint, and raises an error to refuse them.
+      take: takes the values from the checkpoint, as a file has them. Returns whether they are to be
+        written, or raises an error to refuse them.
     """
     kept = kept_variable(variable)
     restore = kept._restore_from_tensors
 
-    def check_and_restore(restored_tensors: Mapping[str, tf.Tensor]) -> Any:
-        if tf.executing_eagerly():
-            for values in restored_tensors.values():
-                check(values if kept is variable else _from_bits(values))
-        return restore(restored_tensors)
+    def take_or_restore(restored_tensors: Mapping[str, tf.Tensor]) -> Any:
+        is_to_be_written = [take(values) for values in restored_tensors.values()]
+        return restore(restored_tensors) if all(is_to_be_written) else None
 
-    kept._restore_from_tensors = check_and_restore
+    kept._restore_from_tensors = take_or_restore
+
+
+def values_in_file(variable: StateVariable, kept_values: tf.Tensor) -> tf.Tensor:
+    """The values of a state variable, given those of its `kept_variable`."""
+    return _from_bits(kept_values) if isinstance(variable, Int32Variable) else kept_values
 
 
 def by_replica(variable: StateVariable) -> Sequence[StateVariable]:

@@ -8,12 +8,19 @@ import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import deserialize, keras
-from negative_cache.layers._cache.checks import check_index, check_on_host, check_sharded
+from negative_cache.layers._cache.checks import (
+    check_index,
+    check_on_host,
+    check_sharded,
+    check_updates,
+)
+from negative_cache.layers._cache.dividing import divide_corpus, divide_stream
 from negative_cache.layers._cache.partition import Partition
 from negative_cache.layers._cache.rows import CacheRows
 from negative_cache.layers._cache.times import RowTimes
-from negative_cache.layers._cache.writer import CacheWriter, RowUpdates
+from negative_cache.layers._cache.writer import CacheWriter
 from negative_cache.layers._corpus import EMBEDDING, Corpus, RowsById, write_in_order
+from negative_cache.layers._dividing import State, copies
 from negative_cache.layers._state import (
     LAYOUT,
     StateLayer,
@@ -48,7 +55,7 @@ class Cache(StateLayer):
       use_lru: whether updating a row resets its age, so that the row *used* longest ago is replaced
         first. If False, rows are replaced in order of insertion.
       saved: whether TensorFlow checkpoints, `.keras` and `.weights.h5` files hold the rows. A file
-        with other specs or another number of rows is refused.
+        with other specs is refused, and with another number of rows if it has as many replicas.
       index: an index over the embeddings of the rows. Every update of the cache updates it too. It
         does not notice other changes, such as an assignment to `embeddings`: call `index.index`
         after them.
@@ -98,7 +105,7 @@ class Cache(StateLayer):
         _validation.check_embedding(embedding_key, self.specs)
         self.embedding_key = embedding_key
         self.use_lru = use_lru
-        check_sharded(sharded, row_key, index)
+        check_sharded(sharded, row_key)
         if index is not None:
             check_index(
                 index,
@@ -107,6 +114,7 @@ class Cache(StateLayer):
                 saved=saved,
                 is_filled_at_once=row_key is not None,
             )
+            index.row_law = "remade" if row_key is None or sharded else "copied"
         self.index = index
         if row_key is not None:
             _validation.check_id(row_key, self.specs, "row_key", "specs")
@@ -117,12 +125,9 @@ class Cache(StateLayer):
         check_on_host(on_host, embedding_key, index)
         self.on_host = tuple(on_host)
         self._times = RowTimes(self.cache_size)
-        rows_by_id = {}
-        if row_key is not None:
-            # Ids are looked up on the device that holds them.
-            rows_by_id = RowsById.make_variables(
-                self.cache_size, on_host=row_key in self._rows.host_keys
-            )
+        # Ids are looked up on the device that holds them.
+        are_on_host, size = row_key in self._rows.host_keys, self.cache_size
+        ids = {} if row_key is None else RowsById.make_variables(size, on_host=are_on_host)
         self._hold_state(
             description={
                 **LAYOUT,
@@ -131,10 +136,12 @@ class Cache(StateLayer):
                 **partition.description(sharded),
             },
             saved=saved,
+            # Not of a corpus that every replica has as a whole.
+            divisible=["cache_size", "num_shards"] if row_key is None or sharded else [],
             data=self._rows.variables,
             times=self._times.variables,
             num_skipped=make_state_variable(lambda: tf.zeros([], tf.int64), "num_skipped"),
-            rows_by_id=rows_by_id,
+            rows_by_id=ids,
         )
         self._writer = CacheWriter(
             self._rows,
@@ -144,7 +151,7 @@ class Cache(StateLayer):
             use_lru=use_lru,
             index=index,
             row_key=row_key,
-            rows_by_id=rows_by_id,
+            rows_by_id=ids,
             partition=partition,
         )
         # Read by Keras 3 before it compiles. XLA cannot access variables in host memory.
@@ -306,19 +313,7 @@ class Cache(StateLayer):
             # Without ids, a row could not be excluded as the positive of its own query.
             on_every_replica(self._writer.forget)
             raise
-        if self.index is not None:
-            self.index.index(self._embeddings_on_host(), verbose=verbose)
-
-    def _embeddings_on_host(self) -> np.ndarray:
-        """[C, d] float32, NaN in empty rows, so that an index leaves them out."""
-        embeddings, filled = tf.convert_to_tensor(self.embeddings), self.filled.numpy()
-        if embeddings.dtype != tf.float32 or not np.all(filled):
-            embeddings = embeddings.numpy().astype(np.float32)
-            embeddings[~filled] = np.nan
-            return embeddings
-        # On a CPU the memory is shared, because a large corpus may not fit into memory twice.
-        is_on_cpu = tf.DeviceSpec.from_string(embeddings.device).device_type == "CPU"
-        return np.asarray(memoryview(embeddings)) if is_on_cpu else embeddings.numpy()
+        self._writer.index_corpus(verbose=verbose)
 
     def count_skipped(self, is_skipped: tf.Tensor) -> None:
         """Adds the entries with True in `is_skipped` [n] to `num_skipped`."""
@@ -364,7 +359,7 @@ class Cache(StateLayer):
         """
         rows = _validation.check_rows(rows, self.cache_size, "rows")
         items = {self.embedding_key: embeddings}
-        on_every_replica(self._writer.rewrite, self._check_updates(items, rows, None))
+        on_every_replica(self._writer.rewrite, check_updates(items, rows, None, self.specs))
 
     def as_negative_cache(self) -> NegativeCache:
         """Returns the cache as the published `NegativeCache`, whose data are the variables."""
@@ -405,11 +400,9 @@ class Cache(StateLayer):
         new_items_mask = _validation.check_mask(
             new_items_mask, new_items[self.embedding_key], what="new_items_mask"
         )
-        updates = None
-        if updated_item_data is not None:
-            updates = self._check_updates(
-                updated_item_data, updated_item_indices, updated_item_mask
-            )
+        updates = check_updates(
+            updated_item_data, updated_item_indices, updated_item_mask, self.specs
+        )
         on_every_replica(self._writer.update, new_items, new_items_mask, updates)
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
@@ -418,6 +411,20 @@ class Cache(StateLayer):
         yield from self._times.limits()
         if self.row_key is not None:
             yield "a row", self._state.rows_by_id["rows"], -1, self.cache_size - 1
+
+    def _fields_in_file(self, description: Mapping) -> Mapping:
+        times = self._times.variables_of(description["cache_size"])
+        return {**vars(self._state), "times": times}
+
+    def _divided(self, states: list[State], num_replicas: int) -> list[State]:
+        if self.row_key is not None and not self.sharded:
+            return copies(states, num_replicas)
+        divide = divide_stream if self.row_key is None else divide_corpus
+        return divide(states, num_replicas, self._times, self.name)
+
+    def _is_divided(self) -> None:
+        if self.index is not None and self.index.row_law == "remade":
+            self._writer.remake_index()
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -431,20 +438,11 @@ class Cache(StateLayer):
             "row_key": self.row_key,
             "on_host": list(self.on_host),
             "sharded": self.sharded,
+            **self._partition.description(self.sharded),
         }
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Cache":
+        config = Partition.of_config(config)
         index = deserialize(config.get("index"))
         return cls(**{**config, "specs": specs_of(config["specs"]), "index": index})
-
-    def _check_updates(
-        self, items: Mapping[str, tf.Tensor], indices: tf.Tensor | None, mask: tf.Tensor | None
-    ) -> RowUpdates:
-        items = _validation.check_items(items, self.specs, what="updated_item_data", exact=False)
-        like = next(iter(items.values()))
-        indices = _validation.check_indices(
-            indices, like, what="updated_item_indices", needed_by="updated_item_data"
-        )
-        mask = _validation.check_mask(mask, like, what="updated_item_mask")
-        return RowUpdates(items, indices, mask)

@@ -399,17 +399,16 @@ class CachedRetrieval(Retrieval):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> CachedRetrieval:
-        objects = ("corrector", "cache", "index")
         config = {
             **config,
-            **{name: deserialize(config[name]) for name in objects},
+            **{name: deserialize(config[name]) for name in ("corrector", "cache", "index")},
             "feature_specs": specs_of(config["feature_specs"]),
+            # How many rows a corpus has depends on the replicas of now.
+            "cache_size": None if config["cache"] else config["cache_size"],
         }
         return super().from_config(config)
 
-    def _check_features(
-        self, features: Mapping[str, tf.Tensor] | tf.Tensor
-    ) -> dict[str, tf.Tensor]:
+    def _check_features(self, features: Mapping[str, tf.Tensor] | tf.Tensor) -> dict:
         if self._takes_one_tensor:
             features = _features.as_dict(features)
         return _validation.check_items(

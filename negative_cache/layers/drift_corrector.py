@@ -3,9 +3,11 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
+from negative_cache.layers._dividing import largest, means
 from negative_cache.layers._state import StateLayer
 from negative_cache.layers._variables import make_state_variable
 from negative_cache.ops import contrastive
@@ -98,6 +100,13 @@ class DriftCorrector(StateLayer):
 
     # Part of the description in files; see `LAYOUT`.
     _layout: Mapping = {}
+    # Replicas learn from draws of the same law. Lengths must be one on all of them.
+    _laws = {
+        "num_updates": largest,
+        "typical_age": means,
+        "agreement": means,
+        "are_unit": lambda values, count: [np.all(values)] * count,
+    }
 
     def __init__(self, *, warmup_steps: int = 0, content_key: str | None = None, **kwargs: Any):
         super().__init__(autocast=False, **kwargs)

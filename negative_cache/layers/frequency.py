@@ -10,10 +10,12 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
+from negative_cache.layers._dividing import State, copies
 from negative_cache.layers._state import StateLayer, on_every_replica
 from negative_cache.layers._variables import make_state_variable, scatter_rows
 from negative_cache.ops._hashing import mixed
@@ -68,6 +70,25 @@ class FrequencyEstimator(StateLayer):
             num_seen=make_state_variable(lambda: tf.zeros([], tf.int64), "num_seen"),
         )
         self.built = True
+
+    def _divided(self, states: list[State], num_replicas: int) -> list[State]:
+        """One estimate for all replicas: they count parts of one stream."""
+        gaps, last_seen, num_seen = (
+            np.stack([state[name] for state in states]) for name in ("gap", "last_seen", "num_seen")
+        )
+        # How long ago a bucket was seen has the same law on all of them, and so have its gaps.
+        ago = num_seen[:, np.newaxis] - last_seen
+        is_seen = last_seen > 0
+        count = np.maximum(np.sum(is_seen, axis=0), 1)
+        total = np.sum(num_seen)
+        mean_ago = np.sum(np.where(is_seen, ago, 0), axis=0) // count
+        merged = {
+            "gap": (np.sum(np.where(is_seen, gaps, 0.0), axis=0) / count).astype(np.float32),
+            "last_seen": np.where(np.any(is_seen, axis=0), total - mean_ago, 0),
+            # A candidate that none has seen has not come in all of these.
+            "num_seen": total,
+        }
+        return copies([merged], num_replicas)
 
     def update(self, keys: tf.Tensor) -> None:
         """Counts the occurrences of a batch, given by their integer `keys` [n].

@@ -1,11 +1,14 @@
 """`NystromCorrector`: applies the drift of a few landmarks to all stale embeddings."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
 from negative_cache._compat import keras
+from negative_cache.layers._dividing import copies
 from negative_cache.layers._state import LAYOUT
 from negative_cache.layers._variables import make_state_variable, scatter_rows
 from negative_cache.layers.drift_corrector import Displacement, DriftCorrector, Encoded
@@ -16,6 +19,13 @@ from negative_cache.ops.cache_rows import insertion_rows
 _LANDMARKS = ("encoded", "uniform", "k-means++")
 _KERNELS = ("rbf", "linear")
 _SMALLEST_RIDGE = 1e-3
+
+
+def _landmarks_on(values: Sequence[Mapping[str, np.ndarray]], num_replicas: int) -> list[dict]:
+    """The landmarks of the replicas in turn, samples of one law, as no rows of theirs any more."""
+    return [
+        {**part, "rows": np.full_like(part["rows"], -1)} for part in copies(values, num_replicas)
+    ]
 
 
 @keras.utils.register_keras_serializable("negative_cache")
@@ -60,6 +70,7 @@ class NystromCorrector(DriftCorrector):
     """
 
     _layout = LAYOUT
+    _laws = {**DriftCorrector._laws, "next_slot": copies, "landmarks": _landmarks_on}
 
     def __init__(
         self,

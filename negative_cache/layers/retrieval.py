@@ -9,13 +9,9 @@ import tensorflow as tf
 
 from negative_cache import _features
 from negative_cache._compat import deserialize, kept_losses, keras
+from negative_cache.layers._dividing import shares
 from negative_cache.layers._negatives import checks
-from negative_cache.layers._negatives.base import (
-    Contribution,
-    Negatives,
-    given_name,
-    log_prefixes,
-)
+from negative_cache.layers._negatives.base import Contribution, Negatives, given_name, log_prefixes
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._negatives.batch_reader import BatchReader
 from negative_cache.layers._negatives.cached import CachedNegatives, count_encoded
@@ -84,6 +80,8 @@ class Retrieval(StateLayer):
     """
 
     _is_lost_in_folders = True
+
+    _laws = {"num_encoded": shares}
 
     def __init__(
         self,

@@ -141,6 +141,7 @@ class TreeIndex(StateLayer):
                 ),
             },
             saved=saved,
+            divisible=["capacity"],
             **fields,
         )
         self._upkeep = TreeUpkeep(self._shape, self._state, self._candidates)

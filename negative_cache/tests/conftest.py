@@ -13,11 +13,11 @@ import tensorflow as tf
 from negative_cache._compat import IS_KERAS_2
 
 SEED = 20210426
-NUM_CPU_DEVICES = 2
+NUM_CPU_DEVICES = 4
 
 
 def _split_cpu() -> None:
-    """Makes two logical CPU devices, on which MirroredStrategy runs with two replicas.
+    """Makes four logical CPU devices, on which MirroredStrategy runs with two or four replicas.
 
     TensorFlow allows this only before its runtime starts: a module of the package that makes a
     tensor when it is imported would break it.

@@ -1,9 +1,11 @@
 """Checks of the arguments of a `Cache`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import tensorflow as tf
 
+from negative_cache import _validation
+from negative_cache.layers._cache.writer import RowUpdates
 from negative_cache.layers.tree_index import TreeIndex
 
 
@@ -56,18 +58,42 @@ def check_on_host(on_host: Sequence[str], embedding_key: str, index: TreeIndex |
         )
 
 
-def check_sharded(sharded: bool, row_key: str | None, index: TreeIndex | None) -> None:
+def check_sharded(sharded: bool, row_key: str | None) -> None:
     """Checks that the rows of a cache can be divided among replicas.
 
     Raises:
-      ValueError: if the cache is none of a corpus, or has an index.
+      ValueError: if the cache is none of a corpus.
     """
     if sharded and row_key is None:
         raise ValueError(
             "Only a cache that covers a corpus, with a `row_key`, can be `sharded`: the caches that"
             ' stream are one pool by `pool="replicas"` of their source. Received: row_key=None.'
         )
-    if sharded and index is not None:
-        raise ValueError(
-            "A `sharded` cache cannot have an `index` yet. Received: sharded=True and an index."
-        )
+
+
+def check_updates(
+    items: Mapping[str, tf.Tensor] | None,
+    indices: tf.Tensor | None,
+    mask: tf.Tensor | None,
+    specs: Mapping[str, tf.io.FixedLenFeature],
+) -> RowUpdates | None:
+    """New values of existing rows, checked.
+
+    Args:
+      items: feature name -> [m, ...], for any of the features in `specs`; None for no updates.
+      indices: [m] int, the rows.
+      mask: [m] bool; entries with False change nothing. None for all.
+      specs: feature name -> spec.
+
+    Raises:
+      ValueError: if names, dtypes or shapes do not match.
+    """
+    if items is None:
+        return None
+    items = _validation.check_items(items, specs, what="updated_item_data", exact=False)
+    like = next(iter(items.values()))
+    indices = _validation.check_indices(
+        indices, like, what="updated_item_indices", needed_by="updated_item_data"
+    )
+    mask = _validation.check_mask(mask, like, what="updated_item_mask")
+    return RowUpdates(items, indices, mask)

@@ -1,6 +1,8 @@
 """`Partition`: which replica holds which candidate of a corpus."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -26,8 +28,25 @@ class Partition:
         return cls(tf.distribute.get_strategy().num_replicas_in_sync if is_sharded else 1)
 
     def description(self, is_sharded: bool) -> dict[str, int]:
-        """What a file must agree with: for another number of shards, its rows are not all there."""
+        """What a file and a configuration say of it."""
         return {"num_shards": self.num_shards} if is_sharded else {}
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The configuration of a cache, with as many rows of a shard as it now needs.
+
+        The corpus may have been on another number of replicas.
+        """
+        config = dict(config)
+        num_shards = config.pop("num_shards", None)
+        if num_shards is not None:
+            here = cls.over_replicas(config["sharded"])
+            size = here.num_rows(config["cache_size"] * num_shards)
+            config["cache_size"] = size
+            index = config["index"]
+            if index is not None:
+                config["index"] = {**index, "config": {**index["config"], "capacity": size}}
+        return config
 
     def num_rows(self, num_candidates: int) -> int:
         """The rows that a shard needs."""

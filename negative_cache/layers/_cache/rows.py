@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from negative_cache import _features
@@ -51,6 +52,22 @@ class CacheRows:
             key: _make(key, [num_rows, *spec.shape], tf.as_dtype(spec.dtype), key in on_host)
             for key, spec in specs.items()
         }
+
+    def on_host(self, key: str, filled: np.ndarray) -> np.ndarray:
+        """[C, d] float32, the embedding `key`, for an index.
+
+        Args:
+          key: its name.
+          filled: [C] bool. Empty rows are NaN, so that an index leaves them out.
+        """
+        embeddings = tf.convert_to_tensor(self.variables[key])
+        if embeddings.dtype != tf.float32 or not np.all(filled):
+            embeddings = embeddings.numpy().astype(np.float32)
+            embeddings[~filled] = np.nan
+            return embeddings
+        # On a CPU the memory is shared, because a large corpus may not fit into memory twice.
+        is_on_cpu = tf.DeviceSpec.from_string(embeddings.device).device_type == "CPU"
+        return np.asarray(memoryview(embeddings)) if is_on_cpu else embeddings.numpy()
 
     @staticmethod
     def for_device(items: Items) -> Items:

@@ -50,6 +50,27 @@ class RowTimes:
             "queue": self._queue,
         }
 
+    def variables_of(self, num_rows: int) -> dict:
+        """The variables that files of another number of rows hold, or what is like them."""
+        queue = self._queue
+        if num_rows <= _QUEUE_SIZE:
+            queue = {}
+        elif not queue:
+            queue = {
+                "rows": tf.TensorSpec([_QUEUE_SIZE], tf.int64, "rows"),
+                "last_touched": tf.TensorSpec([_QUEUE_SIZE], tf.int32, "last_touched"),
+            }
+        return {**self.variables, "queue": queue}
+
+    def unused_queue(self) -> dict[str, np.ndarray]:
+        """The values of a queue without usable entries, if there is a queue."""
+        size = [_QUEUE_SIZE]
+        unused: dict[str, np.ndarray] = {
+            "rows": np.zeros(size, np.int64),
+            "last_touched": np.full(size, -1, np.int32),
+        }
+        return {key: unused[key] for key in self._queue}
+
     @property
     def num_rows(self) -> int:
         """C."""
@@ -161,7 +182,7 @@ class RowTimes:
 
 
 def _make_queue() -> dict[str, StateVariable]:
-    """Makes the variables of an `OldestRows` without usable entries."""
+    """Makes the variables of an `OldestRows`, as `RowTimes.unused_queue` has them."""
     size = [_QUEUE_SIZE]
     return {
         "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),

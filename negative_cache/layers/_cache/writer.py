@@ -11,12 +11,15 @@ from negative_cache.layers._cache.partition import Partition
 from negative_cache.layers._cache.rows import CacheRows, Items
 from negative_cache.layers._cache.times import RowTimes
 from negative_cache.layers._corpus import RowsById
+from negative_cache.layers._state import on_every_replica_of
 from negative_cache.layers._variables import StateVariable
 from negative_cache.layers.tree_index import TreeIndex
 from negative_cache.ops import _execution, insertion_rows, masked_rows
 from negative_cache.ops.cache_rows import MaskedRows
 from negative_cache.ops.groups import Groups
 
+# How many rows at a time an index is given that is made again.
+_INDEXED_AT_ONCE = 1024
 # Pairs of rows [n] and masks [n].
 Changed: TypeAlias = list[tuple[tf.Tensor, tf.Tensor]]
 
@@ -73,6 +76,7 @@ class CacheWriter:
         self._row_key = row_key
         self._rows_by_id = rows_by_id
         self._partition = partition
+        self._strategy = tf.distribute.get_strategy()
 
     def update(self, new_items: Items, mask: tf.Tensor, updates: RowUpdates | None) -> None:
         """`Cache.update` with checked arguments, for the `new_items` with True in `mask` [n]."""
@@ -119,6 +123,36 @@ class CacheWriter:
         rows = masked_rows(places, mask)
         self._rows.write(rows, items)
         self._times.fill(rows, mask)
+
+    def index_corpus(self, *, verbose: int) -> None:
+        """Builds the index over the rows of a corpus, of every replica if it holds a part."""
+        index = self._index
+        if index is None:
+            return
+
+        def build() -> None:
+            embeddings = self._rows.on_host(self._embedding_key, self._times.filled.numpy())
+            index.index(embeddings, verbose=verbose)
+
+        if self._partition.num_shards > 1:
+            on_every_replica_of(self._strategy, build)
+        else:
+            build()
+
+    def remake_index(self) -> None:
+        """Makes the index of every replica of its filled rows, which are other ones now."""
+        assert self._index is not None, "the caller knows"
+        if self._row_key is not None:
+            self.index_corpus(verbose=0)
+            return
+        self._index.reset()
+        on_every_replica_of(self._strategy, self._index_rows)
+
+    def _index_rows(self) -> None:
+        num_rows = self._times.num_rows
+        for start in range(0, num_rows, _INDEXED_AT_ONCE):
+            rows = tf.range(start, min(start + _INDEXED_AT_ONCE, num_rows), dtype=tf.int64)
+            self._follow([(rows, self._times.is_filled(rows))])
 
     def know_ids(self, ids: np.ndarray) -> None:
         """Stores whose rows these are, by the `ids` [N] of the whole corpus, in its order."""

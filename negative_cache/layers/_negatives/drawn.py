@@ -8,6 +8,7 @@ from typing import Any
 import tensorflow as tf
 
 from negative_cache import _validation
+from negative_cache.layers._dividing import seeds_after, shares
 from negative_cache.layers._negatives.base import Negatives, given_name
 from negative_cache.layers._negatives.batch import Batch
 from negative_cache.layers._state import StateLayer, fixed_seed
@@ -23,6 +24,8 @@ class DrawnNegatives(Negatives, StateLayer):
     """
 
     encodes_candidates = True
+
+    _laws = {"sampling": seeds_after, "num_encoded": shares}
 
     # What a subclass says: feature name -> spec, of what candidates are encoded from; under a fixed
     # name if that is one tensor and no dictionary.

@@ -12,6 +12,7 @@ from negative_cache import _features, _validation
 from negative_cache._compat import keras
 from negative_cache._features import fingerprint
 from negative_cache.layers._cache.rows import CacheRows
+from negative_cache.layers._dividing import State, copies, deal, divided_rows
 from negative_cache.layers._negatives import checks
 from negative_cache.layers._negatives.base import Contribution
 from negative_cache.layers._negatives.batch import Batch
@@ -299,12 +300,14 @@ class CandidateMemory(StateLayer):
     ):
         super().__init__(**kwargs)
         self.size, self.saved, self._specs = size, saved, dict(specs)
+        self._is_stream = is_stream
         kept = dict(specs)
         if is_stream:
             kept[LOG_PROBABILITY] = tf.io.FixedLenFeature([], tf.float32)
         self._hold_state(
             description={"size": size, "specs": describe_specs(kept)},
             saved=saved,
+            divisible=["size"] if is_stream else [],
             data=CacheRows(kept, size, ()).variables,
             num_written=make_state_variable(lambda: tf.zeros([], tf.int64), "num_written"),
         )
@@ -363,6 +366,22 @@ class CandidateMemory(StateLayer):
 
     def _limits(self) -> Iterator[tuple[str, StateVariable, float, float]]:
         yield "a number of candidates", self._state.num_written, 0, np.inf
+
+    def _divided(self, states: list[State], num_replicas: int) -> list[State]:
+        if not self._is_stream:
+            return copies(states, num_replicas)
+        numbers = [int(state["num_written"]) for state in states]
+        sizes = [len(state["data"][LOG_PROBABILITY]) for state in states]
+        filled = [min(number, size) for number, size in zip(numbers, sizes)]
+        ages = np.concatenate([np.arange(count)[::-1] for count in filled])
+        # The next row to be written is the oldest.
+        rows = [
+            (number - count + np.arange(count)) % size
+            for number, count, size in zip(numbers, filled, sizes)
+        ]
+        dealt = deal(ages, num_replicas, self.size, self.name)
+        data = divided_rows([state["data"] for state in states], rows, dealt, self.size)
+        return [{"data": part, "num_written": np.int64(len(own))} for part, own in zip(data, dealt)]
 
 
 def draw_evenly(

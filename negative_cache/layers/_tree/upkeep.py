@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from negative_cache.layers._state import on_every_replica
+from negative_cache.layers._state import on_every_replica_of
 from negative_cache.layers._tree.build import BuiltTree
 from negative_cache.layers._tree.checks import is_usable
 from negative_cache.layers._tree.coded import TreeCandidates
@@ -80,11 +80,7 @@ class TreeUpkeep:
 
     def _on_every_replica(self, function: Callable[..., None], *args: Any) -> None:
         # Outside the scope of the strategy, only one replica would be changed.
-        if self._strategy.num_replicas_in_sync > 1 and not tf.distribute.has_strategy():
-            with self._strategy.scope():
-                on_every_replica(function, *args)
-        else:
-            on_every_replica(function, *args)
+        on_every_replica_of(self._strategy, function, *args)
 
     def _clear(self) -> None:
         assign_topology(self._state, empty_topology(self._shape))

@@ -18,7 +18,6 @@ from negative_cache import (
     FromCache,
     InBatch,
     Retrieval,
-    TreeIndex,
     ops,
     util,
 )
@@ -354,9 +353,6 @@ def test_what_cannot_be_one_pool_is_refused():
     options = {"candidate_id_key": "id", "verbose": 0}
     with two_replicas().scope():
         tower = Table(TABLE)
-        with pytest.raises(ValueError, match="cannot have an `index`"):
-            index = TreeIndex(8, DIM)
-            Cache.from_dataset(corpus_of(16), tower, index=index, sharded=True, **options)
         whole = Cache.from_dataset(corpus_of(16), tower, **options)
         with pytest.raises(ValueError, match="make the cache with `sharded=True`"):
             CachedRetrieval(tower, cache=whole, pool="replicas")
