@@ -110,15 +110,15 @@ def _to_reach(best, name, axis):
     """How much of an axis a method needs to have the best MRR of in-batch, and of what in-batch."""
     if IN_BATCH not in best:
         return ""
-    goal = _mean_curve(best[IN_BATCH], "test_mrr").max()
-    needed = _first(best[name], axis, goal)
-    of_baseline = _first(best[IN_BATCH], axis, goal)
+    goal = mean_curve(best[IN_BATCH], "test_mrr").max()
+    needed = first_at(best[name], axis, goal)
+    of_baseline = first_at(best[IN_BATCH], axis, goal)
     return "never" if needed is None else f"{needed:,.0f} ({needed / of_baseline:.2f})"
 
 
-def _first(runs, axis, goal):
+def first_at(runs, axis, goal):
     """Where the mean curve first is at the goal, between its points by a line."""
-    places, curve = _mean_curve(runs, axis), _mean_curve(runs, "test_mrr")
+    places, curve = mean_curve(runs, axis), mean_curve(runs, "test_mrr")
     above = np.flatnonzero(curve >= goal)
     if not len(above):
         return None
@@ -129,7 +129,7 @@ def _first(runs, axis, goal):
     return places[i - 1] + share * (places[i] - places[i - 1])
 
 
-def _mean_curve(runs, key):
+def mean_curve(runs, key):
     return np.mean([run[key] for run in runs], axis=0)
 
 
@@ -146,8 +146,8 @@ def plot(best: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
     for number, (name, runs) in enumerate(best.items()):
         look = {"color": colors[number % 20], "linestyle": styles[number // 20]}
         for place, axis in zip(axes, ("processor_seconds", "candidates_encoded")):
-            curve = _mean_curve(runs, "test_mrr")
-            place.plot(_mean_curve(runs, axis), curve, label=name, **look)
+            curve = mean_curve(runs, "test_mrr")
+            place.plot(mean_curve(runs, axis), curve, label=name, **look)
     axes[0].set(xlabel="seconds of processor time", ylabel="MRR over all candidates", title=title)
     axes[1].set(xlabel="candidates encoded", xscale="log")
     for place in axes:
