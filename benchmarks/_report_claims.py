@@ -15,11 +15,12 @@ RESULTS = pathlib.Path("benchmarks/results")
 Best = dict[str, list[dict]]
 
 
-def claims(best: dict[str, Best], mark: Callable[[pathlib.Path], str]) -> list[dict]:
+def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -> list[dict]:
     """For each paper its claim, the sentences of what was measured, and why they differ.
 
     Args:
-      best: for each kind of towers, the runs of the longest budget there is.
+      tables: for each kind of towers, the tables of the report, of which each ratio is taken from
+        the first that has both methods.
       mark: the mark of figures in a file of older code, or "".
     """
     return [
@@ -29,7 +30,7 @@ def claims(best: dict[str, Best], mark: Callable[[pathlib.Path], str]) -> list[d
             " again at each step, training is about as good as with fresh ones, and better than"
             " in-batch.",
             "measured": _those_there(
-                *(_cache(runs, tower) for tower, runs in best.items()), _small_share(mark)
+                *(_cache(runs, tower) for tower, runs in tables.items()), _small_share(mark)
             ),
             "why": "With 30,740 candidates or fewer, a batch of 64 is already a fair"
             " sample, so that there is less to gain than with millions. ρ matters less here because"
@@ -43,7 +44,7 @@ def claims(best: dict[str, Best], mark: Callable[[pathlib.Path], str]) -> list[d
                 _tree_gap(mark),
                 _tree_memory(mark),
                 _stale("Nyström", mark),
-                *(_to_oracle(runs, tower, "tree", "nystrom") for tower, runs in best.items()),
+                *(_to_oracle(runs, tower, "tree", "nystrom") for tower, runs in tables.items()),
             ),
             "why": "The gap is that of a matrix encoded once an epoch. Writing draws"
             " back closes most of it, with or without a tree: in a small corpus a tree saves"
@@ -56,7 +57,7 @@ def claims(best: dict[str, Best], mark: Callable[[pathlib.Path], str]) -> list[d
             " with 4 to 80 times fewer candidates encoded.",
             "measured": _those_there(
                 _stale("corrector", mark),
-                *(_to_oracle(runs, tower, "corrector") for tower, runs in best.items()),
+                *(_to_oracle(runs, tower, "corrector") for tower, runs in tables.items()),
             ),
             "why": "All candidates encoded are counted here, the batch's and the first"
             " fill too, where the paper counts what keeps the cache fresh. From scratch, as in this"
@@ -71,7 +72,7 @@ def claims(best: dict[str, Best], mark: Callable[[pathlib.Path], str]) -> list[d
                 _contrastive("t0.05", mark),
                 _contrastive("t0.1", mark),
                 _gap(mark),
-                *(_equal_time(runs, tower) for tower, runs in best.items()),
+                *(_equal_time(runs, tower) for tower, runs in tables.items()),
             ),
             "why": "The first figures are at equal steps. Here the order costs as much"
             " as many steps of a cheap tower, and the budget is of processor time. The gain is"
@@ -89,23 +90,24 @@ def _mean(runs):
     return sum(map(test_mrr, runs)) / len(runs)
 
 
-def _ratio(best, name, baseline):
-    """The ratio of the MRRs of two methods, or None if one is missing."""
-    if name not in best or baseline not in best:
-        return None
-    return f"{_mean(best[name]) / _mean(best[baseline]):.2f}"
+def _ratio(tables, name, baseline):
+    """The ratio of the MRRs of two methods, or None if no table has both."""
+    for best in tables:
+        if name in best and baseline in best:
+            return f"{_mean(best[name]) / _mean(best[baseline]):.2f}"
+    return None
 
 
-def _ratios(best, tower, pairs):
+def _ratios(tables, tower, pairs):
     """A sentence with the ratios of those pairs that there are."""
-    found = [(text, _ratio(best, *pair)) for text, pair in pairs.items()]
+    found = [(text, _ratio(tables, *pair)) for text, pair in pairs.items()]
     parts = [f"{text} {ratio}" for text, ratio in found if ratio is not None]
-    return f"`report.py`, {tower}: ratios of MRR, {', '.join(parts)}." if parts else ""
+    return f"This report, {tower}: ratios of MRR, {', '.join(parts)}." if parts else ""
 
 
-def _cache(best, tower):
+def _cache(tables, tower):
     return _ratios(
-        best,
+        tables,
         tower,
         {
             "published cache to in-batch": ("published", "in-batch"),
@@ -115,13 +117,13 @@ def _cache(best, tower):
     )
 
 
-def _to_oracle(best, tower, *names):
-    return _ratios(best, tower, {f"{name} to the oracle": (name, "oracle") for name in names})
+def _to_oracle(tables, tower, *names):
+    return _ratios(tables, tower, {f"{name} to the oracle": (name, "oracle") for name in names})
 
 
-def _equal_time(best, tower):
+def _equal_time(tables, tower):
     return _ratios(
-        best,
+        tables,
         tower,
         {
             "ordered to shuffled": ("contrastive", "in-batch"),

@@ -7,12 +7,14 @@ import _worth_report
 
 DATA = "code"
 SEEDS = 3
-# Evaluations of a run; each ranks all queries among all candidates.
-EVALUATIONS = 8
+# Evaluations of a run, a divisor of those of `worth.py`.
+EVALUATIONS = {"words": 8, "transformer": 4}
+# The runs of `worth.py`, which are tabled too, and choose temperatures.
 SWEEPS = pathlib.Path("benchmarks/results/worth")
-# Tried with seed 0 by methods that no sweep of `worth.py` has tried.
-TEMPERATURES = (0.07, 0.1)
-FULL_TEMPERATURES = (0.05, 0.07, 0.1, 0.15)
+# Tried with seed 0 by methods that no sweep of `worth.py` has tried. With transformers, nearly all
+# methods with a sweep are best at 0.1.
+TEMPERATURES = {"words": (0.07, 0.1), "transformer": (0.1,)}
+FULL_TEMPERATURES = dict.fromkeys(TEMPERATURES, (0.05, 0.07, 0.1, 0.15))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,19 +24,19 @@ class Budget:
     Attributes:
       cache_steps: for each kind of towers, the steps of a cache whose processor time each method is
         given.
-      temperatures: of methods without a sweep.
+      temperatures: for each kind of towers, those of methods without a sweep.
       seeds: how many.
     """
 
     cache_steps: dict[str, int]
-    temperatures: tuple[float, ...]
+    temperatures: dict[str, tuple[float, ...]]
     seeds: int
 
 
 BUDGETS = {
     "hour": Budget({"words": 1000, "transformer": 320}, TEMPERATURES, SEEDS),
     "full": Budget({"words": 2000, "transformer": 1000}, FULL_TEMPERATURES, SEEDS),
-    "quick": Budget({"words": 60, "transformer": 32}, TEMPERATURES[-1:], 1),
+    "quick": Budget({"words": 60, "transformer": 32}, dict.fromkeys(TEMPERATURES, (0.1,)), 1),
 }
 
 # Names of `_worth_methods.METHODS`, in the order of the tables.
@@ -67,7 +69,7 @@ METHODS_OF = {
         "in-batch 96",
         "in-batch 128",
         "memory",
-        "uniform 16",
+        "uniform",
         "published",
         "recipe",
         "corpus",
@@ -93,7 +95,6 @@ DESCRIPTIONS = {
         " (arXiv 1912.06798)",
     ),
     "uniform": ("64 uniform draws", "the batch, and 64 uniform candidates for all queries"),
-    "uniform 16": ("16 uniform draws", "the batch, and 16 uniform candidates for all queries"),
     "published": (
         "published cache",
         "a cache as published: one draw a query, its sampled gradient, no batch",
@@ -134,6 +135,6 @@ def temperatures(method: str, tower: str, budget: Budget, sweeps: pathlib.Path =
         if line["kind"] == "run" and line["method"] == method
     ]
     if len({run["temperature"] for run in runs}) < 2:
-        return budget.temperatures, False
+        return budget.temperatures[tower], False
     (own,) = _worth_report.by_method(runs).values()
     return (_worth_report.at_best(own)[0]["temperature"],), True

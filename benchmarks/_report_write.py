@@ -9,7 +9,14 @@ import _measure
 import _report_claims
 import _worth_report
 import numpy as np
-from _report_plan import BUDGETS, DATA, DESCRIPTIONS, METHODS_OF, RECOMMENDED, temperatures
+from _report_plan import (
+    BUDGETS,
+    DATA,
+    DESCRIPTIONS,
+    METHODS_OF,
+    RECOMMENDED,
+    SWEEPS,
+)
 from _worth_methods import IN_BATCH, LARGER_BATCHES, REFERENCE
 
 OLDER = "†"
@@ -18,6 +25,18 @@ _CODE = ("negative_cache", ":!negative_cache/tests")
 _OWN_CODE = tuple(
     f"benchmarks/_worth_{part}.py" for part in ("data", "methods", "parts", "run", "towers")
 )
+# The budget of the runs of `worth.py`.
+_SWEEP = "sweep"
+# In the order of the report.
+_INTRODUCTIONS = {
+    "quick": "A few steps of everything, which show that it runs.",
+    "hour": "**An hour for the whole report.** The time of {steps:,} steps of the default cache,"
+    " about {seconds:.0f} seconds of processor time.",
+    "full": "**`--full`.** The time of {steps:,} steps of the default cache, about {seconds:.0f}"
+    " seconds of processor time.",
+    _SWEEP: "**Recorded by `worth.py`**, each method at the best of the temperatures tried. The"
+    " time of {steps:,} steps of the default cache, about {seconds:.0f} seconds of processor time.",
+}
 _TITLES = {"words": "Cheap towers: means of word vectors", "transformer": "Transformers"}
 
 
@@ -38,21 +57,22 @@ def mark_of(path: pathlib.Path) -> str:
 def write(folder: pathlib.Path, output: pathlib.Path) -> None:
     """Writes the report of the lines in a folder, and its plots beside them."""
     lines = {tower: read(folder / f"{DATA}-{tower}.jsonl") for tower in METHODS_OF}
-    sections, longest = [], {}
-    for tower, runs in lines.items():
-        by_budget = {
-            name: [run for run in runs if run["budget"] == name]
-            for name in _in_order({run["budget"] for run in runs}, BUDGETS)
-        }
-        for budget, own in by_budget.items():
-            longest[tower] = best_of(own, tower)
-            sections.append(section(tower, budget, longest[tower], folder, output))
     runs = [run for own in lines.values() for run in own]
-    if not runs:
+    sections, tables = [], {}
+    for tower, own in lines.items():
+        sections.append(f"## {_TITLES[tower]}")
+        sweep = [{**run, "budget": _SWEEP} for run in read(SWEEPS / f"{DATA}-{tower}.jsonl")]
+        tables[tower] = []
+        for budget in _INTRODUCTIONS:
+            best = best_of([run for run in own + sweep if run["budget"] == budget], tower)
+            if best:
+                tables[tower].append(best)
+                sections.append(section(tower, budget, best, folder, output))
+    if not any(tables.values()):
         raise ValueError(f"There are no runs in {folder}: call report.py without --write first.")
-    claims = [claim_text(**claim) for claim in _report_claims.claims(longest, mark_of)]
+    claims = [claim_text(**claim) for claim in _report_claims.claims(tables, mark_of)]
     parts = [_HEAD, origin(runs), *sections, _CLAIMS_HEAD, *claims]
-    parts += ["## The methods", markdown(methods(lines))]
+    parts += ["## The methods", markdown(methods(tables))]
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text("\n\n".join(parts) + "\n")
     print(f"written to {output}")
@@ -60,9 +80,9 @@ def write(folder: pathlib.Path, output: pathlib.Path) -> None:
 
 def read(path: pathlib.Path) -> list[dict]:
     """The runs of a file; of those that were repeated, the last."""
-    keys = ("budget", "method", "temperature", "rate", "seed")
+    keys = ("budget", "method", "options", "temperature", "rate", "seed")
     runs = [line for line in _worth_report.read(path) if line["kind"] == "run"]
-    return list({(*(run[key] for key in keys), str(run["options"])): run for run in runs}.values())
+    return list({str([run.get(key) for key in keys]): run for run in runs}.values())
 
 
 def best_of(runs: Sequence[dict], tower: str) -> dict[str, list[dict]]:
@@ -83,10 +103,9 @@ def section(tower, budget, best, folder, output) -> str:
     _worth_report.plot({labels[name]: own for name, own in best.items()}, title, path)
     timed = [own[0]["processor_seconds"][-1] for name, own in best.items() if name != "oracle"]
     seeds = sorted({len(own) for own in best.values()})
+    intro = _INTRODUCTIONS[budget].format(steps=_steps(tower, budget), seconds=np.median(timed))
     lines = [
-        f"## {_TITLES[tower]}",
-        f"The time of {BUDGETS[budget].cache_steps[tower]:,} steps of the default cache: about"
-        f" {np.median(timed):.0f} seconds of processor time. {_seeds(seeds)}",
+        f"{intro} {_seeds(seeds)}",
         markdown(table(best)),
         f"![MRR by time and by candidates encoded]({path.relative_to(output.parent)})",
     ]
@@ -96,10 +115,14 @@ def section(tower, budget, best, folder, output) -> str:
     return "\n\n".join(lines)
 
 
+def _steps(tower, budget):
+    return BUDGETS["full" if budget == _SWEEP else budget].cache_steps[tower]
+
+
 def _seeds(counts):
     if len(counts) == 1:
         return f"Seeds: {counts[0]}."
-    return f"Seeds: {counts[0]} to {counts[-1]}, as many as the column has; not all have been run."
+    return f"Seeds: {counts[0]} to {counts[-1]}, see the column; the others have not been run yet."
 
 
 def table(best: Mapping[str, list[dict]]) -> list[dict]:
@@ -116,7 +139,7 @@ def table(best: Mapping[str, list[dict]]) -> list[dict]:
             )
             if is_true
         ]
-        label = DESCRIPTIONS[name][0] + OLDER * any(is_older(run["commit"]) for run in own)
+        label = DESCRIPTIONS[name][0] + OLDER * any(is_older(run.get("commit", "")) for run in own)
         encoded = np.mean([run["candidates_encoded"][-1] for run in own])
         rows.append(
             {
@@ -131,10 +154,17 @@ def table(best: Mapping[str, list[dict]]) -> list[dict]:
                 "candidates encoded": f"{encoded:,.0f}",
                 "seconds to in-batch's best MRR": _to_reach(best, name, "processor_seconds"),
                 "encoded to it": _to_reach(best, name, "candidates_encoded"),
-                "peak memory, MB": f"{max(run['peak_bytes'] for run in own) / 1e6:,.0f}",
+                "peak memory, MB": _peak(own),
             }
         )
     return rows
+
+
+def _peak(runs):
+    """The most of the seeds; `worth.py` does not measure it."""
+    if not all("peak_bytes" in run for run in runs):
+        return ""
+    return f"{max(run['peak_bytes'] for run in runs) / 1e6:,.0f}"
 
 
 def _mean_test(runs, metric):
@@ -173,38 +203,33 @@ def claim_text(paper: str, claimed: str, measured: Sequence[str], why: str) -> s
     )
 
 
-def methods(lines: Mapping[str, Sequence[dict]]) -> list[dict]:
-    """What each method is, and where its temperature comes from."""
-    rows = []
-    for name in _in_order({run["method"] for runs in lines.values() for run in runs}, DESCRIPTIONS):
-        label, what = DESCRIPTIONS[name]
-        row = {"method": label, "what": what}
-        for tower, runs in lines.items():
-            tried = sorted({run["temperature"] for run in runs if run["method"] == name})
-            row[f"T, {tower}"] = ", ".join(map(str, tried))
-            if tried and temperatures(name, tower, BUDGETS["hour"])[1]:
-                row[f"T, {tower}"] += " (sweep)"
-        rows.append(row)
-    return rows
+def methods(tables: Mapping[str, Sequence[Mapping]]) -> list[dict]:
+    """What each method of the tables is."""
+    names = {name for own in tables.values() for best in own for name in best}
+    return [
+        {"method": label, "negatives": what}
+        for name, (label, what) in DESCRIPTIONS.items()
+        if name in names
+    ]
 
 
 def origin(runs: Sequence[dict]) -> str:
     """On which machines and commits the lines were measured."""
+    if not runs:
+        return "No runs of `report.py` yet."
     machines = {
         f"{machine['processor']}, {machine['cores']} cores, TensorFlow {machine['tensorflow']},"
         f" Python {machine['python']}"
         for machine in (run["machine"] for run in runs)
     }
-    commits = _in_order({run["commit"] for run in runs}, [run["commit"] for run in runs])
-    named = [(commit or "unknown") + OLDER * is_older(commit) for commit in commits]
+    commits = [
+        (commit or "unknown") + OLDER * is_older(commit)
+        for commit in dict.fromkeys(run["commit"] for run in runs)
+    ]
     return (
-        f"Machine: {'; '.join(sorted(machines))}. One thread a run, two runs at a time. Commits:"
-        f" {', '.join(named)}. Written on {datetime.date.today().isoformat()}."
+        f"Machine: {'; '.join(sorted(machines))}. Commits: {', '.join(commits)}."
+        f" One thread a run, two runs at a time. Written on {datetime.date.today().isoformat()}."
     )
-
-
-def _in_order(names, order):
-    return [name for name in dict.fromkeys(order) if name in names]
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:
@@ -225,8 +250,8 @@ filled out of it. Data are the functions of the installed packages (`installed_c
 the summary of a function, and all functions are ranked. Cheap towers have all of them as
 candidates, transformers of two blocks 8,192. B = 64 if a method does not say otherwise, d = 64.
 
-* **T** is the best temperature of a longer sweep (`worth.py`), or the better of a short list by the
-  validation MRR of seed 0. See the last table.
+* **T** is the best temperature of the method's runs by `worth.py`, if there are some. Otherwise it
+  is the better of 0.07 and 0.1, or 0.1 with transformers. Validation MRR of seed 0 chooses.
 * **MRR** and **recall** are of test queries, at the evaluation with the best validation MRR; means
   over the seeds.
 * **Candidates encoded** count the batch's, drawn and refreshed ones, and what fills caches. Queries

@@ -70,7 +70,7 @@ def train(run, steps, data):
         data,
         run["tower"],
         run,
-        evaluations=_report_plan.EVALUATIONS,
+        evaluations=_report_plan.EVALUATIONS[run["tower"]],
         observers=[peak],
     )
     return {**record, "peak_bytes": peak.bytes}
