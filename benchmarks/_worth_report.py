@@ -138,7 +138,7 @@ def plot(best: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.5), layout="constrained", sharey=True)
     colors = pyplot.get_cmap("tab20").colors
@@ -150,6 +150,9 @@ def plot(best: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
             place.plot(mean_curve(runs, axis), curve, label=name, **look)
     axes[0].set(xlabel="seconds of processor time", ylabel="MRR over all candidates", title=title)
     axes[1].set(xlabel="candidates encoded", xscale="log")
+    axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes[1].xaxis.set_minor_locator(ticker.NullLocator())
     for place in axes:
         place.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

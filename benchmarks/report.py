@@ -1,7 +1,7 @@
 """Reruns the comparison behind the package's claims, and writes `benchmarks/RESULTS.md`.
 
     python benchmarks/report.py                      # under an hour on two cores
-    python benchmarks/report.py --full               # the budgets of `worth.py`, about five hours
+    python benchmarks/report.py --full               # the budgets of `worth.py`, two to three hours
     python benchmarks/report.py --only tower=words method=in-batch,corpus seed=0
     python benchmarks/report.py --again              # measures again what changed code has measured
     python benchmarks/report.py --write              # only formats what there is
