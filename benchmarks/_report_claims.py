@@ -32,9 +32,9 @@ def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -
             "measured": _those_there(
                 *(_cache(runs, tower) for tower, runs in tables.items()), _small_share(mark)
             ),
-            "why": "With tens of thousands of candidates, a batch of 64 is already a"
-            " fair sample, so that there is less to gain than with millions. ρ matters less here because"
-            " draws and the batch's positives are written to the cache too.",
+            "why": "With tens of thousands of candidates, a batch of 64 is already a fair sample:"
+            " there is less to gain than with millions. ρ matters less here because draws and the"
+            " batch's positives are written to the cache too.",
         },
         {
             "paper": "Tree index and Nyström (Monath et al., arXiv 2303.15311)",
@@ -46,9 +46,9 @@ def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -
                 _stale("Nyström", mark),
                 *(_to_oracle(runs, tower, "tree", "nystrom") for tower, runs in tables.items()),
             ),
-            "why": "The gap is that of a matrix encoded once an epoch. Writing draws"
-            " back closes most of it, with or without a tree: in a small corpus a tree gains"
-            " nothing over exact draws. The memory is that of an index without embeddings, whose draws follow the"
+            "why": "The gap is that of a matrix encoded once an epoch. Writing draws back closes"
+            " most of it, with or without a tree: in a small corpus a tree gains nothing over exact"
+            " draws. The memory is that of an index without embeddings, whose draws follow the"
             " softmax less closely.",
         },
         {

@@ -127,14 +127,14 @@ DESCRIPTIONS = {
 RECOMMENDED = {"words": "own draws", "transformer": "16 shared draws"}
 
 
-def temperatures(method: str, tower: str, budget: Budget, sweeps: pathlib.Path = SWEEPS) -> tuple:
-    """(temperatures to try with seed 0, whether they are the best one of a sweep of `worth.py`)."""
+def temperatures(method: str, tower: str, budget: Budget) -> tuple[float, ...]:
+    """Those to try with seed 0: the best one of the runs of `worth.py`, if it has tried several."""
     runs = [
         line
-        for line in _worth_report.read(sweeps / f"{DATA}-{tower}.jsonl")
+        for line in _worth_report.read(SWEEPS / f"{DATA}-{tower}.jsonl")
         if line["kind"] == "run" and line["method"] == method
     ]
     if len({run["temperature"] for run in runs}) < 2:
-        return budget.temperatures[tower], False
+        return budget.temperatures[tower]
     (own,) = _worth_report.by_method(runs).values()
-    return (_worth_report.at_best(own)[0]["temperature"],), True
+    return (_worth_report.at_best(own)[0]["temperature"],)

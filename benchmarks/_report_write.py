@@ -111,7 +111,7 @@ def section(tower, budget, best, folder, output) -> str:
     ]
     missing = [DESCRIPTIONS[name][0] for name in METHODS_OF[tower] if name not in best]
     if missing:
-        lines.append(f"Not measured: {', '.join(missing)}.")
+        lines.append(f"Not measured: {'; '.join(missing)}.")
     return "\n\n".join(lines)
 
 

@@ -112,17 +112,21 @@ class Report:
         for seed in seeds:
             with concurrent.futures.ThreadPoolExecutor(self.workers) as pool:
                 futures = {pool.submit(self._measure, *task, seed): task for task in tasks}
-                for future in concurrent.futures.as_completed(futures):
-                    if future.exception() is not None:
-                        tasks.remove(futures[future])
-                        failed.append(futures[future])
-                        traceback.print_exception(future.exception())
+                try:
+                    for future in concurrent.futures.as_completed(futures):
+                        if future.exception() is not None:
+                            tasks.remove(futures[future])
+                            failed.append(futures[future])
+                            traceback.print_exception(future.exception())
+                except KeyboardInterrupt:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
         if failed:
             raise RuntimeError(f"These failed, as printed above: {failed}. All others are there.")
 
     def _temperatures(self, tower, method, seed):
         """Those to try with seed 0; for the others, the best one of it."""
-        tried, _ = _report_plan.temperatures(method, tower, self.budget)
+        tried = _report_plan.temperatures(method, tower, self.budget)
         if seed == 0 or len(tried) == 1:
             return tried
         runs = [self._find(self._run(tower, method, of, 0)) for of in tried]
@@ -151,13 +155,13 @@ class Report:
     def _find(self, wanted):
         """The recorded line, if it counts."""
         found = self.results[wanted["tower"]].find(**wanted)
-        if found is not None and self.again and _report_write.is_older(found["commit"]):
-            return None
-        return found
+        if found is None or not self.again or found["commit"] == self.origin["commit"]:
+            return found
+        return None if _report_write.is_older(found["commit"]) else found
 
     def _to_do(self, tower, method, seeds):
         """How many runs a method lacks; with temperatures to choose, as many as it can be."""
-        tried, _ = _report_plan.temperatures(method, tower, self.budget)
+        tried = _report_plan.temperatures(method, tower, self.budget)
         count = 0
         for seed in seeds:
             runs = [self._run(tower, method, of, seed) for of in tried]
