@@ -5,6 +5,8 @@
 PYTHON ?= python3
 # What follows `python -m negative_cache.demo`, e.g. make demo DEMO_ARGS="--steps 500".
 DEMO_ARGS ?=
+# What follows `python benchmarks/report.py`, e.g. make report REPORT_ARGS="--full".
+REPORT_ARGS ?=
 # What follows `python -m pytest`, e.g. make test PYTEST_ARGS="-k losses".
 PYTEST_ARGS ?=
 # Test processes; PYTEST_WORKERS=0 runs the tests in the main process (for --pdb).
@@ -23,16 +25,19 @@ EXTRAS := demo,test
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-keras3 test-keras2 lint format smoke clean clean-venv
+.PHONY: help venv demo report test test-keras3 test-keras2 lint format smoke clean clean-venv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
-	@echo "Variables: PYTHON (python3), DEMO_ARGS, PYTEST_ARGS, PYTEST_WORKERS (2)"
+	@echo "Variables: PYTHON (python3), DEMO_ARGS, REPORT_ARGS, PYTEST_ARGS, PYTEST_WORKERS (2)"
 
 venv: $(STAMP) ## Create .venv and install the package, editable
 
 demo: $(STAMP) ## Train on real data: in-batch softmax against the negative cache
 	@$(VENV_PYTHON) -m negative_cache.demo $(DEMO_ARGS)
+
+report: $(STAMP) ## Measure the comparison behind the claims, write benchmarks/RESULTS.md
+	@TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=tensorflow $(VENV_PYTHON) benchmarks/report.py $(REPORT_ARGS)
 
 run_pytest = KERAS_BACKEND=tensorflow $(VENV_PYTHON) -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS)
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import pathlib
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 
@@ -87,14 +88,32 @@ def table(rows: Sequence[Mapping[str, object]]) -> str:
 def save(path: pathlib.Path, record: Mapping[str, object]) -> None:
     """Writes a run as JSON, with what it ran on."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    machine = {
+    described = {"machine": machine(), "commit": commit()}
+    path.write_text(json.dumps({**described, **record}, indent=1) + "\n")
+    print(f"\nwritten to {path}")
+
+
+def machine() -> dict[str, object]:
+    """What a run runs on."""
+    return {
         "tensorflow": tf.__version__,
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": _cores(),
     }
-    path.write_text(json.dumps({"machine": machine, **record}, indent=1) + "\n")
-    print(f"\nwritten to {path}")
+
+
+def commit() -> str:
+    """The commit of the checkout, with a "+" if its code has been changed since; "" without git."""
+    found = git("rev-parse", "--short=10", "HEAD").strip()
+    is_changed = git("status", "--porcelain", "--", "negative_cache", "benchmarks/*.py")
+    return found + "+" * bool(is_changed)
+
+
+def git(*arguments: str) -> str:
+    """What git prints on the checkout that this file is in; "" if it fails."""
+    command = ["git", "-C", str(pathlib.Path(__file__).parent.parent), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def _text(value) -> str:

@@ -88,6 +88,14 @@ class Data:
         dataset = tf.data.Dataset.from_generator(rows, output_signature=spec)
         return dataset.map(features).prefetch(4)
 
+    def pairs(self) -> dict[str, dict[str, np.ndarray]]:
+        """The training pairs as features, in the order of `train`."""
+        query, candidate = self.train[:, 0], self.train[:, 1]
+        return {
+            "query": {"ids": self.query_ids[query], "row": query},
+            "candidate": {"ids": self.candidate_ids[candidate], "row": candidate},
+        }
+
     def candidates(self, rows: np.ndarray | None = None) -> tf.data.Dataset:
         """Batches of candidate features, of all or of some rows."""
         return _batches(self.candidate_ids, rows)

@@ -84,8 +84,15 @@ METHODS = {
     "cache": Method("cache"),
     "recipe": Method("cache", options=RECIPE),
     "16 shared draws": Method("cache", options={"num_draws": 16}),
+    "4 own draws": Method("cache", options={"num_negatives": 4}),
+    "sampled gradient": Method("cache", options={"exact_query_gradient": False}),
+    "refreshed": Method("cache", options={"refresh_fraction": 0.001}),
     "corpus": Method("corpus", options={"refresh_fraction": 0.001}),
+    "tree": Method("corpus", options={"index": True}),
+    "nystrom": Method("corpus", options={"corrector": "nystrom"}),
     "corrector": Method("corpus", options={"corrector": True}),
+    "contrastive": Method("contrastive", options={"start_epoch": 1}),
+    "contrastive groups": Method("contrastive", options={"start_epoch": 1, "group_size": 8}),
     "oracle": Method("oracle", options={"num_negatives": 4}, is_timed=False),
     "both": Method("both"),
     "both cache": Method("both", options={"cache": True}),
@@ -107,12 +114,14 @@ class Training:
       callbacks: that fill or refresh caches.
       num_filled: candidates that are encoded before the first step.
       encoded_again: how often a step encodes each candidate of its batch.
+      order: what `GlobalContrastiveBatches` is told; None for shuffled batches.
     """
 
     model: nc.DualEncoder
     callbacks: list
     num_filled: int = 0
     encoded_again: int = 1
+    order: Mapping[str, Any] | None = None
 
 
 def make_training(
@@ -155,9 +164,13 @@ def make_training(
         callbacks.append(_warm_start(data, seed))
         num_filled = data.cache_size
     elif method.kind in ("corpus", "oracle"):
-        if options.pop("corrector", False):
-            options["corrector"] = nc.Corrector()
-        sources.append(nc.FromCorpus(corpus_cache(data, towers[1]), **options))
+        corrector = options.pop("corrector", False)
+        if corrector:
+            options["corrector"] = (
+                nc.NystromCorrector() if corrector == "nystrom" else nc.Corrector()
+            )
+        index = nc.TreeIndex(data.num_candidates, DIM) if options.pop("index", False) else None
+        sources.append(nc.FromCorpus(corpus_cache(data, towers[1], index), **options))
         num_filled = data.num_candidates
         if method.kind == "oracle":
             callbacks.append(nc.CacheRefresh(every_steps=ORACLE_EVERY[tower], verbose=0))
@@ -178,7 +191,8 @@ def make_training(
     task = nc.Retrieval(towers[1], sources, **task_options)
     trained = model(*towers, task, **model_options)
     trained.compile(optimizer=keras.optimizers.Adam(rate))
-    return Training(trained, callbacks, num_filled, encoded_again)
+    order = options if method.kind == "contrastive" else None
+    return Training(trained, callbacks, num_filled, encoded_again, order)
 
 
 def _warm_start(data, seed):

@@ -183,14 +183,15 @@ class BothDirections(nc.DualEncoder):
         return (loss + reverse) / 2
 
 
-def corpus_cache(data: Data, tower) -> nc.Cache:
-    """A cache of all candidates."""
+def corpus_cache(data: Data, tower, index: nc.TreeIndex | None = None) -> nc.Cache:
+    """A cache of all candidates, drawn from by an index if there is one."""
     return nc.Cache.from_dataset(
         data.candidates(),
         tower,
         data.specs(data.candidate_ids),
         candidate_id_key="row",
         cache_size=data.num_candidates,
+        index=index,
         verbose=0,
     )
 

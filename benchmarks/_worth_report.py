@@ -110,15 +110,15 @@ def _to_reach(best, name, axis):
     """How much of an axis a method needs to have the best MRR of in-batch, and of what in-batch."""
     if IN_BATCH not in best:
         return ""
-    goal = _mean_curve(best[IN_BATCH], "test_mrr").max()
-    needed = _first(best[name], axis, goal)
-    of_baseline = _first(best[IN_BATCH], axis, goal)
+    goal = mean_curve(best[IN_BATCH], "test_mrr").max()
+    needed = first_at(best[name], axis, goal)
+    of_baseline = first_at(best[IN_BATCH], axis, goal)
     return "never" if needed is None else f"{needed:,.0f} ({needed / of_baseline:.2f})"
 
 
-def _first(runs, axis, goal):
+def first_at(runs, axis, goal):
     """Where the mean curve first is at the goal, between its points by a line."""
-    places, curve = _mean_curve(runs, axis), _mean_curve(runs, "test_mrr")
+    places, curve = mean_curve(runs, axis), mean_curve(runs, "test_mrr")
     above = np.flatnonzero(curve >= goal)
     if not len(above):
         return None
@@ -129,7 +129,7 @@ def _first(runs, axis, goal):
     return places[i - 1] + share * (places[i] - places[i - 1])
 
 
-def _mean_curve(runs, key):
+def mean_curve(runs, key):
     return np.mean([run[key] for run in runs], axis=0)
 
 
@@ -138,7 +138,7 @@ def plot(best: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11.0, 4.5), layout="constrained", sharey=True)
     colors = pyplot.get_cmap("tab20").colors
@@ -146,10 +146,13 @@ def plot(best: dict[str, list[dict]], title: str, path: pathlib.Path) -> None:
     for number, (name, runs) in enumerate(best.items()):
         look = {"color": colors[number % 20], "linestyle": styles[number // 20]}
         for place, axis in zip(axes, ("processor_seconds", "candidates_encoded")):
-            curve = _mean_curve(runs, "test_mrr")
-            place.plot(_mean_curve(runs, axis), curve, label=name, **look)
+            curve = mean_curve(runs, "test_mrr")
+            place.plot(mean_curve(runs, axis), curve, label=name, **look)
     axes[0].set(xlabel="seconds of processor time", ylabel="MRR over all candidates", title=title)
     axes[1].set(xlabel="candidates encoded", xscale="log")
+    axes[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    axes[1].xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+    axes[1].xaxis.set_minor_locator(ticker.NullLocator())
     for place in axes:
         place.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")

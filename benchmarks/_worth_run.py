@@ -8,6 +8,7 @@ with the filling of caches, which is taken to cost what an evaluation needs for 
 
 import gc
 import time
+from collections.abc import Sequence
 
 import _measure
 import numpy as np
@@ -99,18 +100,30 @@ def encoded_of(logs) -> dict:
     return {"counted": float(sum(found))} if found else {}
 
 
-def train(method: Method, batch_size: int, steps: int, data: Data, tower: str, run: dict) -> dict:
-    """Trains and evaluates; what is known of the run, lists with an entry an evaluation."""
+def train(
+    method: Method,
+    batch_size: int,
+    steps: int,
+    data: Data,
+    tower: str,
+    run: dict,
+    *,
+    evaluations: int = NUM_EVALUATIONS,
+    observers: Sequence[keras.callbacks.Callback] = (),
+) -> dict:
+    """Trains and evaluates; what is known of the run, lists with an entry an evaluation.
+
+    `observers` are callbacks that see the end of an epoch before it is evaluated.
+    """
     training = make_training(
         method, batch_size, data, tower, run["temperature"], run["rate"], run["seed"]
     )
-    evaluations = max(min(NUM_EVALUATIONS, steps // (2 * _UNTIMED)), 1)
+    evaluations = max(min(evaluations, steps // (2 * _UNTIMED)), 1)
     clock, evaluation = _Clock(), _Evaluation(data)
     training.model.fit(
-        data.batches(batch_size, run["seed"]),
+        **_batches(training, batch_size, steps // evaluations, data, run["seed"]),
         epochs=evaluations,
-        steps_per_epoch=steps // evaluations,
-        callbacks=[*training.callbacks, clock, evaluation],
+        callbacks=[*training.callbacks, *observers, clock, evaluation],
         shuffle=False,
         verbose=0,
     )
@@ -123,7 +136,7 @@ def train(method: Method, batch_size: int, steps: int, data: Data, tower: str, r
         "steps": done.tolist(),
         "processor_seconds": _rounded(filling + np.cumsum(clock.processor)),
         "wall_seconds": _rounded(filling + np.cumsum(clock.wall)),
-        "candidates_encoded": _encoded(training, batch_size, done, evaluation.history),
+        "candidates_encoded": _encoded(training, batch_size, done, evaluation.history, data),
         "ms_per_step": round(1000 * sum(clock.processor) / int(done[-1]), 3),
     }
     for key in evaluation.history[0]:
@@ -136,20 +149,42 @@ def train(method: Method, batch_size: int, steps: int, data: Data, tower: str, r
 def calibrate(method: Method, batch_size: int, data: Data, tower: str) -> float:
     """Milliseconds of processor time of a step, the least of some epochs.
 
-    Other programs on the machine can only make it more.
+    Other programs on the machine can only make it more. Batches that are ordered have an epoch a
+    pass, so that the time of a step has its share of the order's.
     """
     training = make_training(method, batch_size, data, tower, 0.1, 1e-3, 0)
     clock = _Clock()
+    steps = _UNTIMED + max(_CALIBRATED * BATCH_SIZE // batch_size, 5)
+    if training.order is not None:
+        steps = len(data.train) // batch_size
     training.model.fit(
-        data.batches(batch_size, 0),
+        **_batches(training, batch_size, steps, data, 0),
         epochs=_CALIBRATED_EPOCHS,
-        steps_per_epoch=_UNTIMED + max(_CALIBRATED * BATCH_SIZE // batch_size, 5),
         callbacks=[*training.callbacks, clock],
         shuffle=False,
         verbose=0,
     )
     _forget()
-    return 1000 * min(np.array(clock.processor) / clock.num_steps)
+    # The first epoch's batches are shuffled, if others are ordered.
+    return 1000 * min((np.array(clock.processor) / clock.num_steps)[1:])
+
+
+def _batches(training: Training, batch_size: int, steps: int, data: Data, seed: int) -> dict:
+    """What `fit` reads, in epochs of so many steps."""
+    if training.order is None:
+        return {"x": data.batches(batch_size, seed), "steps_per_epoch": steps}
+    batches = nc.GlobalContrastiveBatches(
+        training.model,
+        data.pairs(),
+        batch_size,
+        batches_per_epoch=steps,
+        drop_remainder=True,
+        candidate_id_key="row",
+        seed=seed,
+        verbose=0,
+        **training.order,
+    )
+    return {"x": batches}
 
 
 def num_cache_steps(name: str, tower: str) -> int:
@@ -181,10 +216,14 @@ def peak_of_step(data: Data, tower: str, batch_size: int) -> int:
     return _measure.resident("VmHWM") - before
 
 
-def _encoded(training: Training, batch_size, done, history):
-    """Candidates encoded until each evaluation, those that fill a cache included."""
+def _encoded(training: Training, batch_size, done, history, data):
+    """Candidates encoded until each evaluation, those that fill a cache or are ordered included."""
     if "counted" not in history[0]:
-        return (training.encoded_again * batch_size * done).tolist()
+        encoded = training.encoded_again * batch_size * done
+        if training.order is not None:
+            # The first pass is shuffled, and each later one is ordered when it begins.
+            encoded += len(data.train) * ((done - 1) // (len(data.train) // batch_size))
+        return encoded.tolist()
     counted = np.array([metrics["counted"] for metrics in history])
     return counted.astype(int).tolist()
 

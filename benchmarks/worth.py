@@ -67,6 +67,7 @@ class Sweep:
         self.name, self.tower, self.options = name, tower, options
         self.data = _worth_data.make(name, tower)
         self.results = Results(folder, name, tower)
+        self.origin = {"commit": _measure.commit(), "machine": _measure.machine()}
         print(f"\n{name}, {tower}: {self.data.describe()}", flush=True)
 
     def measure(self, method: str) -> None:
@@ -108,7 +109,7 @@ class Sweep:
         if found is None:
             batch_size, steps = self._size(method)
             record = _worth_run.train(described, batch_size, steps, self.data, self.tower, run)
-            found = self.results.add({**run, **record})
+            found = self.results.add({**run, **self.origin, **record})
             print(_worth_report.one_line(found), flush=True)
         return found
 
