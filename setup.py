@@ -53,10 +53,14 @@ setup(
         "test": [
             *TF_RECOMMENDERS,
             "hypothesis",
+            # They run the notebooks of colab/.
+            "ipykernel>=6",
             "keras-rs",
             "matplotlib",
             # Bounded like ruff: a new release may find other errors in the same code.
             "mypy>=2.4,<2.5",
+            "nbclient>=0.8",
+            "nbformat>=5.7",
             "pytest>=8",
             "pytest-xdist",
             # Bounded, since a new minor release may format the same code differently.
