@@ -21,11 +21,15 @@ INSTALLING := $(VENV)/.installing
 # The demo's data are the functions of the installed packages: every target installs the same
 # extras, so that the demo's corpus does not depend on whether `make test` has run before.
 EXTRAS := demo,test
+# The site is built by an environment of its own for the same reason. Docstrings are read and not
+# run, so that it needs neither TensorFlow nor the package.
+DOCS_VENV := .venv-docs
+DOCS_STAMP := $(DOCS_VENV)/.installed
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo report test test-keras3 test-keras2 lint format smoke clean clean-venv
+.PHONY: help venv demo report docs test test-keras3 test-keras2 lint format smoke clean clean-venv
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
@@ -70,12 +74,22 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 smoke: ## Build sdist and wheel into dist/, try the wheel in an empty environment (TENSORFLOW=newest KERAS=3)
 	@.ci/smoke $(or $(TENSORFLOW),newest) $(or $(KERAS),3) $(PYTHON)
 
+docs: $(DOCS_STAMP) ## Build the site into site/, with links checked
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@echo "Built site/index.html"
+
 clean: ## Remove build products and caches, keep .venv
-	@rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name $(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
-clean-venv: clean ## Remove .venv too
-	@rm -rf $(VENV)
+clean-venv: clean ## Remove .venv and .venv-docs too
+	@rm -rf $(VENV) $(DOCS_VENV)
+
+$(DOCS_STAMP): docs/requirements.txt
+	@rm -rf $(DOCS_VENV)
+	@"$(PYTHON)" -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
 
 # The installation. $(error) stops with one line; a failing recipe would print make's own as well.
 

@@ -66,7 +66,6 @@ setup(
             # Bounded, since a new minor release may format the same code differently.
             "ruff>=0.17,<0.18",
         ],
-        "docs": ["mkdocs-material", "mkdocstrings[python]"],
         "benchmarks": ["faiss-cpu", "matplotlib"],
     },
     classifiers=[

@@ -1,0 +1,193 @@
+"""Runs the Python of the pages in `docs/`: the blocks of a page in order, in one namespace.
+
+The namespace holds towers and data as a reader would have them. Numbers are smaller than a page's:
+the calls are the same, for fewer candidates and epochs.
+"""
+
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import negative_cache as nc
+from negative_cache._compat import IS_KERAS_2, keras
+
+ROOT = pathlib.Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+TITLES = [f"title {i}" for i in range(300)]
+DIM = 8
+# Pages with Python that do not run here, and the test that runs them.
+ELSEWHERE = {"negatives.md": "test_readme.py"}
+
+pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="Pages are not part of a package.")
+
+
+def blocks(page):
+    return re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+
+
+class Tower(keras.layers.Layer):
+    """Embeds a string, or the feature "title" of a dictionary."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids = keras.layers.Hashing(1000)
+        self.table = keras.layers.Embedding(1000, DIM)
+
+    def call(self, inputs):
+        titles = inputs["title"] if isinstance(inputs, dict) else inputs
+        return self.table(self.ids(titles))
+
+
+def reader():
+    """What a reader of any page has: towers, titles and pairs of them."""
+    pairs = {"query": TITLES, "candidate": {"title": TITLES}}
+    dataset = tf.data.Dataset.from_tensor_slices(pairs)
+    return {
+        "tf": tf,
+        "nc": nc,
+        "query_tower": Tower(),
+        "candidate_tower": Tower(),
+        "make_towers": lambda: (Tower(), Tower()),
+        "titles": tf.constant(TITLES),
+        "pairs": dataset,
+        "validation": dataset.take(50),
+        "candidates": dataset.map(lambda pair: pair["candidate"]),
+    }
+
+
+def model_of(names):
+    task = nc.CachedRetrieval(
+        names["candidate_tower"],
+        {"title": tf.io.FixedLenFeature([], tf.string)},
+        0,
+        in_batch_negatives=True,
+        candidate_id_key="title",
+    )
+    model = nc.DualEncoder(names["query_tower"], names["candidate_tower"], task)
+    model.compile(optimizer="adam", run_eagerly=True)
+    return model
+
+
+def built(names):
+    names["model"] = model_of(names)
+    names["model"](next(iter(names["pairs"].batch(2))))
+
+
+def titled_model(names):
+    """A model of titles that come alone, and are served alone."""
+    names["model"] = nc.DualEncoder(
+        names["query_tower"],
+        names["candidate_tower"],
+        nc.CachedRetrieval(
+            names["candidate_tower"],
+            tf.io.FixedLenFeature([], tf.string),
+            0,
+            in_batch_negatives=True,
+        ),
+    )
+    titles = names["titles"][:2]
+    names["model"]({"query": titles, "candidate": titles})
+
+
+def movies(names):
+    features = {"user_id": TITLES, "movie_title": TITLES, "user_rating": np.ones(300, np.float32)}
+    names["ratings"] = tf.data.Dataset.from_tensor_slices(features)
+    names["watched"] = tf.data.Dataset.from_tensor_slices({"user": TITLES, "movie": TITLES})
+    for name in ("user_model", "movie_model", "user_tower", "movie_tower"):
+        names[name] = Tower()
+
+
+def clicks(names):
+    rows = (f"user {i % 30},item {i % 20},{i}" for i in range(300))
+    pathlib.Path("clicks.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+
+
+def texts(names):
+    table = tf.random.normal([10, 128])
+    text = tf.random.uniform([4, 64], maxval=10, dtype=tf.int32)
+    names["text"] = text
+    names["item_network"] = lambda features: tf.gather(table, features["text"][:, 0])
+    names["query_embeddings"] = tf.random.normal([4, 128])
+    names["item_embeddings"] = names["item_network"]({"text": text})
+
+
+def ids_and_tokens(names):
+    """Candidates with further features."""
+    features = {"title": TITLES, "id": TITLES, "tokens": np.ones([300, 4], np.int32)}
+    names["candidates"] = tf.data.Dataset.from_tensor_slices(features)
+
+
+def batches_of_pairs(names):
+    names["model"] = model_of(names)
+    # The towers of a model of TF-Recommenders.
+    names["model"].user_model, names["model"].movie_model = Tower(), Tower()
+    names["model"](next(iter(names["pairs"].batch(2))))
+    names["queries"] = names["user_ids"] = names["movie_titles"] = np.array(TITLES)
+    names["titles"] = np.array(TITLES)
+    names["dataset"], names["num_epochs_done"] = names["pairs"], 1
+
+
+def replicas(names):
+    names["batches"] = names["pairs"].batch(64, drop_remainder=True).take(1)
+
+
+# Page -> what its reader has in addition. To save time each page runs under one Keras: Keras 3,
+# unless its subject needs Keras 2.
+PAGES = {
+    "contrastive_batches.md": batches_of_pairs,
+    "distributed.md": replicas,
+    "evaluate.md": built,
+    "from_fit.md": clicks,
+    "from_keras_rs.md": movies,
+    "from_loop.md": None,
+    "from_tfrs.md": movies,
+    "gpu.md": ids_and_tokens,
+    "index.md": None,
+    "is_it_working.md": None,
+    "published_api.md": texts,
+    "serve.md": titled_model,
+    "stale_embeddings.md": ids_and_tokens,
+    "tune.md": None,
+}
+UNDER_KERAS_2 = {"from_tfrs.md"}
+# The other blocks of the page need processes of their own: `test_multi_worker.py`.
+NUM_BLOCKS = {"distributed.md": 2}
+# A few steps take less time than to trace one.
+SMALLER = {
+    'optimizer="adam")': 'optimizer="adam", run_eagerly=True)',
+    "Adagrad(0.1))": "Adagrad(0.1), run_eagerly=True)",
+    "Adam(0.002))": "Adam(0.002), run_eagerly=True)",
+    "65_536": "512",
+    "65536": "300",
+    "16384": "512",
+    "20_000_000": "300",
+    "200_000": "300",
+    "embedding_dim=768": f"embedding_dim={DIM}",
+    "epochs=50": "epochs=1",
+    "epochs=10": "epochs=1",
+    "epochs=3": "epochs=1",
+    " 256": " 64",
+}
+
+
+@pytest.mark.end_to_end
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_page(name, tmp_path, monkeypatch):
+    if IS_KERAS_2 != (name in UNDER_KERAS_2):
+        pytest.skip("The page runs under the other Keras.")
+    monkeypatch.chdir(tmp_path)
+    names = reader()
+    if PAGES[name] is not None:
+        PAGES[name](names)
+    for code in blocks(DOCS / name)[: NUM_BLOCKS.get(name)]:
+        for number, smaller in SMALLER.items():
+            code = code.replace(number, smaller)
+        exec(compile(code, name, "exec"), names)
+
+
+def test_every_page_with_python_is_run():
+    pages = {page.name for page in DOCS.glob("**/*.md") if blocks(page)}
+    assert pages == PAGES.keys() | ELSEWHERE.keys()
