@@ -157,8 +157,9 @@ def encoders_of(model: TowerPair) -> tuple[Encoder, Encoder]:
 def scope_of(model: TowerPair) -> contextlib.AbstractContextManager:
     """Returns the scope of the strategy of several replicas that a model belongs to, if any."""
     strategy = getattr(model, "distribute_strategy", None)
-    has_several = strategy is not None and strategy.num_replicas_in_sync > 1
-    return strategy.scope() if has_several else contextlib.nullcontext()
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return contextlib.nullcontext()
+    return strategy.scope()
 
 
 class Towers:

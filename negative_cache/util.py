@@ -108,8 +108,13 @@ def replica_id() -> tf.Tensor:
 
 
 def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
-    # A tensor from outside of the replicas may be on no device, and then is on this replica's.
-    return tf.distribute.get_replica_context().all_gather(tf.identity(tensor), axis=axis)
+    # TensorFlow ends the process if no replica has anything. So the first one has one more entry,
+    # in front.
+    is_first = tf.cast(tf.equal(replica_id(), 0), tf.int32)
+    before = is_first * tf.one_hot(axis, tensor.shape.rank, dtype=tf.int32)
+    padded = tf.pad(tensor, tf.stack([before, tf.zeros_like(before)], axis=1))
+    gathered = tf.distribute.get_replica_context().all_gather(padded, axis=axis)
+    return gathered[(slice(None),) * axis + (slice(1, None),)]
 
 
 def _carrier_dtype(dtype: tf.DType) -> tf.DType:

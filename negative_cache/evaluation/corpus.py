@@ -189,7 +189,7 @@ def _places(
             "`candidates` must yield the same candidates in every pass. Received"
             f" {len(expected_ids)} and then {size}, of which {num_known} the same."
         )
-    places = []
+    places: list[np.ndarray | None] = []
     for own_rows in np.split(rows, np.cumsum([len(part) for part in ids])[:-1]):
         place = np.full(len(expected_ids), -1, np.int64)
         place[own_rows] = np.arange(len(own_rows))

@@ -34,7 +34,7 @@ class Replicas:
     """
 
     def __init__(self, strategy: tf.distribute.Strategy | None):
-        self._strategy = strategy
+        self._strategy: tf.distribute.Strategy = strategy or tf.distribute.get_strategy()
         self._count = strategy.num_replicas_in_sync if isinstance(strategy, _DIVIDED) else 1
         self.num_local, self._first = self._count, 0
         if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
@@ -71,7 +71,7 @@ class Replicas:
         return placed if self.is_one else self._strategy.run(tf.identity, (placed,))
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Runs a function of tensors on all replicas of this process, each with its part of `args`."""
+        """Runs a function on all replicas of this process, each with its part of `args`."""
         if self.is_one:
             return [function(*args)]
         results = _run(self._strategy, function, args)
@@ -81,7 +81,7 @@ class Replicas:
         ]
 
     def run_and_sum(self, function: Callable[..., tf.Tensor], *args: Any) -> np.ndarray:
-        """Returns the sum of what a function of tensors returns on all replicas of all processes."""
+        """Returns the sum of what a function returns on all replicas of all processes."""
         if self.is_one:
             return function(*args).numpy()
         return _run_and_sum(self._strategy, function, args).numpy()
@@ -90,11 +90,10 @@ class Replicas:
         """Concatenates the `values` [n, ...] of all processes; n may differ."""
         if self.num_local == self._count:
             return values
-        # Of a process only the first replica has something to give.
-        parts = [tf.convert_to_tensor(values)] + [tf.convert_to_tensor(values[:0])] * (
-            self.num_local - 1
-        )
-        return self.run(_gather, self.place(parts))[0].numpy()
+        # Flat, so that one trace is for all shapes. Only the first replica of a process gives some.
+        flat = tf.convert_to_tensor(values.reshape(-1))
+        given = self.place([flat] + [flat[:0]] * (self.num_local - 1))
+        return self.run(_gather, given)[0].numpy().reshape([-1, *values.shape[1:]])
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Adds up `values`, numbers of one shape in all processes."""
