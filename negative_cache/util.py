@@ -91,7 +91,10 @@ def cross_replica_sum(tensor: tf.Tensor) -> tf.Tensor:
     tensor = tf.stop_gradient(tensor)
     if num_replicas() == 1:
         return tensor
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+    # One number more in front: TensorFlow ends the process if there is nothing to add up.
+    sent = tf.concat([tf.zeros([1], tensor.dtype), tf.reshape(tensor, [-1])], axis=0)
+    total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sent)
+    return tf.reshape(total[1:], tf.shape(tensor))
 
 
 def num_replicas() -> int:
