@@ -8,6 +8,7 @@ A tower is a layer, a model or a function: features of n queries or candidates -
 * `Towers` holds both towers of a model, and computes checksums of their weights.
 """
 
+import contextlib
 import inspect
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -55,10 +56,14 @@ def compile_tower(
 
 
 class Encoder:
-    """Embeds datasets with a tower in inference mode, which is compiled once."""
+    """Embeds datasets with a tower in inference mode, which is compiled once.
+
+    Attributes:
+      network: the tower.
+    """
 
     def __init__(self, network: Tower):
-        self._network = network
+        self.network = network
         self._compiled = compile_tower(network)
         self._is_traced = False
 
@@ -73,18 +78,24 @@ class Encoder:
             self._trace(features)
         embeddings = self._compiled(features)
         if embeddings.shape.rank != 2:
-            raise _wrong_embeddings(self._network, embeddings.shape)
+            raise _wrong_embeddings(self.network, embeddings.shape)
         return tf.cast(embeddings, tf.float32)
+
+    def build(self, example: Features) -> None:
+        """Creates the variables of a tower of replicas that was not called yet.
+
+        They cannot be lifted out of a graph that creates them.
+        """
+        is_unbuilt = isinstance(self.network, keras.layers.Layer) and not self.network.built
+        if is_unbuilt and tf.distribute.has_strategy():
+            embed(self.network, example, training=False)
 
     def output_dim(self, example: Features) -> int:
         """Returns the embedding dimension of the tower, traced with `example`, a batch."""
-        is_unbuilt = isinstance(self._network, keras.layers.Layer) and not self._network.built
-        if is_unbuilt and tf.distribute.has_strategy():
-            # Replicas' variables cannot be lifted out of a graph that creates them.
-            embed(self._network, example, training=False)
+        self.build(example)
         shape = self._trace(example).output_shapes
         if shape.rank is None or shape[1] is None:
-            raise _wrong_embeddings(self._network, shape)
+            raise _wrong_embeddings(self.network, shape)
         return shape[1]
 
     def _trace(self, features: Features) -> tf.types.experimental.ConcreteFunction:
@@ -142,6 +153,14 @@ def encoders_of(model: TowerPair) -> tuple[Encoder, Encoder]:
         for network in networks_of(model)
     )
     return query, candidate
+
+
+def scope_of(model: TowerPair) -> contextlib.AbstractContextManager:
+    """Returns the scope of the strategy of several replicas that a model belongs to, if any."""
+    strategy = getattr(model, "distribute_strategy", None)
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return contextlib.nullcontext()
+    return strategy.scope()
 
 
 class Towers:

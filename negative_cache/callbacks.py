@@ -33,7 +33,8 @@ class CorpusMetrics(keras.callbacks.Callback):
     several positives and excluded candidates. It also works without this callback.
 
     Place this callback before callbacks that read its logs, such as `EarlyStopping` or
-    `ModelCheckpoint`. Under a `tf.distribute` strategy the first replica evaluates.
+    `ModelCheckpoint`. Under a `tf.distribute` strategy the replicas divide the corpus, and all of
+    them get the metrics of the whole, see `evaluation.evaluate`.
 
     Args:
       candidates: the corpus as batches of candidate features. It is read in every evaluation, so it
@@ -100,14 +101,15 @@ class CorpusMetrics(keras.callbacks.Callback):
             self.set_model(model)
         if self._encoders is None:
             raise ValueError("There is no model to evaluate. Received: `model=None`.")
-        return evaluation.evaluate(
-            self._encoders,
-            self.candidates,
-            self.validation,
-            self.k,
-            candidate_id_key=self.candidate_id_key,
-            verbose=self.verbose,
-        )
+        with _towers.scope_of(self.model):
+            return evaluation.evaluate(
+                self._encoders,
+                self.candidates,
+                self.validation,
+                self.k,
+                candidate_id_key=self.candidate_id_key,
+                verbose=self.verbose,
+            )
 
     def set_model(self, model: keras.Model) -> None:
         is_other = getattr(self, "model", None) is not model

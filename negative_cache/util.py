@@ -91,7 +91,10 @@ def cross_replica_sum(tensor: tf.Tensor) -> tf.Tensor:
     tensor = tf.stop_gradient(tensor)
     if num_replicas() == 1:
         return tensor
-    return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tensor)
+    # One number more in front: TensorFlow ends the process if there is nothing to add up.
+    sent = tf.concat([tf.zeros([1], tensor.dtype), tf.reshape(tensor, [-1])], axis=0)
+    total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, sent)
+    return tf.reshape(total[1:], tf.shape(tensor))
 
 
 def num_replicas() -> int:
@@ -108,8 +111,13 @@ def replica_id() -> tf.Tensor:
 
 
 def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
-    # A tensor from outside of the replicas may be on no device, and then is on this replica's.
-    return tf.distribute.get_replica_context().all_gather(tf.identity(tensor), axis=axis)
+    # TensorFlow ends the process if no replica has anything. So the first one has one more entry,
+    # in front.
+    is_first = tf.cast(tf.equal(replica_id(), 0), tf.int32)
+    before = is_first * tf.one_hot(axis, tensor.shape.rank, dtype=tf.int32)
+    padded = tf.pad(tensor, tf.stack([before, tf.zeros_like(before)], axis=1))
+    gathered = tf.distribute.get_replica_context().all_gather(padded, axis=axis)
+    return gathered[(slice(None),) * axis + (slice(1, None),)]
 
 
 def _carrier_dtype(dtype: tf.DType) -> tf.DType:

@@ -4,22 +4,19 @@ Positives are ranked in chunks, and each chunk is compared with one block of the
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from negative_cache import _validation
-from negative_cache._compat import keras
 from negative_cache._features import Features
-from negative_cache._towers import Encoder, TowerPair, encoders_of
-from negative_cache.evaluation import validation_set
-from negative_cache.evaluation.validation_set import Pairs, rows_of
+from negative_cache._towers import TowerPair, encoders_of, scope_of
+from negative_cache.evaluation import corpus, validation_set
+from negative_cache.evaluation.corpus import Part
+from negative_cache.evaluation.replicas import Replicas
+from negative_cache.evaluation.validation_set import Pairs
 from negative_cache.ops._precision import matmul_in_full
-
-# If the row of a positive is unknown, a candidate whose score is within rounding of the positive's
-# score counts as the positive itself.
-_RELATIVE_TIE = 1e-6
 
 # Positives ranked at a time, and the sizes of a block. They are large enough for a fast matmul, and
 # small enough that a block is compared while it is in the processor's cache.
@@ -63,6 +60,11 @@ def evaluate(
     * `hit_rate_at_{k}`, only if batches have `"positives"`: whether the best positive's rank is
       below k. If each query has one positive, it equals the recall.
 
+    Under a `MirroredStrategy` or a `MultiWorkerMirroredStrategy`, that of the model or the current
+    one, the corpus is divided among the replicas, batch by batch. Each encodes and scores its part,
+    and the counts of higher candidates are added, so that all get the same metrics. All workers
+    must call this function, and read `candidates` in one order. See docs/distributed.md.
+
     A positive is ranked even if it is listed as excluded. Queries without any positive do not enter
     the means. A positive whose score is NaN has the worst rank.
 
@@ -96,29 +98,34 @@ def evaluate(
     check_cutoffs(k)
     query_encoder, candidate_encoder = encoders_of(model)
     ids_of = functools.partial(validation_set.ids_of, key=candidate_id_key)
-    examples = validation_set.read(
-        validation,
-        embed_query=query_encoder.embed,
-        embed_candidate=candidate_encoder.embed,
-        ids_of=ids_of,
-        uses_ids=candidate_id_key is not None,
-    )
-    corpus_ids = None
-    if examples.candidate_ids is not None:
-        corpus_ids = validation_set.concatenate(ids_of(features) for features in candidates)
-        if not len(corpus_ids):
-            raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
-    positives, excluded = examples.look_up(corpus_ids)
-    corpus = _encode_corpus(candidates, candidate_encoder, ids_of, corpus_ids, verbose)
-    thresholds = _thresholds_of_pairs(examples.queries, positives, examples.positives, corpus)
-    ranks = _ranks(
-        examples.queries,
-        thresholds,
-        corpus,
-        positives.queries,
-        None if corpus_ids is None else positives.rows,
-        excluded,
-    )
+    with scope_of(model):
+        replicas = Replicas(tf.distribute.get_strategy())
+        examples = validation_set.read(
+            validation,
+            embed_query=query_encoder.embed,
+            embed_candidate=candidate_encoder.embed,
+            ids_of=ids_of,
+            uses_ids=candidate_id_key is not None,
+        )
+        corpus_ids = None
+        if examples.candidate_ids is not None:
+            corpus_ids = corpus.read_ids(candidates, ids_of, replicas)
+        positives, excluded = examples.look_up(corpus_ids)
+        # A validation dataset that shuffles has another order in another process.
+        queries, embeddings = map(replicas.from_first, (examples.queries, examples.positives))
+        positives = positives.map(replicas.from_first)
+        excluded = None if excluded is None else excluded.map(replicas.from_first)
+        parts = corpus.encode(
+            candidates,
+            candidate_encoder,
+            ids_of,
+            corpus_ids,
+            replicas,
+            dim=queries.shape[1],
+            verbose=verbose,
+        )
+        thresholds = corpus.thresholds_of_pairs(queries, positives, embeddings, parts, replicas)
+        ranks = _ranks(queries, thresholds, parts, positives, excluded, replicas)
     return retrieval_metrics(ranks, k, positives.queries if examples.lists_positives else None)
 
 
@@ -174,11 +181,10 @@ def positive_ranks(
     num_candidates = candidates.shape[0]
     owners = np.arange(num_positives) if one_each else positive_queries
     owners = _check_indices(owners, "positive_queries", num_positives, num_queries, 0)
-    rows = None
+    excluded, known = None, Pairs.of_unknown_rows(owners)
     if positive_rows is not None:
         rows = _check_indices(positive_rows, "positive_rows", num_positives, num_candidates, -1)
-    excluded = None
-    known = Pairs.of_unknown_rows(owners) if rows is None else Pairs(owners, rows)
+        known = Pairs(owners, rows)
     if excluded_rows is not None:
         excluded_queries, excluded_rows = validation_set.flatten(
             excluded_rows, "excluded_rows", num_queries
@@ -188,8 +194,9 @@ def positive_ranks(
         excluded = Pairs(excluded_queries, listed).unique().without(known)
     queries, positives = queries.numpy(), positives.numpy()
     own_queries = queries if one_each else queries[owners]
-    thresholds = _thresholds(own_queries, positives)
-    return _ranks(queries, thresholds, candidates, owners, rows, excluded, block_size)
+    thresholds = corpus.thresholds(own_queries, positives)
+    parts, replicas = [Part(candidates)], Replicas(None)
+    return _ranks(queries, thresholds, parts, known, excluded, replicas, block_size)
 
 
 def retrieval_metrics(
@@ -246,113 +253,64 @@ def _check_indices(
     return indices.astype(np.int64)
 
 
-def _encode_corpus(
-    candidates: Iterable[Features],
-    encoder: Encoder,
-    ids_of: Callable[[Features], np.ndarray],
-    expected_ids: np.ndarray | None,
-    verbose: int,
-) -> np.ndarray:
-    """Returns [C, d] embeddings, in the order of `expected_ids` if it is not None."""
-    ids_by_batch = []
-
-    def batches() -> Iterator[Features]:
-        for features in candidates:
-            if expected_ids is not None:
-                ids_by_batch.append(ids_of(features))
-            yield features
-
-    bar = _progress_bar(candidates, verbose)
-    corpus = encoder(batches(), bar.update if bar else None)
-    if expected_ids is None:
-        return corpus
-    ids = validation_set.concatenate(ids_by_batch)
-    if np.array_equal(ids, expected_ids):
-        return corpus
-    # A dataset that shuffles has another order in each pass.
-    rows = rows_of(expected_ids, ids)
-    if len(ids) != len(expected_ids) or np.any(rows < 0):
-        raise ValueError(
-            "`candidates` must yield the same candidates in every pass. Received"
-            f" {len(expected_ids)} and then {len(ids)}, of which {np.sum(rows >= 0)} the same."
-        )
-    return corpus[rows]
-
-
-def _progress_bar(batches: Iterable[Features], verbose: int) -> keras.utils.Progbar | None:
-    if not verbose:
-        return None
-    size = getattr(batches, "cardinality", None)
-    size = int(size()) if size is not None else -1
-    return keras.utils.Progbar(size if size > 0 else None, unit_name="batch")
-
-
-def _thresholds(queries: np.ndarray, positives: np.ndarray) -> np.ndarray:
-    """Returns [n] thresholds that higher candidates exceed: a positive's score plus rounding.
-
-    A copy of the positive under another id is scored in another product, so its score may differ by
-    rounding.
-    """
-    scores = tf.reduce_sum(queries * positives, axis=1).numpy()
-    lengths = np.linalg.norm(queries, axis=1) * np.linalg.norm(positives, axis=1)
-    return scores + _RELATIVE_TIE * lengths
-
-
-def _thresholds_of_pairs(
-    queries: np.ndarray, positives: Pairs, embeddings: np.ndarray, corpus: np.ndarray
-) -> np.ndarray:
-    """Returns [M] thresholds. The first positives have `embeddings`, the other ones have rows."""
-    parts = [_thresholds(queries[: len(embeddings)], embeddings)] if len(embeddings) else []
-    for start in range(len(embeddings), len(positives.queries), 2**16):
-        chunk = slice(start, start + 2**16)
-        parts.append(_thresholds(queries[positives.queries[chunk]], corpus[positives.rows[chunk]]))
-    return np.concatenate(parts)
-
-
 def _ranks(
     queries: np.ndarray,
     thresholds: np.ndarray,
-    candidates: tf.Tensor | np.ndarray,
-    positive_queries: np.ndarray,
-    positive_rows: np.ndarray | None,
+    parts: Sequence[Part],
+    positives: Pairs,
     excluded: Pairs | None,
+    replicas: Replicas,
     block_size: int | None = None,
 ) -> np.ndarray:
-    """Returns [M] ranks, for chunks of positives in the order of their queries."""
-    candidates = tf.convert_to_tensor(candidates)
+    """Returns [M] ranks, for chunks of positives in the order of their queries.
+
+    Each replica counts the higher candidates of its part, and the counts are added.
+    """
+    candidates = replicas.on_devices([tf.convert_to_tensor(part.embeddings) for part in parts])
     ranks = np.zeros(len(thresholds), np.int64)
-    order = np.argsort(positive_queries, kind="stable")
+    order = np.argsort(positives.queries, kind="stable")
+    knows_rows = np.any(positives.rows >= 0)
     for start in range(0, len(order), _CHUNK):
         chunk = order[start : start + _CHUNK]
-        used, owners = np.unique(positive_queries[chunk], return_inverse=True)
-        excluded_here = None
+        used, owners = np.unique(positives.queries[chunk], return_inverse=True)
+        rows = lists = None
+        if knows_rows:
+            rows = replicas.place([part.places_of(positives.rows[chunk]) for part in parts])
         if excluded is not None:
-            excluded_here = _of_queries(excluded, used)
+            listed = _of_queries(excluded, used)
+            lists = replicas.place([_of_part(listed, part) for part in parts])
         size = block_size or min(_BLOCK_SCORES // len(chunk), _BLOCK_EMBEDDINGS // queries.shape[1])
-        higher = _count_higher(
-            queries[used],
-            thresholds[chunk],
+        ranks[chunk] = replicas.run_and_sum(
+            _count_higher,
+            tf.constant(queries[used]),
+            tf.constant(thresholds[chunk]),
             candidates,
-            None if len(used) == len(chunk) else owners,
-            None if positive_rows is None else positive_rows[chunk],
-            excluded_here,
+            None if len(used) == len(chunk) else tf.constant(owners),
+            rows,
+            lists,
             tf.constant(min(max(size, 1), _LARGEST_BLOCK)),
         )
-        ranks[chunk] = higher.numpy()
-        if excluded_here is not None:
+        if excluded is not None:
             # `_count_higher` counts all excluded candidates.
-            ranks[chunk] -= np.bincount(excluded_here[:, 0], minlength=len(used))[owners]
+            num_excluded = np.bincount(listed.queries, minlength=len(used))
+            ranks[chunk] -= num_excluded[owners]
     return ranks
 
 
-def _of_queries(pairs: Pairs, queries: np.ndarray) -> np.ndarray:
-    """Returns [n, 2], the position in `queries` and the row of each of their pairs, by row."""
+def _of_queries(pairs: Pairs, queries: np.ndarray) -> Pairs:
+    """Returns the pairs of `queries`, with the position in `queries` for each query."""
     first = np.searchsorted(pairs.queries, queries[0])
     last = np.searchsorted(pairs.queries, queries[-1], side="right")
     positions = np.searchsorted(queries, pairs.queries[first:last])
     is_of_query = queries[positions] == pairs.queries[first:last]
-    found = np.stack([positions, pairs.rows[first:last]], axis=1)[is_of_query]
-    return found[np.argsort(found[:, 1], kind="stable")]
+    return Pairs(positions[is_of_query], pairs.rows[first:last][is_of_query])
+
+
+def _of_part(pairs: Pairs, part: Part) -> tf.Tensor:
+    """Returns [n, 2], the query and the row in a part of each of its pairs, by row."""
+    places = part.places_of(pairs.rows)
+    found = np.stack([pairs.queries, places], axis=1)[places >= 0]
+    return tf.constant(found[np.argsort(found[:, 1], kind="stable")])
 
 
 @tf.function(reduce_retracing=True)

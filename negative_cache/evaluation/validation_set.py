@@ -59,6 +59,9 @@ class Pairs:
         keys = np.unique(self.keys[self.rows >= 0])
         return Pairs(keys >> 32, keys & 0xFFFFFFFF)
 
+    def map(self, function: Callable[[np.ndarray], np.ndarray]) -> "Pairs":
+        return Pairs(function(self.queries), function(self.rows))
+
     def without(self, excluded: "Pairs") -> "Pairs":
         kept = ~np.isin(self.keys, excluded.keys)
         return Pairs(self.queries[kept], self.rows[kept])

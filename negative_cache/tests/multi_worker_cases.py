@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import tensorflow as tf
 
-from negative_cache import CachedRetrieval, DualEncoder, layers, losses, util
+from negative_cache import CachedRetrieval, DualEncoder, evaluation, layers, losses, util
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.handlers import CacheLossHandler
 from negative_cache.layers._variables import by_replica, make_state_variable, scatter_rows
@@ -145,6 +145,47 @@ def pooled(strategy, folder):
     return training(strategy, folder, pool="replicas")
 
 
+def evaluated(strategy, folder):
+    """Metrics over a corpus that is divided, and the words that each replica has encoded."""
+    table = np.random.default_rng(0).normal(size=[len(WORDS), 4]).astype(np.float32)
+    encoded = [set() for _ in range(2)]
+
+    def record(replica, words):
+        encoded[int(replica)].update(word.decode() for word in words.numpy().tolist())
+
+    def tower(words):
+        tf.py_function(record, [util.replica_id(), words], [])
+        numbers = tf.strings.to_number(tf.strings.substr(words, 5, 2), tf.int32)
+        return tf.ensure_shape(tf.gather(table, numbers), [None, 4])
+
+    def query_tower(numbers):
+        return tf.gather(-table, numbers)
+
+    words = tf.data.Dataset.from_tensor_slices(WORDS)
+    numbers = np.arange(12)
+    lists = {"positives": [3, 5], "excluded": [1, 7]}
+    validation = {
+        "query": numbers,
+        **{
+            name: np.array([[WORDS[number + step] for step in steps] for number in numbers])
+            for name, steps in lists.items()
+        },
+    }
+    # Workers read it in orders of their own.
+    validation = tf.data.Dataset.from_tensor_slices(validation).shuffle(12).batch(5)
+    with strategy.scope():
+        metrics = evaluation.evaluate(
+            (query_tower, tower),
+            words.batch(5),
+            validation,
+            (1, 3, 9),
+            candidate_id_key="candidate",
+        )
+    local = strategy.experimental_local_results(strategy.run(util.replica_id))
+    values = [metrics[name] for name in sorted(metrics)]
+    return [{"metrics": values, "encoded": sorted(encoded[int(replica)])} for replica in local]
+
+
 def published(strategy, folder):
     """Losses of the published API, and the rows that its handlers leave."""
     results = {}
@@ -178,7 +219,7 @@ def refusal(strategy):
 
 
 # Only `training` may differ under Keras 2. The workers of all cases are the same processes.
-_OF_ONE_KERAS = () if IS_KERAS_2 else (states, files, pooled, published)
+_OF_ONE_KERAS = () if IS_KERAS_2 else (states, files, pooled, evaluated, published)
 CASES = {case.__name__: case for case in (training, *_OF_ONE_KERAS)}
 
 

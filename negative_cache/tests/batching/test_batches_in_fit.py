@@ -301,6 +301,28 @@ def test_fit_on_two_replicas():
     assert np.all(np.isfinite(history["loss"])) and batches._epoch == 2
 
 
+def test_each_replica_trains_on_whole_groups():
+    with two_replicas().scope():
+        model = make_model(run_eagerly=False)
+    seen, train_step = [], model.train_step
+
+    def record(data):
+        batch = data[0] if isinstance(data, tuple) else data
+        tf.py_function(lambda ids: seen.append(ids.numpy()), [batch["query"]["id"]], [])
+        return train_step(data)
+
+    model.train_step = record
+    options = {"group_size": 4, "drop_remainder": True, "verbose": 0}
+    batches = GlobalContrastiveBatches(model, PAIRS, 8, **options)
+    model.fit(batches, epochs=1, verbose=0)
+    # Two batches, each of two groups: four that are next to each other in the order, as in a ring.
+    places = np.argsort(batches.order)
+    assert len(seen) == 4 and len(set(np.concatenate(seen))) == 16
+    for ids in seen:
+        own = places[ids]
+        assert any(set((own - first) % len(places)) == {0, 1, 2, 3} for first in own)
+
+
 @pytest.mark.parametrize("kind", ["array", "object", "bytes", "tensor"])
 def test_strings(kind):
     titles = {

@@ -41,8 +41,15 @@ from negative_cache.tests.layers.retrieval_cases import (
     make_queries,
     make_task,
 )
-from negative_cache.tests.layers.shared_draw_cases import CACHED, CASES, ROW_P, STALE, TABLE
-from negative_cache.tests.replicas import two_replicas
+from negative_cache.tests.layers.shared_draw_cases import (
+    CACHED,
+    CASES,
+    ROW_P,
+    STALE,
+    TABLE,
+    as_variable,
+)
+from negative_cache.tests.replicas import run_on_two_replicas, two_replicas
 from negative_cache.tests.statistics import assert_mean_is
 
 OWN, SHARED = {"num_negatives": 2}, {"num_draws": 2}
@@ -326,6 +333,39 @@ def test_a_pool_of_strings_begins_empty():
     assert first == [0.0, 0.0]
     scores = (make_queries(1).astype(np.float64) @ TABLE[0])[0] + np.zeros(3)
     np.testing.assert_allclose(second, np.logaddexp.reduce(scores) - scores[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("draws", [OWN, SHARED])
+def test_a_step_without_a_query_anywhere_changes_nothing(draws):
+    with two_replicas().scope():
+        tower = Titles(TABLE)
+        source = FromCache(CacheSpec(SPECS, 4, embedding_dim=DIM), pool="replicas", seed=1, **draws)
+        sources = [source, InBatch(pool="replicas")]
+        task = Retrieval(tower, sources, candidate_id_key="title", remove_accidental_hits=True)
+        source.add(features_of(tf.range(5)))
+
+    def step():
+        features = features_of(tf.range(0))
+        with tf.GradientTape() as tape:
+            queries = tf.zeros([0, DIM])
+            loss = task(queries, tower(features), features, training=True)
+        return loss, tf.convert_to_tensor(tape.gradient(loss, as_variable(tower.table)))
+
+    before = contents_of(source.cache)
+    for loss, gradient in run_on_two_replicas(step):
+        assert loss == 0.0 and not np.any(gradient)
+    after = contents_of(source.cache)
+    for key, values in before.items():
+        np.testing.assert_array_equal(after[key], values, err_msg=key)
+
+
+def contents_of(cache):
+    """The features and embeddings of both shards, by name and number."""
+    return {
+        f"{key} {i}": part.numpy()
+        for key, variable in cache.data.items()
+        for i, part in enumerate(by_replica(variable))
+    }
 
 
 def test_a_refresh_bears_a_shard_without_rows():
