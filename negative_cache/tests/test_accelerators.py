@@ -13,6 +13,7 @@ from negative_cache.layers._cache import times
 from negative_cache.layers._variables import Int32Variable, make_state_variable, scatter_rows
 from negative_cache.ops import _execution
 from negative_cache.tests import gpu_kernels
+from negative_cache.tests.kerases import under_both
 from negative_cache.tests.training_steps import (
     BATCH,
     NUM_ROWS,
@@ -112,7 +113,8 @@ def assert_trains(model, step):
 
 
 # To trace a step takes longest, so that it is traced once for all that is asserted of it.
-@pytest.mark.parametrize("name", TASKS)
+# Of Keras in it are the optimizer, metrics and weights, which these tasks have between them.
+@pytest.mark.parametrize("name", under_both(TRAINED_IN_A_GRAPH, TASKS))
 def test_a_step_has_kernels_on_a_gpu_keeps_no_scores_and_trains(name, on_gpu):
     model = model_of(TASKS[name]())
     report, compiled, step = examine(model)
@@ -127,7 +129,7 @@ def test_a_step_has_kernels_on_a_gpu_keeps_no_scores_and_trains(name, on_gpu):
         assert_trains(model, step)
 
 
-@pytest.mark.parametrize("name", TASKS_WITH_BRANCHES)
+@pytest.mark.parametrize("name", under_both(["probed"], TASKS_WITH_BRANCHES))
 def test_every_operation_of_a_branch_has_a_kernel_on_a_gpu(name, on_gpu):
     model = model_of(TASKS_WITH_BRANCHES[name]())
     report, compiled, _ = examine(model)
@@ -135,6 +137,7 @@ def test_every_operation_of_a_branch_has_a_kernel_on_a_gpu(name, on_gpu):
     assert compiled.without_kernel == []
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("name", TASKS_ON_HOST)
 def test_a_step_with_something_on_the_host_copies_rows_and_not_the_cache(name, on_gpu):
     # The second of two CPUs stands for a GPU: what is left on the first is on the host.
@@ -160,6 +163,7 @@ def test_a_step_with_something_on_the_host_copies_rows_and_not_the_cache(name, o
         assert place == (0 if key in cache.on_host else 1)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("kwargs", [{}, {"top_k": 10}])
 def test_every_operation_of_a_published_step_has_a_kernel_on_a_gpu(kwargs, on_gpu):
     step = tf.function(published_step(**kwargs))
@@ -167,6 +171,7 @@ def test_every_operation_of_a_published_step_has_a_kernel_on_a_gpu(kwargs, on_gp
     assert_runs_on_a_gpu(gpu_kernels.examine(step.get_concrete_function(features)))
 
 
+@pytest.mark.one_keras
 def test_a_layer_runs_where_it_was_made_wherever_the_step_is(on_gpu):
     with tf.device("CPU:1"):
         model = model_of(TASKS["index, corrector"]())
@@ -175,6 +180,7 @@ def test_a_layer_runs_where_it_was_made_wherever_the_step_is(on_gpu):
     assert int(model.task.cache.num_filled) == BATCH
 
 
+@pytest.mark.one_keras
 def test_nothing_is_compiled_where_nobody_wants_it(on_gpu, monkeypatch):
     monkeypatch.setenv("NEGATIVE_CACHE_XLA", "0")
     model = model_of(TASKS["index, corrector"]())
@@ -182,6 +188,7 @@ def test_nothing_is_compiled_where_nobody_wants_it(on_gpu, monkeypatch):
     assert report.compiled == 0
 
 
+@pytest.mark.one_keras
 def test_the_registry_shows_what_a_gpu_refuses():
     flags = tf.Variable([False] * 4)
     counts = tf.Variable([0] * 4)
@@ -219,6 +226,7 @@ def items_of(ids, offset=0.0):
     return {**features, "embedding": features["x"] + offset}
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("jit_compile", [None, True])
 @pytest.mark.parametrize("make", [streaming, covering])
 def test_a_compiled_update_is_that_of_a_cpu(make, jit_compile, monkeypatch):
@@ -260,12 +268,14 @@ def test_a_compiled_update_is_that_of_a_cpu(make, jit_compile, monkeypatch):
     assert int(caches[0].num_filled) == int(caches[1].num_filled) > 0
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("name", ["bfloat16", "index", "corpus, refreshed and corrected"])
 def test_a_step_that_xla_compiles_trains(name, on_gpu):
     model = model_of(TASKS[name]())
     assert_trains(model, tf.function(model.train_step, jit_compile=True))
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("limited", [False, True])
 def test_draws_of_a_tree_are_the_same_under_xla(limited):
     rng = np.random.default_rng(0)
@@ -326,6 +336,7 @@ class TestInt32Variable:
         np.testing.assert_array_equal(variable, [200, -6, -100, -8])
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("name", [name for name in TASKS if "index" not in name])
 def test_on_a_cpu_no_step_keeps_the_scores_of_all_rows_for_its_gradient(name):
     assert_keeps_no_scores(tf.function(model_of(TASKS[name]()).train_step))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from negative_cache.tests.kerases import under_both
 from negative_cache.tests.training_steps import (
     BATCH,
     NUM_ROWS,
@@ -15,6 +16,16 @@ from negative_cache.tests.training_steps import (
 )
 
 ALL = {**TASKS, **TASKS_WITH_BRANCHES}
+HEALTHY = [
+    "in-batch",
+    "frequency",
+    "corrector, cross-entropy",
+    "Nyström",
+    "index, corrector",
+    "corpus, refreshed and corrected",
+    "corpus, coded index",
+    "probed",
+]
 
 
 @pytest.fixture
@@ -28,19 +39,7 @@ def random_batch(rng):
     return batch_of(rng.choice(NUM_ROWS, BATCH, replace=False))
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "in-batch",
-        "frequency",
-        "corrector, cross-entropy",
-        "Nyström",
-        "index, corrector",
-        "corpus, refreshed and corrected",
-        "corpus, coded index",
-        "probed",
-    ],
-)
+@pytest.mark.parametrize("name", under_both(["in-batch", "probed"], HEALTHY))
 def test_a_healthy_model_trains(name, checked):
     # From a cache without a row on.
     model = model_of(ALL[name]())

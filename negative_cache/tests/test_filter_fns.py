@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from negative_cache.filter_fns import IsInCacheFilterFn
 from negative_cache.negative_cache import CacheManager, NegativeCache
 
+pytestmark = pytest.mark.one_keras
+
 
 def make_cache(**data):
     data = {key: tf.constant(value) for key, value in data.items()}

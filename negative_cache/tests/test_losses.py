@@ -30,6 +30,8 @@ from negative_cache.tests.loss_cases import (
 )
 from negative_cache.tests.statistics import assert_draws_follow, assert_mean_is
 
+pytestmark = pytest.mark.one_keras
+
 
 def test_value_is_minus_log_probability_of_the_positive():
     for loss in both_paths(make_loss()):

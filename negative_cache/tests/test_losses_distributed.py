@@ -22,6 +22,8 @@ from negative_cache.tests.loss_cases import (
 from negative_cache.tests.replicas import run_on_two_replicas
 from negative_cache.tests.statistics import assert_draws_follow
 
+pytestmark = pytest.mark.one_keras
+
 # The shards of two replicas: of each, the first row is the source "a" and the others are "b".
 SHARDS = [[0, 1, 2], [3, 4, 5]]
 

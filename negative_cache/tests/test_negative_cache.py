@@ -12,6 +12,8 @@ from negative_cache.layers.cache import Cache
 from negative_cache.negative_cache import CacheManager, NegativeCache
 from negative_cache.tests.replicas import run_on_two_replicas
 
+pytestmark = pytest.mark.one_keras
+
 SPECS = {
     "embedding": tf.io.FixedLenFeature([2], tf.float32),
     "id": tf.io.FixedLenFeature([], tf.int32),

@@ -7,6 +7,8 @@ import tensorflow as tf
 from negative_cache import retrieval_fns
 from negative_cache.tests.statistics import assert_draws_follow
 
+pytestmark = pytest.mark.one_keras
+
 
 def test_max_score_takes_the_first_of_the_highest():
     scores = tf.constant([[0.0, 3.0, 1.0], [2.0, -1.0, 2.0]])

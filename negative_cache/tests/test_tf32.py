@@ -12,6 +12,8 @@ from negative_cache.evaluation import ranks
 from negative_cache.ops import _execution
 from negative_cache.ops._precision import matmul_in_full
 
+pytestmark = pytest.mark.one_keras
+
 
 def to_tf32(values):
     """Float32 rounded to ten bits behind the point, ties to even."""

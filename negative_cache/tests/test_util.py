@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from negative_cache import util
 from negative_cache.tests.replicas import run_on_two_replicas, two_replicas
 
+pytestmark = pytest.mark.one_keras
+
 
 @given(k=st.integers(1, 4), run_size=st.integers(1, 4), seed=st.integers(0, 2**16))
 def test_approximate_top_k_keeps_the_best_of_each_run(k, run_size, seed):

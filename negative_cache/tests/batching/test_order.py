@@ -13,6 +13,8 @@ from negative_cache import TreeIndex, batching
 from negative_cache.batching import bandwidth, contrastive_order, neighbor_graph
 from negative_cache.batching import order as order_module
 
+pytestmark = pytest.mark.one_keras
+
 
 def random_embeddings(num_pairs, dim=8, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)

@@ -22,6 +22,8 @@ from negative_cache.tests.evaluation.rank_problems import (
     validation_batches,
 )
 
+pytestmark = pytest.mark.one_keras
+
 
 @hypothesis.given(problems(), st.sampled_from([1, 3, 7, 8192]), st.booleans())
 def test_ranks_are_those_of_sorting(problem, block_size, with_rows):

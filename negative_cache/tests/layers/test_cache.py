@@ -318,6 +318,7 @@ def histories(draw):
     return size, draw(st.booleans()), updates
 
 
+@pytest.mark.one_keras
 @given(histories(), st.integers(1, 5))
 def test_a_queue_of_the_oldest_rows_changes_nothing(history, queue_size):
     size, use_lru, updates = history

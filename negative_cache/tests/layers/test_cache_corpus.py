@@ -150,6 +150,7 @@ def test_unknown_ids_are_skipped_and_counted():
     assert cache.embeddings.numpy()[3].tolist() == [1.0] * DIM
 
 
+@pytest.mark.one_keras
 def test_rewriting_makes_rows_fresh_and_others_no_older():
     index = TreeIndex(13, DIM, leaf_size=4, branching=4)
     cache = from_dataset(index=index)

@@ -65,6 +65,7 @@ def test_a_cache_without_anything_on_the_host_may_be_compiled():
     assert Cache(specs, 6).supports_jit and not Cache(specs, 6).host_keys
 
 
+@pytest.mark.one_keras
 def test_a_task_trains_with_all_of_a_corpus_on_the_host():
     table, tower = make_table(40), Table(make_table(40))
     index = TreeIndex(40, DIM, store_embeddings=False, residual_bytes=DIM, leaf_size=8, beam=8)

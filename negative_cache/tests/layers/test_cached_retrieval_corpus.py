@@ -106,6 +106,7 @@ def test_without_write_back_only_refreshes_write():
 # Refreshes.
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("fraction, per_step", [(0.25, 3), (0.3, 4), (1.0, 12), (0.05, 1)])
 def test_the_oldest_rows_are_refreshed_at_each_step(fraction, per_step):
     table = make_table(12)
@@ -178,6 +179,7 @@ def test_filling_encodes_the_corpus_anew():
     assert task.cache.rows_of(tf.constant([9, 10], tf.int64)).numpy().tolist() == [9, -1]
 
 
+@pytest.mark.one_keras
 def test_an_index_follows_what_is_refreshed():
     table = make_table(12)
     index = TreeIndex(12, DIM, leaf_size=4, branching=4)
@@ -193,6 +195,7 @@ def test_an_index_follows_what_is_refreshed():
 # What is reported.
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -283,6 +286,7 @@ def refuse(message, **kwargs):
         make_corpus_task(make_table(12), **kwargs)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -162,6 +162,7 @@ def test_rows_that_came_without_a_probability_are_not_corrected():
     np.testing.assert_allclose(loss, cross_entropy(scores[0], scores[[5, 6]]), rtol=1e-5)
 
 
+@pytest.mark.one_keras
 def test_frequency_correction_estimates_the_partition_of_the_corpus():
     num_candidates, cache_size, batch = 60, 512, 64
     table = make_table(num_candidates, seed=3)
@@ -237,6 +238,7 @@ def test_frequency_correction_leaves_rows_alone_that_the_stream_has_not_brought(
     )
 
 
+@pytest.mark.one_keras
 def test_a_corpus_much_larger_than_the_cache_has_frequencies_of_its_own():
     # 300,000 candidates, and a cache of 64.
     count, cache_size = 300_000, 64

@@ -49,6 +49,7 @@ def taught_task(table, corrector, *, steps=3, **kwargs):
 # The law.
 
 
+@pytest.mark.one_keras
 @both
 @pytest.mark.parametrize("dtype", [tf.float32, tf.bfloat16])
 def test_the_loss_is_over_corrected_embeddings(make, dtype):
@@ -70,6 +71,7 @@ def test_the_loss_of_a_training_step_has_the_same_value(make):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.one_keras
 @both
 def test_draws_follow_the_corrected_law(make):
     table, query = make_table(SIZE), make_queries(1)
@@ -106,6 +108,7 @@ def test_a_corrector_of_a_cache_that_streams(make):
 # What is learned.
 
 
+@pytest.mark.one_keras
 @both
 def test_a_drift_is_learned_while_training(make):
     table = make_table(SIZE)
@@ -136,6 +139,7 @@ def test_chosen_landmarks_are_not_written_back():
     assert np.sum(np.square(corrected_rows(task) - drifted(table, 0.1))) < before / 5
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     "make",
     [
@@ -233,6 +237,7 @@ def make_index(**kwargs):
     return TreeIndex(SIZE, DIM, **{"leaf_size": 4, "branching": 4, **kwargs})
 
 
+@pytest.mark.one_keras
 @both
 def test_with_everything_opened_an_index_gives_the_corrected_loss(make):
     table, queries, ids = make_table(SIZE), make_queries(3), [4, 4, 9]
@@ -243,6 +248,7 @@ def test_with_everything_opened_an_index_gives_the_corrected_loss(make):
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
 
 
+@pytest.mark.one_keras
 @both
 def test_an_index_is_kept_and_its_bounds_are_of_stale_embeddings(make):
     table, queries = make_table(SIZE), make_queries(3)
@@ -339,13 +345,19 @@ def test_the_content_of_rows_is_seen():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Corrector(8),
-        lambda: NystromCorrector(6),
-        lambda: NystromCorrector(6, landmarks="uniform", num_encoded=2),
+        pytest.param(lambda: Corrector(8), id="network"),
+        pytest.param(
+            lambda: NystromCorrector(6), id="encoded landmarks", marks=pytest.mark.one_keras
+        ),
+        pytest.param(
+            lambda: NystromCorrector(6, landmarks="uniform", num_encoded=2), id="chosen landmarks"
+        ),
     ],
-    ids=["network", "encoded landmarks", "chosen landmarks"],
 )
-@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "jit_compile",
+    [False, pytest.param(True, marks=[pytest.mark.slow, pytest.mark.one_keras])],
+)
 def test_a_compiled_training_is_traced_once(make, jit_compile):
     table = make_table(SIZE)
     task = make_corpus_task(

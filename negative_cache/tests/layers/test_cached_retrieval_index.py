@@ -32,6 +32,7 @@ def assert_follows(index, cache):
     check_tree(index, {int(row): cache.embeddings.numpy()[row] for row in rows})
 
 
+@pytest.mark.one_keras
 def test_the_index_follows_every_update_of_a_cache():
     rng = np.random.default_rng(0)
     index = make_index(40)
@@ -64,6 +65,7 @@ def test_the_index_follows_every_update_of_a_cache():
     assert_follows(index, cache)
 
 
+@pytest.mark.one_keras
 def test_masked_and_unfilled_rows_are_as_without_an_index():
     index = make_index(6)
     specs = {"id": INT_ID, "embedding": tf.io.FixedLenFeature([DIM], tf.float32)}
@@ -78,6 +80,7 @@ def test_masked_and_unfilled_rows_are_as_without_an_index():
     assert int(index.num_candidates) == 2
 
 
+@pytest.mark.one_keras
 def test_a_query_whose_proposals_are_all_left_out_has_no_gradient_of_a_draw():
     table, queries = make_table(), make_queries(1)
     # Every cached candidate is the positive: none is a negative.
@@ -92,6 +95,7 @@ def test_a_query_whose_proposals_are_all_left_out_has_no_gradient_of_a_draw():
     np.testing.assert_array_equal(tape.gradient(loss, variable), np.zeros([1, DIM]))
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize(
     "arguments",
@@ -147,6 +151,7 @@ def test_a_compiled_training_keeps_the_index_in_step_with_the_cache():
     assert len(traces) == 1
 
 
+@pytest.mark.one_keras
 def test_inference_reads_the_index_only():
     table, queries = make_table(), make_queries(2)
     index = make_index(**ALL)

@@ -17,6 +17,8 @@ from negative_cache.tests.layers.retrieval_cases import (
 )
 from negative_cache.tests.statistics import assert_draws_follow, assert_mean_is
 
+pytestmark = pytest.mark.one_keras
+
 # The value of the loss.
 
 

@@ -78,6 +78,7 @@ KNOWN = [[5, 6, 1], [], [7]]
 LEFT_OUT = [{0, 5, 6, 1}, {1}, {2, 7}]
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("form", [ragged, padded])
 @pytest.mark.parametrize("kind", ["sampler", "index", "corpus", "corpus, index"])
 def test_further_positives_are_negatives_nowhere(kind, form):
@@ -121,6 +122,7 @@ def test_further_positives_in_the_batch_and_among_explicit_negatives():
     np.testing.assert_allclose(found, expected([[2, 9], [0, 2, 5, 9], [0, 1, 9]]), rtol=1e-5)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("count", [1, 8, 9, 30, None])
 def test_any_number_of_further_positives(count):
     task = make_task(TABLE, cache_size=12, filled_with=range(3, 15), reduction="none")

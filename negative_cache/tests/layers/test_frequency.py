@@ -35,6 +35,7 @@ def test_moving_average_of_gaps_by_hand():
     )
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("batch_size", [16, 256])
 def test_estimates_are_close_to_the_law_of_a_zipf_stream(batch_size):
     num_candidates, num_draws, rate = 200, 2**16, 0.02

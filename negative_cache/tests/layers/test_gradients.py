@@ -54,6 +54,7 @@ def dense_loss(task, queries, table, cached, options):
     return tf.reduce_sum(tf.reduce_logsumexp(tf.concat(logits, axis=1), axis=1) - positives)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("transform", [LearnedTemperature, Curve])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_variable_gets_the_gradient_of_the_dense_loss(name, transform):

@@ -185,6 +185,7 @@ CASES = {
 DRAWN = [name for name, options in CASES.items() if options.get("cache_size", True)]
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("name", CASES)
 def test_the_gradient_is_exact_with_a_fresh_cache(name):
     case = Case(CASES[name])
@@ -194,6 +195,7 @@ def test_the_gradient_is_exact_with_a_fresh_cache(name):
     np.testing.assert_allclose(slope, expected.sum(), rtol=1e-4)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("is_exact", [True, False], ids=["exact", "sampled"])
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_gradient_is_so_in_expectation_with_a_stale_cache(name, is_exact):

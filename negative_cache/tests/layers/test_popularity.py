@@ -199,7 +199,7 @@ def fit(task, ids=POPULAR, epochs=1, compile_with=(), **more):
     return notices(lambda: model.fit(batches_of(ids, **more), epochs=epochs, verbose=0))
 
 
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("jit_compile", [False, pytest.param(True, marks=pytest.mark.one_keras)])
 @pytest.mark.parametrize("cache_size", [0, 64])
 def test_fit_notices_once(cache_size, jit_compile):
     found = fit(make_task(cache_size), epochs=3, compile_with={"jit_compile": jit_compile})
@@ -229,6 +229,7 @@ def of_corpus():
     return CachedRetrieval(tower, cache=cache, in_batch_negatives=True)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("name", SILENT)
 def test_fit_is_silent(name):
     task, ids = SILENT[name]()

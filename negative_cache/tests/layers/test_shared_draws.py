@@ -26,6 +26,8 @@ from negative_cache.tests.layers.shared_draw_cases import (
 )
 from negative_cache.tests.statistics import assert_mean_is
 
+pytestmark = pytest.mark.one_keras
+
 # Σ_x ω̃_x and strata differ much between these.
 NUM_DRAWS = 2
 

@@ -116,6 +116,7 @@ def test_a_row_that_several_draw_is_written_once():
     np.testing.assert_allclose(task.cache.embeddings[row], moved[7])
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("kwargs", [{}, {"num_draws": 3}, {"num_negatives": 2}])
 @pytest.mark.parametrize("is_known", [False, True])
 def test_an_empty_batch(kwargs, is_known):
@@ -185,6 +186,7 @@ def checked():
     tf.debugging.disable_check_numerics()
 
 
+@pytest.mark.one_keras
 def test_every_number_of_a_step_is_finite(checked):
     # From an empty cache on; queries with nothing to draw, with won positives, and with lost ones.
     known = tf.constant([[5, 6, 7, 8], [-1] * 4, [-1] * 4], tf.int64)

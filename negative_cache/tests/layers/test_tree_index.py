@@ -24,6 +24,7 @@ from negative_cache.tests.replicas import two_replicas
 from negative_cache.tests.tree_invariants import check_tree, log_partition
 
 
+@pytest.mark.one_keras
 def test_an_empty_tree(root_width):
     index = make_index()
     check_tree(index, {})
@@ -42,6 +43,7 @@ def test_an_empty_tree(root_width):
     np.testing.assert_array_equal(gradient, np.zeros([2, DIM]))
 
 
+@pytest.mark.one_keras
 def test_a_tree_built_at_once(root_width):
     rng = np.random.default_rng(1)
     index, vectors = filled_index(rng)
@@ -57,6 +59,7 @@ def shared_index(is_deep):
         return make_index(capacity=120)
 
 
+@pytest.mark.one_keras
 @given(seed=st.integers(0, 2**16), is_deep=st.booleans(), start=st.integers(0, 60))
 @settings(max_examples=12)
 def test_invariants_and_bounds_hold_after_any_sequence_of_changes(seed, is_deep, start):
@@ -96,6 +99,7 @@ def test_invariants_and_bounds_hold_after_any_sequence_of_changes(seed, is_deep,
         assert np.all(tight <= loose + 1e-2 * (1 + np.abs(loose)))
 
 
+@pytest.mark.one_keras
 def test_thousands_of_updates():
     rng = np.random.default_rng(3)
     index, vectors = filled_index(rng, count=300)
@@ -111,6 +115,7 @@ def test_thousands_of_updates():
     check_tree(index, vectors)
 
 
+@pytest.mark.one_keras
 @given(
     temperature=st.floats(0.02, 5.0),
     dim=st.integers(1, 40),
@@ -129,6 +134,7 @@ def test_bounds_of_random_trees(temperature, dim, count, seed):
     assert np.all(lower.numpy() <= expected) and np.all(expected <= upper.numpy())
 
 
+@pytest.mark.one_keras
 def test_bounds_with_a_transform_contain_the_log_partition(root_width):
     rng = np.random.default_rng(4)
     index, vectors = filled_index(rng)
@@ -140,6 +146,7 @@ def test_bounds_with_a_transform_contain_the_log_partition(root_width):
     assert np.all(lower.numpy() <= expected) and np.all(expected <= upper.numpy())
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_embeddings_of_half_precision(dtype):
     rng = np.random.default_rng(12)
@@ -153,6 +160,7 @@ def test_embeddings_of_half_precision(dtype):
     assert_bounds(index, queries_of(rng, 3), kept)
 
 
+@pytest.mark.one_keras
 def test_rows_that_are_not_finite_are_skipped_and_counted():
     rng = np.random.default_rng(13)
     rows = clustered(rng, 40)
@@ -181,6 +189,7 @@ def test_in_a_graph_bad_indices_are_skipped_and_counted():
 
 
 # Trees of several levels take seconds to trace, and do not depend on the dtype of candidates.
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     "dtype, far, root_width",
     [
@@ -206,6 +215,7 @@ def test_rows_too_long_to_be_squared_are_skipped_and_counted(root_width, dtype, 
     assert int(index.num_skipped) == 3
 
 
+@pytest.mark.one_keras
 def test_bounds_allow_for_the_rounding_of_scores():
     rng = np.random.default_rng(14)
     rows = np.full([50, DIM], 1.7, np.float32) + 1e-6 * rng.normal(size=[50, DIM])
@@ -216,6 +226,7 @@ def test_bounds_allow_for_the_rounding_of_scores():
     assert_bounds(index, queries, vectors, beam=50)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(
     "transform", [tf.floor, lambda s: tf.where(s > 0.5, s, -np.inf)], ids=["floor", "cutoff"]
 )
@@ -240,6 +251,7 @@ def test_a_strategy_is_known_outside_of_its_scope():
     assert counts == [21, 21]
 
 
+@pytest.mark.one_keras
 def test_masked_entries_change_nothing():
     rng = np.random.default_rng(15)
     index, vectors = filled_index(rng)
@@ -252,6 +264,7 @@ def test_masked_entries_change_nothing():
     assert int(index.num_skipped) == 0
 
 
+@pytest.mark.one_keras
 def test_a_full_tree_without_free_blocks_still_takes_every_candidate():
     rng = np.random.default_rng(16)
     index = make_index(capacity=60)

@@ -10,6 +10,8 @@ from negative_cache.ops.tree.cut import Scoring
 from negative_cache.ops.tree.law import proposal_log_law, total_variation
 from negative_cache.tests.tree_invariants import check_tree, log_partition
 
+pytestmark = pytest.mark.one_keras
+
 DIM = 8
 
 

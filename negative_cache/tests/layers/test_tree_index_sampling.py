@@ -17,6 +17,8 @@ from negative_cache.tests.layers.tree_cases import (
 from negative_cache.tests.statistics import assert_draws_follow
 from negative_cache.tests.tree_invariants import check_tree, log_partition
 
+pytestmark = pytest.mark.one_keras
+
 
 def test_opening_everything_is_exact(root_width):
     rng = np.random.default_rng(5)

@@ -48,6 +48,7 @@ def draws_of(num_candidates, count, num_steps, seed=3):
 # The draws.
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(["size", "count"], [(12, 4), (11, 4), (7, 7), (5, 1)])
 def test_draws_are_distinct_and_each_is_uniform(size, count):
     rows, part_sizes = draws_of(size, count, 6000)
@@ -59,6 +60,7 @@ def test_draws_are_distinct_and_each_is_uniform(size, count):
         assert_draws_follow(column, np.full(size, 1.0 / size))
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize(["size", "count"], [(12, 4), (11, 4), (3, 5)])
 def test_weighted_draws_estimate_the_sum_over_all_rows(size, count):
     rows, part_sizes = draws_of(size, count, 6000)
@@ -70,6 +72,7 @@ def test_weighted_draws_estimate_the_sum_over_all_rows(size, count):
         np.testing.assert_allclose(sums, values.sum())
 
 
+@pytest.mark.one_keras
 def test_over_random_orders_the_variance_is_that_without_replacement():
     size, count, num_steps = 12, 4, 6000
     rows, part_sizes = draws_of(size, count, num_steps)
@@ -104,6 +107,7 @@ def test_the_loss_is_that_of_the_draws(scaled, training):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.one_keras
 def test_the_sum_estimates_that_over_the_corpus_without_what_is_left_out():
     # Eleven candidates, of which four are drawn: parts of two sizes.
     task, _ = make_task(Uniform(corpus(11), 4, seed=1), remove_accidental_hits=True)
@@ -219,6 +223,7 @@ def test_a_memory_holds_the_last_candidates_of_the_stream():
         assert int(source.num_candidates) == len(memory)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("scaled", [True, False])
 def test_draws_from_the_stream_are_corrected_for_popularity(scaled):
     source = Uniform(feature_specs=SPECS, memory_size=6, num_draws=3, scaled=scaled, seed=1)
@@ -241,6 +246,7 @@ def test_draws_from_the_stream_are_corrected_for_popularity(scaled):
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
 
 
+@pytest.mark.one_keras
 def test_draws_from_the_stream_are_corrected_by_estimated_frequencies():
     source = Uniform(feature_specs=SPECS, memory_size=6, num_draws=6, seed=1)
     task, tower = make_task(source, frequency_correction=True)

@@ -81,6 +81,7 @@ def test_the_tower_trains_with_its_draws_and_adds_no_loss_for_them():
     assert len(tower.losses) == before == 1
 
 
+@pytest.mark.one_keras
 def test_compiled_by_xla_it_draws_the_same():
     losses = []
     for jit_compile in (False, True):
@@ -96,6 +97,7 @@ def test_compiled_by_xla_it_draws_the_same():
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.one_keras
 @pytest.mark.parametrize("of_stream", [False, True])
 def test_a_step_runs_on_a_gpu_and_waits_for_nothing(of_stream, monkeypatch):
     monkeypatch.setattr(_execution, "device_type", lambda like=None: "GPU")
