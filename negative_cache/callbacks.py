@@ -54,6 +54,10 @@ class CorpusMetrics(keras.callbacks.Callback):
     Raises:
       ValueError: if `k` or `every` is not positive. When training begins, if the model lacks the
         two networks and `networks` is not given.
+
+    Example:
+      >>> metrics = CorpusMetrics(candidates.batch(1024), validation.batch(1024), k=(1, 10))
+      >>> model.fit(pairs.batch(128), callbacks=[metrics])
     """
 
     def __init__(
@@ -136,6 +140,9 @@ class CacheWarmStart(keras.callbacks.Callback):
 
     Raises:
       ValueError: when training begins, if the dataset is empty or the model has no cache.
+
+    Example:
+      >>> model.fit(pairs.batch(128), callbacks=[CacheWarmStart(candidates.batch(1024))])
     """
 
     def __init__(self, candidates: Iterable, *, verbose: int = 1, task: CacheOwner | None = None):
@@ -208,6 +215,9 @@ class CacheRefresh(keras.callbacks.Callback):
     Raises:
       ValueError: if `every_steps` or `batch_size` is not positive. When training begins, if the
         model has no cache.
+
+    Example:
+      >>> model.fit(pairs.batch(128), callbacks=[CacheRefresh(every_steps=1000)])
     """
 
     def __init__(
@@ -278,6 +288,9 @@ class CacheSummaries(keras.callbacks.Callback):
     Raises:
       ValueError: if `update_freq` is out of range. When training begins, if there is no task with a
         cache.
+
+    Example:
+      >>> model.fit(pairs.batch(128), callbacks=[CacheSummaries("logs")])
     """
 
     def __init__(

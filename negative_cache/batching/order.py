@@ -80,6 +80,11 @@ def contrastive_order(
     Raises:
       ValueError: if shapes do not match, an embedding is not finite, or an argument is out of
         range.
+
+    Example:
+      >>> order = contrastive_order(query_embeddings, candidate_embeddings, num_neighbors=4)
+      >>> sorted(order.tolist()) == list(range(len(query_embeddings)))
+      True
     """
     if batch_size is not None:
         _validation.check_count(batch_size, "batch_size")

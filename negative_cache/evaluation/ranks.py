@@ -91,9 +91,10 @@ def evaluate(
         ids are used.
 
     Example:
-      >>> evaluate(model, candidates.batch(1024), validation.batch(1024), candidate_id_key="title")
-      {"recall_at_1": …, "recall_at_10": …, "recall_at_100": …, "mrr": …}
-      >>> evaluate((user_model, movie_model), movies.batch(1024), validation.batch(1024))
+      >>> towers = query_tower, candidate_tower
+      >>> metrics = evaluate(towers, candidates.batch(1024), validation.batch(1024))
+      >>> list(metrics)
+      ['recall_at_1', 'recall_at_10', 'recall_at_100', 'mrr']
     """
     check_cutoffs(k)
     query_encoder, candidate_encoder = encoders_of(model)

@@ -54,6 +54,17 @@ class FrequencyEstimator(StateLayer):
 
     Raises:
       ValueError: if `num_buckets` is not positive, or `learning_rate` is outside (0, 1].
+
+    Example:
+      >>> frequency = FrequencyEstimator(num_buckets=2**16)
+      >>> task = CachedRetrieval(
+      ...     candidate_tower,
+      ...     specs,
+      ...     cache_size=0,
+      ...     in_batch_negatives=True,
+      ...     candidate_id_key="title",
+      ...     frequency_correction=frequency,
+      ... )
     """
 
     def __init__(self, num_buckets: int, learning_rate: float = 0.05, **kwargs: Any):

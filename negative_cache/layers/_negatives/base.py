@@ -31,6 +31,10 @@ class Contribution:
 
     Raises:
       ValueError: if `logits` are something else.
+
+    Example:
+      >>> Contribution(tf.zeros([64, 1])).pending is None
+      True
     """
 
     logits: tf.Tensor

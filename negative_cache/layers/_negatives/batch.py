@@ -98,6 +98,14 @@ class Batch:
         negatives. None without a `false_negative_margin`.
       explicit: the negatives that the batch lists, if it does.
       log_q: the correction for popularity, if there is one.
+
+    Example:
+      >>> class Shifted(Negatives):
+      ...     '''The positive of another query as each query's only negative.'''
+      ...
+      ...     def logits(self, batch, training):
+      ...         others = tf.roll(batch.candidates[: batch.num_queries], shift=1, axis=0)
+      ...         return Contribution(batch.own_logits(others[:, tf.newaxis]))
     """
 
     queries: tf.Tensor

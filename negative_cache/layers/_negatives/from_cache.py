@@ -50,6 +50,11 @@ class CacheSpec:
 
     Raises:
       ValueError: if an argument is out of range.
+
+    Example:
+      >>> spec = CacheSpec({"title": tf.io.FixedLenFeature([], tf.string)}, cache_size=65536)
+      >>> spec.cache_size
+      65536
     """
 
     feature_specs: Mapping[str, tf.io.FixedLenFeature] | tf.io.FixedLenFeature
@@ -150,6 +155,10 @@ class FromCache(CachedNegatives):
 
     Raises:
       ValueError: if an argument is out of range or does not go with the cache.
+
+    Example:
+      >>> source = FromCache(CacheSpec(specs, cache_size=65536), num_negatives=2)
+      >>> task = Retrieval(candidate_tower, [InBatch(), source], temperature=0.05)
     """
 
     def __init__(
