@@ -50,8 +50,8 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     threads would read ahead into the next epoch and order it with unfinished weights. Processes
     cannot share the towers.
 
-    Under a `tf.distribute` strategy each of R replicas gets a run of B / R neighboring pairs of each
-    batch. Groups stay whole if `group_size` divides B / R.
+    Under a `tf.distribute` strategy each of R replicas gets a run of B / R neighboring pairs of
+    each batch. Groups stay whole if `group_size` divides B / R.
 
     Args:
       model: a model with `query_network` and `candidate_network`, such as a `DualEncoder`, or the
