@@ -216,3 +216,9 @@ def test_every_public_name_is_in_the_reference():
     documented = set(re.findall(r"^::: negative_cache\.(\w+)", text, re.MULTILINE))
     # `layers` holds what the package itself exports; a version needs no page.
     assert set(nc.__all__) - documented == {"__version__"}
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.glob("**/*.md")}
+    assert pages <= set(re.findall(r"^ +- .*: (\S+\.md)$", navigation, re.MULTILINE))
