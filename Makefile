@@ -67,7 +67,7 @@ format: $(STAMP) ## Format the code and fix what ruff can fix
 	@$(VENV_PYTHON) -m ruff format .
 
 docs: $(DOCS_STAMP) ## Build the site into site/, with links checked
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	@echo "Built site/index.html"
 
 clean: ## Remove build products and caches, keep .venv
