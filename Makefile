@@ -75,7 +75,7 @@ smoke: ## Build sdist and wheel into dist/, try the wheel in an empty environmen
 	@.ci/smoke $(or $(TENSORFLOW),newest) $(or $(KERAS),3) $(PYTHON)
 
 docs: $(DOCS_STAMP) ## Build the site into site/, with links checked
-	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 	@echo "Built site/index.html"
 
 clean: ## Remove build products and caches, keep .venv

@@ -10,15 +10,19 @@ import re
 from mkdocs.structure.files import File, Files
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ["benchmarks/README.md"]
-FILES = "examples/*.py", "benchmarks/*.py"
-FOLDERS_OUTSIDE = r"\]\(\.\./(?=(?:benchmarks|examples)/)"
+FILES = (
+    "benchmarks/*.md",
+    "benchmarks/*.py",
+    "benchmarks/results/*.png",
+    "examples/*.py",
+    "colab/*.ipynb",
+)
+LINKS_OUTSIDE = r"\]\(\.\./(?=(?:benchmarks|examples|colab)/)"
 
 
 def on_files(files, config):
     """Adds the pages and files of other folders."""
-    found = [path for pattern in FILES for path in sorted(ROOT.glob(pattern))]
-    for path in [ROOT / page for page in PAGES] + found:
+    for path in (path for pattern in FILES for path in sorted(ROOT.glob(pattern))):
         name = path.relative_to(ROOT).as_posix()
         files.append(File.generated(config, name, abs_src_path=str(path)))
     return Files(list(files))
@@ -26,6 +30,6 @@ def on_files(files, config):
 
 def on_page_markdown(markdown, page, config, files):
     """Changes links that leave `docs/`, or come into it, to where the files are in the site."""
-    if page.file.src_uri in PAGES:
+    if page.file.src_uri.startswith("benchmarks/"):
         return markdown.replace("](../docs/", "](../")
-    return re.sub(FOLDERS_OUTSIDE, "](", markdown)
+    return re.sub(LINKS_OUTSIDE, "](", markdown)

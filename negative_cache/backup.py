@@ -81,7 +81,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         `steps_per_epoch` differs from that of `fit`, or the backups of several workers do not
         belong together. During training, if the data end too early.
 
-    Example:
+    Examples:
       >>> backup = nc.BackupAndRestore("backup", save_freq=1000, steps_per_epoch=5000)
       >>> model.fit(data, epochs=10, steps_per_epoch=5000, callbacks=[backup])
     """

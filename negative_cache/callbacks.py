@@ -55,7 +55,7 @@ class CorpusMetrics(keras.callbacks.Callback):
       ValueError: if `k` or `every` is not positive. When training begins, if the model lacks the
         two networks and `networks` is not given.
 
-    Example:
+    Examples:
       >>> metrics = CorpusMetrics(candidates.batch(1024), validation.batch(1024), k=(1, 10))
       >>> model.fit(pairs.batch(128), callbacks=[metrics])
     """
@@ -141,7 +141,7 @@ class CacheWarmStart(keras.callbacks.Callback):
     Raises:
       ValueError: when training begins, if the dataset is empty or the model has no cache.
 
-    Example:
+    Examples:
       >>> model.fit(pairs.batch(128), callbacks=[CacheWarmStart(candidates.batch(1024))])
     """
 
@@ -216,7 +216,7 @@ class CacheRefresh(keras.callbacks.Callback):
       ValueError: if `every_steps` or `batch_size` is not positive. When training begins, if the
         model has no cache.
 
-    Example:
+    Examples:
       >>> model.fit(pairs.batch(128), callbacks=[CacheRefresh(every_steps=1000)])
     """
 
@@ -289,7 +289,7 @@ class CacheSummaries(keras.callbacks.Callback):
       ValueError: if `update_freq` is out of range. When training begins, if there is no task with a
         cache.
 
-    Example:
+    Examples:
       >>> model.fit(pairs.batch(128), callbacks=[CacheSummaries("logs")])
     """
 

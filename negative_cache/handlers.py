@@ -137,7 +137,7 @@ class CacheLossHandler(_Handler):
     Raises:
       ValueError: if the features of `cache_manager` are not `data_keys` and `embedding_key`.
 
-    Example:
+    Examples:
       >>> from negative_cache.losses import CacheClassificationLoss
       >>> specs = {
       ...     "id": tf.io.FixedLenFeature([], tf.int64),

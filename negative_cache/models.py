@@ -57,7 +57,7 @@ class DualEncoder(_compat.Model):
     Raises:
       ValueError: if the task's loss is not a scalar.
 
-    Example:
+    Examples:
       >>> task = CachedRetrieval(candidate_tower, specs, cache_size=65536)
       >>> model = DualEncoder(query_tower, candidate_tower, task)
       >>> model.compile(optimizer="adam")

@@ -43,7 +43,7 @@ class CacheManager:
     Raises:
       ValueError: if `specs` are not specs of features, or `cache_size` is not positive.
 
-    Example:
+    Examples:
       >>> manager = CacheManager({"id": tf.io.FixedLenFeature([], tf.int64)}, cache_size=3)
       >>> cache = manager.update_cache(manager.init_cache(), new_items={"id": [7, 8]})
       >>> cache.data["id"].numpy().tolist(), cache.age.numpy().tolist()

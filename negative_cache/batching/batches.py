@@ -95,7 +95,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     Raises:
       ValueError: if features do not match or an argument is out of range.
 
-    Example:
+    Examples:
       >>> pairs = {"query": queries, "candidate": {"title": titles}}
       >>> batches = GlobalContrastiveBatches(
       ...     model, pairs, 256, group_size=8, candidate_id_key="title"

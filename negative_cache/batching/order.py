@@ -81,7 +81,7 @@ def contrastive_order(
       ValueError: if shapes do not match, an embedding is not finite, or an argument is out of
         range.
 
-    Example:
+    Examples:
       >>> order = contrastive_order(query_embeddings, candidate_embeddings, num_neighbors=4)
       >>> sorted(order.tolist()) == list(range(len(query_embeddings)))
       True

@@ -90,7 +90,7 @@ def evaluate(
         two passes over `candidates` yield different candidates. The second pass is only needed if
         ids are used.
 
-    Example:
+    Examples:
       >>> towers = query_tower, candidate_tower
       >>> metrics = evaluate(towers, candidates.batch(1024), validation.batch(1024))
       >>> list(metrics)

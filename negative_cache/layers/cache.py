@@ -73,7 +73,7 @@ class Cache(StateLayer):
       ValueError: if `specs` lacks an embedding `embedding_key` or an id `row_key`, if `cache_size`
         is not positive, or if `index`, `on_host` or `sharded` do not fit the rows.
 
-    Example:
+    Examples:
       >>> cache = Cache(
       ...     {
       ...         "id": tf.io.FixedLenFeature([], tf.int64),

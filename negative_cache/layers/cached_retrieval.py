@@ -165,7 +165,7 @@ class CachedRetrieval(Retrieval):
     Raises:
       ValueError: if an argument is out of range or contradicts another.
 
-    Example:
+    Examples:
       >>> task = CachedRetrieval(
       ...     candidate_tower,
       ...     {"title": tf.io.FixedLenFeature([], tf.string)},

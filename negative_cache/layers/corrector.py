@@ -63,7 +63,7 @@ class Corrector(DriftCorrector):
     Raises:
       ValueError: if an argument is out of range.
 
-    Example:
+    Examples:
       >>> corrector = Corrector(hidden_units=512)
       >>> task = CachedRetrieval(tower, cache=cache, corrector=corrector)
       >>> fresher = corrector(stale_embeddings)

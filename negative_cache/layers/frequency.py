@@ -55,7 +55,7 @@ class FrequencyEstimator(StateLayer):
     Raises:
       ValueError: if `num_buckets` is not positive, or `learning_rate` is outside (0, 1].
 
-    Example:
+    Examples:
       >>> frequency = FrequencyEstimator(num_buckets=2**16)
       >>> task = CachedRetrieval(
       ...     candidate_tower,

@@ -65,7 +65,7 @@ class NystromCorrector(DriftCorrector):
     Raises:
       ValueError: if an argument is out of range.
 
-    Example:
+    Examples:
       >>> task = CachedRetrieval(tower, cache=cache, corrector=NystromCorrector(1024))
     """
 

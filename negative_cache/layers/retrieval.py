@@ -69,7 +69,7 @@ class Retrieval(StateLayer):
     Raises:
       ValueError: if an argument is out of range or contradicts another.
 
-    Example:
+    Examples:
       >>> task = Retrieval(
       ...     candidate_tower,
       ...     [InBatch(), FromCache(CacheSpec(specs, 65536)), FromCorpus(archive)],

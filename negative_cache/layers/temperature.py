@@ -41,7 +41,7 @@ class LearnedTemperature(keras.layers.Layer):
     Raises:
       ValueError: if 0 < `smallest` <= `initial` <= `largest` does not hold.
 
-    Example:
+    Examples:
       >>> temperature = LearnedTemperature(0.1, smallest=0.05)
       >>> task = CachedRetrieval(tower, specs, 65536, temperature=temperature)
     """

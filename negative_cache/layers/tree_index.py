@@ -86,7 +86,7 @@ class TreeIndex(StateLayer):
     Raises:
       ValueError: if an argument is out of range or contradicts another.
 
-    Example:
+    Examples:
       >>> index = TreeIndex(capacity=1_000_000, embedding_dim=64)
       >>> index.index(embeddings)
       >>> sample = index.sample(query_embeddings, num_samples=4, temperature=0.05)

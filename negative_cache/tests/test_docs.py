@@ -130,6 +130,12 @@ def batches_of_pairs(names):
     names["dataset"], names["num_epochs_done"] = names["pairs"], 1
 
 
+def vectors(names):
+    rng = np.random.default_rng(0)
+    for name, size in (("embeddings", 300), ("queries", 2), ("new_embeddings", 2)):
+        names[name] = rng.normal(size=[size, DIM]).astype(np.float32)
+
+
 def replicas(names):
     names["batches"] = names["pairs"].batch(64, drop_remainder=True).take(1)
 
@@ -148,8 +154,10 @@ PAGES = {
     "index.md": None,
     "is_it_working.md": None,
     "published_api.md": texts,
+    "saving.md": built,
     "serve.md": titled_model,
     "stale_embeddings.md": ids_and_tokens,
+    "tree_index.md": vectors,
     "tune.md": None,
 }
 UNDER_KERAS_2 = {"from_tfrs.md"}
@@ -164,6 +172,10 @@ SMALLER = {
     "65536": "300",
     "16384": "512",
     "20_000_000": "300",
+    "1_000_000": "300",
+    "embedding_dim=64": f"embedding_dim={DIM}",
+    "5000": "2",
+    "save_freq=1000": "save_freq=1",
     "200_000": "300",
     "embedding_dim=768": f"embedding_dim={DIM}",
     "epochs=50": "epochs=1",
@@ -174,7 +186,13 @@ SMALLER = {
 
 
 @pytest.mark.end_to_end
-@pytest.mark.parametrize("name", sorted(PAGES))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name == "distributed.md" else [])
+        for name in sorted(PAGES)
+    ],
+)
 def test_page(name, tmp_path, monkeypatch):
     if (name in UNDER_KERAS_2) != IS_KERAS_2:
         pytest.skip("The page runs under the other Keras.")
@@ -191,3 +209,16 @@ def test_page(name, tmp_path, monkeypatch):
 def test_every_page_with_python_is_run():
     pages = {page.name for page in DOCS.glob("**/*.md") if blocks(page)}
     assert pages == PAGES.keys() | ELSEWHERE.keys()
+
+
+def test_every_public_name_is_in_the_reference():
+    text = "".join(page.read_text(encoding="utf-8") for page in DOCS.glob("api/*.md"))
+    documented = set(re.findall(r"^::: negative_cache\.(\w+)", text, re.MULTILINE))
+    # `layers` holds what the package itself exports; a version needs no page.
+    assert set(nc.__all__) - documented == {"__version__"}
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    pages = {page.relative_to(DOCS).as_posix() for page in DOCS.glob("**/*.md")}
+    assert pages <= set(re.findall(r"^ +- .*: (\S+\.md)$", navigation, re.MULTILINE))

@@ -32,7 +32,7 @@ class Contribution:
     Raises:
       ValueError: if `logits` are something else.
 
-    Example:
+    Examples:
       >>> Contribution(tf.zeros([64, 1])).pending is None
       True
     """
@@ -66,7 +66,7 @@ class Negatives(keras.layers.Layer):
       **kwargs: of the layer. A `name` that is given is put before those of the source's metrics in
         the logs. Of several caches without one, the names of their classes are.
 
-    Example:
+    Examples:
       >>> class Zeros(Negatives):
       ...     '''One negative that scores zero with every query.'''
       ...

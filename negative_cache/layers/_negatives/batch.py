@@ -99,7 +99,7 @@ class Batch:
       explicit: the negatives that the batch lists, if it does.
       log_q: the correction for popularity, if there is one.
 
-    Example:
+    Examples:
       >>> class Shifted(Negatives):
       ...     '''The positive of another query as each query's only negative.'''
       ...

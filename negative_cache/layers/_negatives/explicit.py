@@ -14,7 +14,7 @@ class Explicit(Negatives):
     A batch that lists none has none. Those that are padding by `negative_mask`, and those whose
     `negative_ids` are among the ids left out for their query, are no negatives.
 
-    Example:
+    Examples:
       >>> task = Retrieval(candidate_tower, [InBatch(), Explicit()], temperature=0.1)
       >>> negatives = candidate_embeddings[:, tf.newaxis]  # [B, M, d], here with M = 1
       >>> features = {"title": titles}

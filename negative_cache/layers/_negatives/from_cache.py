@@ -51,7 +51,7 @@ class CacheSpec:
     Raises:
       ValueError: if an argument is out of range.
 
-    Example:
+    Examples:
       >>> spec = CacheSpec({"title": tf.io.FixedLenFeature([], tf.string)}, cache_size=65536)
       >>> spec.cache_size
       65536
@@ -156,7 +156,7 @@ class FromCache(CachedNegatives):
     Raises:
       ValueError: if an argument is out of range or does not go with the cache.
 
-    Example:
+    Examples:
       >>> source = FromCache(CacheSpec(specs, cache_size=65536), num_negatives=2)
       >>> task = Retrieval(candidate_tower, [InBatch(), source], temperature=0.05)
     """

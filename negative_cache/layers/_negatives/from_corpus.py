@@ -65,7 +65,7 @@ class FromCorpus(CachedNegatives):
     Raises:
       ValueError: if an argument is out of range or does not go with the cache.
 
-    Example:
+    Examples:
       >>> cache = Cache.from_dataset(candidates.batch(1024), tower, candidate_id_key="title")
       >>> source = FromCorpus(cache, refresh_fraction=0.001)
       >>> task = Retrieval(tower, [source], candidate_id_key="title", remove_accidental_hits=True)

@@ -27,7 +27,7 @@ class InBatch(Negatives):
     Raises:
       ValueError: if `num_hard` is not positive, or `pool` is something else.
 
-    Example:
+    Examples:
       >>> task = Retrieval(candidate_tower, [InBatch(num_hard=10)], temperature=0.1)
       >>> loss = task(query_embeddings, candidate_embeddings, {"title": titles})
     """

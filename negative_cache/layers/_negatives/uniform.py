@@ -89,7 +89,7 @@ class Uniform(DrawnNegatives):
     Raises:
       ValueError: if an argument is out of range or contradicts another.
 
-    Example:
+    Examples:
       >>> source = Uniform({"id": np.arange(1000)}, num_draws=64)
       >>> task = Retrieval(candidate_tower, [InBatch(), source], candidate_id_key="id")
     """
