@@ -7,7 +7,6 @@ A notebook runs in a kernel of its own, whose working directory is an empty fold
 """
 
 import argparse
-import json
 import os
 import pathlib
 import re
@@ -95,9 +94,7 @@ def _tidy(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
 def _write(notebook: nbformat.NotebookNode, path: pathlib.Path) -> None:
     # The version of the Python that ran it would be a change in every run.
     notebook.metadata.language_info = {"name": "python"}
-    nbformat.validate(notebook)
-    text = json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True)
-    path.write_text(text + "\n", encoding="utf-8")
+    nbformat.write(notebook, path)
 
 
 def main() -> None:
