@@ -50,7 +50,7 @@ class GlobalContrastiveBatches(keras.utils.Sequence):
     threads would read ahead into the next epoch and order it with unfinished weights. Processes
     cannot share the towers.
 
-    Under a `tf.distribute` strategy each of R replicas gets a run of B / R neighboring pairs of each
+    Under a `tf.distribute` strategy each of R replicas gets a run of B / R neighboring pairs of a
     batch. Groups stay whole if `group_size` divides B / R.
 
     Args:
