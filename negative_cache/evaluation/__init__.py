@@ -6,7 +6,8 @@ matrix. The ranks give recall@k for every k, and the MRR.
 
 `evaluate` computes metrics from towers and datasets. The callback `CorpusMetrics` calls it at the
 end of an epoch. Its two steps, `positive_ranks` and `retrieval_metrics`, work on
-embeddings. All three are in `ranks`. `validation_set` reads the validation batches.
+embeddings. All three are in `ranks`. `validation_set` reads the validation batches, and `corpus`
+encodes the corpus. Under a strategy `replicas` divides it.
 
 Shapes: Q queries, C candidates (the corpus), M positives (one or several for each query),
 dimension d.

@@ -173,10 +173,11 @@ def evaluated(strategy, folder):
     }
     # Workers read it in orders of their own.
     validation = tf.data.Dataset.from_tensor_slices(validation).shuffle(12).batch(5)
+    # Six batches, so that no replica repeats one for want of its own.
     with strategy.scope():
         metrics = evaluation.evaluate(
             (query_tower, tower),
-            words.batch(5),
+            words.batch(4),
             validation,
             (1, 3, 9),
             candidate_id_key="candidate",
