@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 FILES = (
     "benchmarks/*.md",
     "benchmarks/*.py",
-    "benchmarks/results/*.png",
+    "benchmarks/results/**/*.png",
     "examples/*.py",
     "colab/*.ipynb",
 )
