@@ -14,6 +14,7 @@ import tensorflow as tf
 import negative_cache as nc
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.tests.pages import blocks
+from negative_cache.tests.replicas import two_replicas
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -137,6 +138,7 @@ def other_candidates(names):
 
 
 def replicas(names):
+    names["two_replicas"] = two_replicas
     names["batches"] = names["pairs"].batch(64, drop_remainder=True).take(1)
 
 
@@ -185,6 +187,8 @@ SMALLER = {
     "epochs=10": "epochs=1",
     "epochs=3": "epochs=1",
     " 256": " 64",
+    # The one strategy of this process that may send something.
+    "tf.distribute.MirroredStrategy()": "two_replicas()",
 }
 
 
