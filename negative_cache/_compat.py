@@ -21,7 +21,15 @@ if _backend != "tensorflow":
         " before Python starts."
     )
 
-IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
+try:
+    IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
+except ImportError as error:
+    raise ImportError(
+        "TF_USE_LEGACY_KERAS asks for Keras 2, which is not installed: run `pip install"
+        " 'negative-cache[keras2]'` (with TF-Recommenders: `[tfrs]`), or unset it to use Keras 3."
+        if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True")
+        else f"TensorFlow finds no Keras: run `pip install keras`. It says: {error}"
+    ) from error
 
 if not IS_KERAS_2 and keras.backend.backend() != "tensorflow":
     raise ImportError(

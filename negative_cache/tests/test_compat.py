@@ -11,11 +11,11 @@ from negative_cache import _compat
 from negative_cache.tests.replicas import two_replicas
 
 
-@pytest.mark.end_to_end
-def test_another_backend_is_a_clear_import_error():
+def import_error(program="", **variables):
+    """The last line that a process prints which runs `program` and imports the package."""
     result = subprocess.run(
-        [sys.executable, "-c", "import negative_cache"],
-        env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "3"},
+        [sys.executable, "-c", f"{program}\nimport negative_cache"],
+        env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **variables},
         capture_output=True,
         text=True,
         check=False,
@@ -23,8 +23,22 @@ def test_another_backend_is_a_clear_import_error():
     assert result.returncode != 0
     last_line = result.stderr.strip().splitlines()[-1]
     assert last_line.startswith("ImportError: ")
-    assert "KERAS_BACKEND='jax'" in last_line
-    assert "set KERAS_BACKEND=tensorflow" in last_line
+    return last_line
+
+
+@pytest.mark.end_to_end
+def test_another_backend_is_a_clear_import_error():
+    error = import_error(KERAS_BACKEND="jax")
+    assert "KERAS_BACKEND='jax'" in error
+    assert "set KERAS_BACKEND=tensorflow" in error
+
+
+@pytest.mark.one_keras
+@pytest.mark.end_to_end
+def test_a_missing_keras_2_is_a_clear_import_error():
+    without = "import sys; sys.modules['tf_keras'] = None"
+    error = import_error(without, TF_USE_LEGACY_KERAS="1")
+    assert "`pip install 'negative-cache[keras2]'`" in error
 
 
 def test_keras_is_that_of_tensorflow():
