@@ -4,6 +4,7 @@ With `--archives FOLDER` it looks at what is in the sdist and the wheel instead.
 """
 
 import argparse
+import importlib.util
 import pathlib
 import tarfile
 import zipfile
@@ -26,14 +27,17 @@ def check_archives(folder):
     print(f"{wheel.name}: {len(names)} files; {sdist.name}: {len(files)} files")
 
 
-def try_package():
-    """Trains a small model, and uses it in every way that a file or a server does."""
+def try_package(keras):
+    """Trains a small model under a Keras, and uses it in every way that a file or a server does."""
     import numpy as np
     import tensorflow as tf
 
     import negative_cache as nc
 
     assert "site-packages" in nc.__file__, nc.__file__
+    assert tf.keras.layers.Layer.__module__.startswith("tf_keras") == (keras == 2)
+    for name in ("tf_keras", "tensorflow_recommenders"):
+        assert (importlib.util.find_spec(name) is not None) == (keras == 2), name
     ids = np.array([f"item {i}" for i in range(200)])
 
     def tower():
@@ -65,19 +69,20 @@ def try_package():
     np.testing.assert_allclose(
         served.embed_query(tf.constant(ids)), model.query_network(tf.constant(ids)), rtol=1e-5
     )
-    if tf.keras.layers.Layer.__module__.startswith("tf_keras"):
+    if keras == 2:
         import tensorflow_recommenders  # noqa: F401
     print(
-        f"negative-cache {nc.__version__}, TensorFlow {tf.__version__}, Keras"
-        f" {getattr(tf.keras, '__version__', '2')}: MRR {measured['mrr']:.3f}"
+        f"negative-cache {nc.__version__}, TensorFlow {tf.__version__}, Keras {keras}: MRR"
+        f" {measured['mrr']:.3f}"
     )
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--archives", type=pathlib.Path)
-    folder = parser.parse_args().archives
-    if folder:
-        check_archives(folder)
+    parser.add_argument("--keras", type=int, default=3)
+    args = parser.parse_args()
+    if args.archives:
+        check_archives(args.archives)
     else:
-        try_package()
+        try_package(args.keras)

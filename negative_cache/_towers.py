@@ -12,7 +12,7 @@ import contextlib
 import inspect
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import tensorflow as tf
@@ -66,6 +66,7 @@ class Encoder:
         self.network = network
         self._compiled = compile_tower(network)
         self._is_traced = False
+        self._on_replicas: tuple[tf.distribute.Strategy, Callable] | None = None
 
     def embed(self, features: Features) -> np.ndarray:
         """Embeds one batch of features: [n, d] float32."""
@@ -80,6 +81,16 @@ class Encoder:
         if embeddings.shape.rank != 2:
             raise _wrong_embeddings(self.network, embeddings.shape)
         return tf.cast(embeddings, tf.float32)
+
+    def embed_on(self, strategy: tf.distribute.Strategy) -> Callable[[Any], Any]:
+        """Returns what embeds a batch on each replica; compiled once, and kept by this encoder."""
+        if self._on_replicas is None or self._on_replicas[0] is not strategy:
+            compiled = tf.function(
+                lambda features: strategy.run(self.embed_tensor, (features,)),
+                reduce_retracing=True,
+            )
+            self._on_replicas = (strategy, compiled)
+        return self._on_replicas[1]
 
     def build(self, example: Features) -> None:
         """Creates the variables of a tower of replicas that was not called yet.

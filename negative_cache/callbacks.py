@@ -40,7 +40,8 @@ class CorpusMetrics(keras.callbacks.Callback):
       candidates: the corpus as batches of candidate features. It is read in every evaluation, so it
         must be re-iterable, for instance a batched `tf.data.Dataset`.
       validation: batches of `{"query": …, "candidate": …}`, re-iterable. They may have ids of
-        several `"positives"` and of `"excluded"` candidates.
+        several `"positives"` and of `"excluded"` candidates. Every positive must be in the corpus:
+        without ids that cannot be seen, and it competes with the others only.
       k: the cut-offs of recall.
       candidate_id_key: name of the candidate feature that is unique in the corpus, as in
         `evaluation.evaluate`.

@@ -111,13 +111,19 @@ def replica_id() -> tf.Tensor:
 
 
 def _all_gather(tensor: tf.Tensor, axis: int) -> tf.Tensor:
+    context = tf.distribute.get_replica_context()
+    if isinstance(context.strategy, tf.distribute.TPUStrategy):
+        # Sizes are constants there, and none is zero.
+        return context.all_gather(tensor, axis=axis)
     # TensorFlow ends the process if no replica has anything. So the first one has one more entry,
-    # in front.
+    # in front, and every dimension that may be zero is longer by one.
     is_first = tf.cast(tf.equal(replica_id(), 0), tf.int32)
     before = is_first * tf.one_hot(axis, tensor.shape.rank, dtype=tf.int32)
-    padded = tf.pad(tensor, tf.stack([before, tf.zeros_like(before)], axis=1))
-    gathered = tf.distribute.get_replica_context().all_gather(padded, axis=axis)
-    return gathered[(slice(None),) * axis + (slice(1, None),)]
+    after = [int(i != axis and not size) for i, size in enumerate(tensor.shape)]
+    padded = tf.pad(tensor, tf.stack([before, tf.constant(after)], axis=1))
+    kept = [slice(None, -1) if more else slice(None) for more in after]
+    kept[axis] = slice(1, None)
+    return context.all_gather(padded, axis=axis)[tuple(kept)]
 
 
 def _carrier_dtype(dtype: tf.DType) -> tf.DType:

@@ -56,8 +56,7 @@ def read_ids(candidates: Iterable[Features], ids_of: IdsOf, replicas: Replicas) 
         elif not parts:
             # A process without a batch must know the dtype.
             parts.append(ids_of(features)[:0])
-    if not parts:
-        raise ValueError("The dataset to embed is empty: `candidates` has no batches.")
+    _check_not_empty(len(parts), replicas)
     return replicas.gather(np.concatenate(parts))
 
 
@@ -111,8 +110,7 @@ def encode(
                 bar.update(num_batches)
         if waiting:
             encode_waiting()
-    if not num_batches:
-        raise ValueError("The dataset to embed is empty.")
+    _check_not_empty(num_batches, replicas)
     nothing = np.zeros([0, dim], np.float32)
     whole = [np.concatenate(part) if part else nothing for part in embeddings]
     if expected_ids is None:
@@ -163,12 +161,16 @@ def _encode_one_each(
         encoder.build(any_batch)
     # A replica without a batch repeats another one's, because not every tower bears an empty one.
     given = [batches.get(replica, any_batch) for replica in range(replicas.num_local)]
-    encoded = replicas.run(_embed, encoder, replicas.place(given))
+    encoded = replicas.embed(encoder, replicas.place(given))
     return {replica: encoded[replica].numpy() for replica in batches}
 
 
-def _embed(encoder: Encoder, features: Features) -> tf.Tensor:
-    return encoder.embed_tensor(features)
+def _check_not_empty(num_batches: int, replicas: Replicas) -> None:
+    """Raises a `ValueError` in every process if one of them has read no batch."""
+    counts = replicas.gather(np.array([num_batches]))
+    if not np.all(counts):
+        where = "" if len(counts) == 1 else f" Received batches by worker: {counts.tolist()}."
+        raise ValueError(f"The dataset to embed is empty: `candidates` has no batches.{where}")
 
 
 def _places(
@@ -182,12 +184,13 @@ def _places(
         return [None]
     own_ids = np.concatenate([part for part in ids if len(part)] or [expected_ids[:0]])
     rows = rows_of(own_ids, expected_ids)
-    is_known = rows >= 0
-    size, num_known = replicas.total(np.array([len(rows), np.sum(is_known)]))
-    if size != len(expected_ids) or num_known != size:
+    (size,) = replicas.total(np.array([len(rows)]))
+    times = replicas.total(np.bincount(rows[rows >= 0], minlength=len(expected_ids)))
+    if size != len(expected_ids) or np.any(times != 1):
         raise ValueError(
-            "`candidates` must yield the same candidates in every pass. Received"
-            f" {len(expected_ids)} and then {size}, of which {num_known} the same."
+            "`candidates` must yield the same candidates in every pass, and to every worker in the"
+            f" same order. Received {len(expected_ids)} and then {size}, in which"
+            f" {np.sum(times == 0)} of the former are missing and {np.sum(times > 1)} repeat."
         )
     places: list[np.ndarray | None] = []
     for own_rows in np.split(rows, np.cumsum([len(part) for part in ids])[:-1]):

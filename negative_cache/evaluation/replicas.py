@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from negative_cache import util
 from negative_cache._features import Features
+from negative_cache._towers import Encoder
 from negative_cache.layers._variables import by_replica
 
 _DIVIDED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
@@ -74,11 +75,13 @@ class Replicas:
         """Runs a function on all replicas of this process, each with its part of `args`."""
         if self.is_one:
             return [function(*args)]
-        results = _run(self._strategy, function, args)
-        return [
-            tf.nest.map_structure(lambda part: self._local(part)[i], results)  # noqa: B023
-            for i in range(self.num_local)
-        ]
+        return self._of_each(_run(self._strategy, function, args))
+
+    def embed(self, encoder: Encoder, features: Any) -> list[tf.Tensor]:
+        """Embeds on all replicas of this process, each its part of `features`."""
+        if self.is_one:
+            return [encoder.embed_tensor(features)]
+        return self._of_each(encoder.embed_on(self._strategy)(features))
 
     def run_and_sum(self, function: Callable[..., tf.Tensor], *args: Any) -> np.ndarray:
         """Returns the sum of what a function returns on all replicas of all processes."""
@@ -128,6 +131,12 @@ class Replicas:
             for parts, values in kept:
                 for part, value in zip(parts, values):
                     part.assign(value)
+
+    def _of_each(self, results: Any) -> list[Any]:
+        return [
+            tf.nest.map_structure(lambda part: self._local(part)[i], results)  # noqa: B023
+            for i in range(self.num_local)
+        ]
 
     def _by_replica(self, function: Callable[[int], Any]) -> tuple[Any, ...]:
         return self._local(

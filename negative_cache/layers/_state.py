@@ -325,7 +325,7 @@ class StateLayer(keras.layers.Layer):
         # The fields of the file that are here too; None for others.
         fields = [numbers.get(id(like)) for like in tf.nest.flatten(origin.fields)]
         if len(gathered) == origin.num_replicas * sum(i is not None for i in fields):
-            self._untracked.origin = None
+            self._untracked.origin, self._untracked.gathered = None, {}
             self._take_divided(
                 origin,
                 ([gathered.get((j, i)) for i in fields] for j in range(origin.num_replicas)),

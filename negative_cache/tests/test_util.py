@@ -90,6 +90,20 @@ def test_gradient_of_concat_goes_to_the_part_it_belongs_to():
     assert second.numpy().tolist() == [[200.0]]
 
 
+@pytest.mark.parametrize("shape", [[0], [0, 3], [2, 0], [0, 0]])
+@pytest.mark.parametrize("dtype", [tf.float32, tf.string])
+def test_concat_of_nothing(shape, dtype):
+    # Without an entry more, TensorFlow ends the process.
+    for axis in range(len(shape)):
+        expected = [2 * size if i == axis else size for i, size in enumerate(shape)]
+        for result in run_on_two_replicas(
+            lambda axis=axis: util.cross_replica_concat(
+                tf.zeros(shape) if dtype == tf.float32 else tf.fill(shape, "a"), axis
+            )
+        ):
+            assert result.dtype == dtype and result.shape.as_list() == expected
+
+
 def test_bad_axis():
     with pytest.raises(ValueError, match=r"`axis`.*axis = 1 and a tensor of shape \(2,\)"):
         util.cross_replica_concat(tf.zeros([2]), axis=1)

@@ -167,9 +167,7 @@ class _Shards(NamedTuple):
     @classmethod
     def of(cls, log_partition: tf.Tensor) -> _Shards:
         """From the `log_partition` [q] over the shard of this replica."""
-        # One more, because TensorFlow cannot gather nothing, and there may be no query anywhere.
-        sent = tf.pad(log_partition, [[0, 1]])[tf.newaxis]
-        by_shard = util.cross_replica_concat(sent, axis=0)[:, :-1]
+        by_shard = util.cross_replica_concat(log_partition[tf.newaxis], axis=0)
         return cls(by_shard, tf.reduce_logsumexp(by_shard, axis=0))
 
     def of_queries(self, places: tf.Tensor) -> _Shards:

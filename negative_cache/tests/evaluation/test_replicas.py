@@ -1,5 +1,8 @@
 """Tests of evaluations whose corpus is divided among two replicas. One device is the reference."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -149,6 +152,21 @@ def test_later_evaluations_trace_nothing():
     assert counts[0] <= counts[1] == counts[2]
 
 
+def test_nothing_keeps_a_tower_after_its_evaluation():
+    queries, table, rows = real_problem()
+    parts = {"query": np.arange(len(queries)), "candidate": {"row": rows}}
+
+    def tower(features):
+        return tf.gather(table, features["row"])
+
+    with two_replicas().scope():
+        evaluate((lookup(queries), tower), corpus_batches(40, 7), validation_batches(parts))
+    left = weakref.ref(tower)
+    del tower
+    gc.collect()
+    assert left() is None
+
+
 class Normalized(keras.layers.Layer):
     """A tower with moving averages."""
 
@@ -227,6 +245,17 @@ class TestWorkers:
     def test_candidates_that_change_are_refused_by_all_workers(self, monkeypatch):
         worker = self.worker(0)
         # The other one has found what it had before.
-        monkeypatch.setattr(worker, "total", lambda values: values + 2)
-        with pytest.raises(ValueError, match="Received 4 and then 4, of which 3 the same"):
-            corpus._places([np.array([10, 99])], np.array([10, 11, 12, 13]), worker)
+        other = {1: [2], 4: [0, 0, 1, 1]}
+        monkeypatch.setattr(worker, "total", lambda values: values + other[len(values)])
+        for ids, missing, repeated in (([10, 99], 1, 0), ([10, 10], 1, 1), ([10, 12], 1, 1)):
+            message = f"Received 4 and then 4, in which {missing} .* missing and {repeated} repeat"
+            with pytest.raises(ValueError, match=message):
+                corpus._places([np.array(ids)], np.array([10, 11, 12, 13]), worker)
+        (places,) = corpus._places([np.array([11, 10])], np.array([10, 11, 12, 13]), worker)
+        assert places.tolist() == [1, 0, -1, -1]
+
+    def test_one_worker_without_candidates_stops_all(self, monkeypatch):
+        worker = self.worker(0)
+        monkeypatch.setattr(worker, "gather", lambda values: np.concatenate([values, [0]]))
+        with pytest.raises(ValueError, match=r"no batches. Received batches by worker: \[3, 0\]"):
+            corpus._check_not_empty(3, worker)
