@@ -39,12 +39,14 @@ def generate(path, num_users=1000, num_items=2000, num_tastes=20, count=40_000):
 def read(path):
     """The users and items [n] of each user's first interaction with an item, by time."""
     with open(path, newline="") as file:
-        rows = sorted(csv.DictReader(file), key=lambda row: float(row["timestamp"]))
-    pairs = list(dict.fromkeys((row["user"], row["item"]) for row in rows))
-    if not pairs:
-        raise SystemExit(f"{path} has no interactions.")
-    users, items = zip(*pairs)
-    return np.array(users), np.array(items)
+        try:
+            rows = sorted(csv.DictReader(file), key=lambda row: float(row["timestamp"]))
+            pairs = list(dict.fromkeys((row["user"], row["item"]) for row in rows))
+        except (KeyError, ValueError) as error:
+            raise SystemExit(
+                f"{path} must have the columns user, item and timestamp, a number: {error!r}"
+            ) from error
+    return np.array([user for user, _ in pairs]), np.array([item for _, item in pairs])
 
 
 def split(users):
@@ -104,6 +106,8 @@ def main():
         return
     users, items = read(args.csv)
     train, validation, test = split(users)
+    if not len(train):
+        raise SystemExit("No user has three interactions, to train, validate and test with.")
     ids = np.unique(items)
     print(f"{len(users):,} interactions of {len(np.unique(users)):,} users, {len(ids):,} items")
 

@@ -25,8 +25,9 @@ try:
     IS_KERAS_2 = keras.layers.Layer.__module__.startswith("tf_keras")
 except ImportError as error:
     raise ImportError(
-        "TF_USE_LEGACY_KERAS asks for Keras 2, which is not installed: run `pip install"
-        " 'negative-cache[keras2]'` (with TF-Recommenders: `[tfrs]`), or unset it to use Keras 3."
+        "TF_USE_LEGACY_KERAS asks for Keras 2, which is not installed: run `pip install tf-keras`"
+        " (the extra `negative-cache[keras2]`; with TF-Recommenders `[tfrs]`), or unset it to use"
+        " Keras 3."
         if os.environ.get("TF_USE_LEGACY_KERAS") in ("1", "true", "True")
         else f"TensorFlow finds no Keras: run `pip install keras`. It says: {error}"
     ) from error
