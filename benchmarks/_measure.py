@@ -1,5 +1,6 @@
 """What the benchmarks share: side-by-side timing, tables, and the record of a run."""
 
+import argparse
 import concurrent.futures.process
 import json
 import multiprocessing
@@ -74,6 +75,18 @@ def in_new_process(function: Callable, *arguments):
             return pool.submit(function, *arguments).result()
         except concurrent.futures.process.BrokenProcessPool:
             return None
+
+
+def restrict(
+    known: dict[str, tuple[str, ...]], given: Sequence[str], parser: argparse.ArgumentParser
+) -> None:
+    """Leaves in `known`, key -> names, what is `given` for `--only`: "key=name,name" each."""
+    for each in given:
+        key, _, names = each.partition("=")
+        unknown = set(names.split(",")) - set(known.get(key, ()))
+        if unknown:
+            parser.error(f"--only {each}: unknown {sorted(unknown)}")
+        known[key] = tuple(names.split(","))
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:

@@ -246,12 +246,7 @@ def main():
     methods = tuple(dict.fromkeys(name for names in METHODS_OF.values() for name in names))
     seeds = tuple(map(str, range(BUDGETS[budget].seeds)))
     only = {"tower": tuple(METHODS_OF), "method": methods, "seed": seeds}
-    for given in options.only:
-        key, _, names = given.partition("=")
-        unknown = set(names.split(",")) - set(only.get(key, ()))
-        if unknown:
-            parser.error(f"--only {given}: unknown {sorted(unknown)}")
-        only[key] = tuple(names.split(","))
+    _measure.restrict(only, options.only, parser)
     only["seed"] = tuple(map(int, only["seed"]))
     folder, output = FOLDER, OUTPUT
     if options.quick:

@@ -174,12 +174,7 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, help="folder of the results")
     options = parser.parse_args()
     only = {"data": _worth_data.NAMES, "tower": _worth_data.TOWERS, "method": tuple(METHODS)}
-    for given in options.only:
-        key, _, names = given.partition("=")
-        unknown = set(names.split(",")) - set(only.get(key, ()))
-        if unknown:
-            parser.error(f"--only {given}: unknown {sorted(unknown)}")
-        only[key] = tuple(names.split(","))
+    _measure.restrict(only, options.only, parser)
     options.shorter = 20 if options.quick else 1
     if options.quick:
         options.seeds, options.temperatures = 1, options.temperatures[-1:]

@@ -14,6 +14,7 @@ import tensorflow as tf
 from negative_cache import _compat, _validation, util
 from negative_cache._compat import keras
 from negative_cache.layers._state import StateLayer, on_the_same_replicas
+from negative_cache.layers._variables import local_replicas
 
 _DATA_ENDED_EARLY = (
     "The data ended before the batch at which the training was interrupted. They are not the data"
@@ -267,17 +268,10 @@ class _Workers:
 
     def __init__(self, strategy: tf.distribute.Strategy):
         self._strategy = strategy
-        self._num_local = strategy.num_replicas_in_sync
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            self._num_local = len(strategy.extended.worker_devices)
+        local = local_replicas(strategy)
+        self._num_local = len(local)
         self.count = strategy.num_replicas_in_sync // self._num_local
-        self.number = 0
-        if self.count > 1:
-            replicas = strategy.experimental_distribute_values_from_function(
-                lambda context: tf.constant(context.replica_id_in_sync_group)
-            )
-            first = int(strategy.experimental_local_results(replicas)[0])
-            self.number = first // self._num_local
+        self.number = local.start // self._num_local
         # One worker may have written a backup that another has not.
         self.num_kept = min(2, self.count)
         self._gather_on_replicas = tf.function(

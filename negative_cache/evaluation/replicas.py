@@ -14,7 +14,7 @@ import tensorflow as tf
 from negative_cache import util
 from negative_cache._features import Features
 from negative_cache._towers import Encoder
-from negative_cache.layers._variables import by_replica
+from negative_cache.layers._variables import by_replica, local_replicas
 
 _DIVIDED = (tf.distribute.MirroredStrategy, tf.distribute.MultiWorkerMirroredStrategy)
 
@@ -37,10 +37,8 @@ class Replicas:
     def __init__(self, strategy: tf.distribute.Strategy | None):
         self._strategy: tf.distribute.Strategy = strategy or tf.distribute.get_strategy()
         self._count = strategy.num_replicas_in_sync if isinstance(strategy, _DIVIDED) else 1
-        self.num_local, self._first = self._count, 0
-        if isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
-            self.num_local = len(strategy.extended.worker_devices)
-            self._first = int(self._by_replica(lambda replica: tf.constant(replica))[0])
+        local = local_replicas(strategy) if isinstance(strategy, _DIVIDED) else range(1)
+        self.num_local, self._first = len(local), local.start
 
     @property
     def is_one(self) -> bool:
@@ -71,12 +69,6 @@ class Replicas:
         placed = self.place(tensors)
         return placed if self.is_one else self._strategy.run(tf.identity, (placed,))
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """Runs a function on all replicas of this process, each with its part of `args`."""
-        if self.is_one:
-            return [function(*args)]
-        return self._of_each(_run(self._strategy, function, args))
-
     def embed(self, encoder: Encoder, features: Any) -> list[tf.Tensor]:
         """Embeds on all replicas of this process, each its part of `features`."""
         if self.is_one:
@@ -96,7 +88,8 @@ class Replicas:
         # Flat, so that one trace is for all shapes. Only the first replica of a process gives some.
         flat = tf.convert_to_tensor(values.reshape(-1))
         given = self.place([flat] + [flat[:0]] * (self.num_local - 1))
-        return self.run(_gather, given)[0].numpy().reshape([-1, *values.shape[1:]])
+        gathered = self._of_each(_gather(self._strategy, given))[0]
+        return gathered.numpy().reshape([-1, *values.shape[1:]])
 
     def total(self, values: np.ndarray) -> np.ndarray:
         """Adds up `values`, numbers of one shape in all processes."""
@@ -132,26 +125,8 @@ class Replicas:
                 for part, value in zip(parts, values):
                     part.assign(value)
 
-    def _of_each(self, results: Any) -> list[Any]:
-        return [
-            tf.nest.map_structure(lambda part: self._local(part)[i], results)  # noqa: B023
-            for i in range(self.num_local)
-        ]
-
-    def _by_replica(self, function: Callable[[int], Any]) -> tuple[Any, ...]:
-        return self._local(
-            self._strategy.experimental_distribute_values_from_function(
-                lambda context: function(context.replica_id_in_sync_group)
-            )
-        )
-
-    def _local(self, value: Any) -> tuple[Any, ...]:
-        return self._strategy.experimental_local_results(value)
-
-
-@tf.function(reduce_retracing=True)
-def _run(strategy: tf.distribute.Strategy, function: Callable[..., Any], args: Any) -> Any:
-    return strategy.run(function, args)
+    def _of_each(self, result: Any) -> list[tf.Tensor]:
+        return list(self._strategy.experimental_local_results(result))
 
 
 @tf.function(reduce_retracing=True)
@@ -161,8 +136,9 @@ def _run_and_sum(
     return strategy.reduce("SUM", strategy.run(function, args), axis=None)
 
 
-def _gather(values: tf.Tensor) -> tf.Tensor:
-    return util.cross_replica_concat(values, axis=0)
+@tf.function(reduce_retracing=True)
+def _gather(strategy: tf.distribute.Strategy, values: Any) -> Any:
+    return strategy.run(lambda part: util.cross_replica_concat(part, axis=0), (values,))
 
 
 def _tf_variable(variable: Any) -> tf.Variable:

@@ -196,6 +196,18 @@ def scatter_nodes(variable: StateVariable, indices: tf.Tensor, values: tf.Tensor
     tf.raw_ops.ResourceScatterNdUpdate(ref=variable.handle, indices=indices, updates=values)
 
 
+def local_replicas(strategy: tf.distribute.Strategy) -> range:
+    """The numbers of this process's replicas, among those of all workers."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return range(strategy.num_replicas_in_sync)
+    numbers = strategy.experimental_local_results(
+        strategy.experimental_distribute_values_from_function(
+            lambda context: tf.constant(context.replica_id_in_sync_group)
+        )
+    )
+    return range(int(numbers[0]), int(numbers[0]) + len(numbers))
+
+
 def kept_variable(variable: StateVariable) -> tf.Variable:
     """The variable that holds a state variable's bits, for files."""
     return variable.variable if isinstance(variable, Int32Variable) else variable

@@ -1,5 +1,6 @@
 """The times when the rows of a cache were last touched, and which rows are filled or oldest."""
 
+import functools
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -57,19 +58,14 @@ class RowTimes:
             queue = {}
         elif not queue:
             queue = {
-                "rows": tf.TensorSpec([_QUEUE_SIZE], tf.int64, "rows"),
-                "last_touched": tf.TensorSpec([_QUEUE_SIZE], tf.int32, "last_touched"),
+                key: tf.TensorSpec(values.shape, values.dtype, key)
+                for key, values in _unused_queue().items()
             }
         return {**self.variables, "queue": queue}
 
     def unused_queue(self) -> dict[str, np.ndarray]:
         """The values of a queue without usable entries, if there is a queue."""
-        size = [_QUEUE_SIZE]
-        unused: dict[str, np.ndarray] = {
-            "rows": np.zeros(size, np.int64),
-            "last_touched": np.full(size, -1, np.int32),
-        }
-        return {key: unused[key] for key in self._queue}
+        return _unused_queue() if self._queue else {}
 
     @property
     def num_rows(self) -> int:
@@ -182,9 +178,16 @@ class RowTimes:
 
 
 def _make_queue() -> dict[str, StateVariable]:
-    """Makes the variables of an `OldestRows`, as `RowTimes.unused_queue` has them."""
-    size = [_QUEUE_SIZE]
+    """Makes the variables of an `OldestRows` without usable entries."""
     return {
-        "rows": make_state_variable(lambda: tf.zeros(size, tf.int64), "oldest_rows"),
-        "last_touched": make_state_variable(lambda: tf.fill(size, -1), "oldest_last_touched"),
+        key: make_state_variable(functools.partial(tf.constant, values), f"oldest_{key}")
+        for key, values in _unused_queue().items()
+    }
+
+
+def _unused_queue() -> dict[str, np.ndarray]:
+    """The values of an `OldestRows` without usable entries."""
+    return {
+        "rows": np.zeros([_QUEUE_SIZE], np.int64),
+        "last_touched": np.full([_QUEUE_SIZE], -1, np.int32),
     }

@@ -43,7 +43,7 @@ def load_checkpoint(saved, fresh, folder):
     """Likewise, as TensorFlow does."""
     path = tf.train.Checkpoint(saved).write(str(folder / "layer"))
     status = tf.train.Checkpoint(fresh).read(path)
-    assert not getattr(fresh._untracked, "gathered", None)
+    assert fresh._untracked.gathered == {}
     has_queue = [bool(cache._times.unused_queue()) for cache in (saved, fresh)]
     if fresh.num_replicas <= saved.num_replicas and has_queue[0] == has_queue[1]:
         status.assert_consumed()

@@ -5,8 +5,6 @@ The reference has the rows of all replicas in one dense softmax, and knows no re
 
 import dataclasses
 import functools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -26,7 +24,6 @@ from negative_cache import (
 from negative_cache._compat import keras
 from negative_cache.layers._negatives import samplers
 from negative_cache.layers._variables import by_replica
-from negative_cache.tests.layers import four_replicas
 from negative_cache.tests.layers.corpus_cases import corpus_of
 from negative_cache.tests.layers.pool_cases import (
     PooledSampler,
@@ -54,7 +51,6 @@ from negative_cache.tests.layers.shared_draw_cases import (
 )
 from negative_cache.tests.replicas import run_on_two_replicas, two_replicas
 from negative_cache.tests.statistics import assert_mean_is
-from negative_cache.tests.worker_processes import environment
 
 OWN, SHARED = {"num_negatives": 2}, {"num_draws": 2}
 
@@ -115,20 +111,6 @@ def test_the_shard_of_a_draw_and_the_row_share_no_random_number(monkeypatch, dra
     sampler = PooledSampler(case, make_pooled(case, **draws))
     for part, values in zip(sampler.expected(), sampler.many(500)):
         assert_mean_is(values, part)
-
-
-@pytest.mark.one_keras
-@pytest.mark.slow
-def test_four_replicas_of_which_some_have_no_rows_or_queries():
-    done = subprocess.run(
-        [sys.executable, "-m", four_replicas.__name__],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("the gradient of all rows") == len(four_replicas.TESTED)
 
 
 def of_replicas(value):
