@@ -20,7 +20,11 @@ if os.environ.setdefault("TF_USE_LEGACY_KERAS", "1") not in ("1", "true", "True"
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_recommenders as tfrs
+
+try:
+    import tensorflow_recommenders as tfrs
+except ModuleNotFoundError as error:
+    raise SystemExit("This needs TF-Recommenders: pip install '.[tfrs]'") from error
 
 import negative_cache as nc
 

@@ -15,6 +15,7 @@ import negative_cache as nc
 from negative_cache._compat import IS_KERAS_2, keras
 from negative_cache.tests.pages import blocks
 from negative_cache.tests.replicas import two_replicas
+from negative_cache.tests.worker_processes import run_workers
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -164,7 +165,7 @@ PAGES = {
     "tune.md": None,
 }
 UNDER_KERAS_2 = {"from_tfrs.md"}
-# The other blocks of the page need processes of their own: `test_multi_worker.py`.
+# The other blocks of the page need several processes: `page_of_workers.py`.
 NUM_BLOCKS = {"distributed.md": 2}
 # Blocks that make a task are followed by what the page's first block makes to train it with.
 TRAINS = {"negatives.md": 'assert np.isfinite(train(task)["loss"][0])'}
@@ -192,6 +193,13 @@ SMALLER = {
 }
 
 
+def in_small(code):
+    """A block with smaller numbers."""
+    for number, smaller in SMALLER.items():
+        code = code.replace(number, smaller)
+    return code
+
+
 @pytest.mark.end_to_end
 @pytest.mark.parametrize(
     "name",
@@ -210,9 +218,19 @@ def test_page(name, tmp_path, monkeypatch):
     for place, code in enumerate(blocks(DOCS / name)[: NUM_BLOCKS.get(name)]):
         if place and name in TRAINS:
             code += TRAINS[name]
-        for number, smaller in SMALLER.items():
-            code = code.replace(number, smaller)
-        exec(compile(code, name, "exec"), names)
+        exec(compile(in_small(code), name, "exec"), names)
+
+
+@pytest.mark.skipif(not IS_KERAS_2, reason="Keras 3 has no `fit` for several workers")
+@pytest.mark.slow
+@pytest.mark.end_to_end
+def test_blocks_for_several_workers(tmp_path):
+    finished = run_workers("negative_cache.tests.page_of_workers", folder=tmp_path)
+    first, second = (worker.result() for worker in finished)
+    assert first["loss"] == second["loss"] and np.isfinite(first["loss"])
+    before, after = first["weights"]
+    assert before != after and first["weights"] == second["weights"]
+    assert first["filled"] > 0 and second["filled"] > 0
 
 
 def test_every_page_with_python_is_run():
