@@ -72,17 +72,18 @@ METHODS_OF = {
         "uniform",
         "published",
         "recipe",
-        "corpus",
-        "tree",
-        "nystrom",
-        "corrector",
+        "corpus 16",
+        "tree 16",
+        "nystrom 16",
+        "corrector 16",
         "contrastive",
         "contrastive groups",
         "oracle",
     ),
 }
 
-# (label, what it is). "The batch" are the other candidates of the batch.
+# (label, what it is). "The batch" are the other candidates of the batch. All of a corpus also have
+# the batch.
 DESCRIPTIONS = {
     "in-batch": ("in-batch, B = 64", "the batch"),
     "in-batch 96": ("in-batch, B = 96", "a larger batch"),
@@ -109,6 +110,22 @@ DESCRIPTIONS = {
     "tree": ("corpus, tree", "`FromCorpus` of a cache with a `TreeIndex`"),
     "nystrom": ("corpus, Nyström", "`FromCorpus(corrector=NystromCorrector())`"),
     "corrector": ("corpus, corrector", "`FromCorpus(corrector=Corrector())`"),
+    "corpus 16": (
+        "corpus, 16 shared draws, ρ = 0.001",
+        "`FromCorpus(num_draws=16, refresh_fraction=0.001)`",
+    ),
+    "tree 16": (
+        "corpus, 16 shared draws, tree",
+        "`FromCorpus(num_draws=16)` of a cache with a `TreeIndex`",
+    ),
+    "nystrom 16": (
+        "corpus, 16 shared draws, Nyström",
+        "`FromCorpus(num_draws=16, corrector=NystromCorrector())`",
+    ),
+    "corrector 16": (
+        "corpus, 16 shared draws, corrector",
+        "`FromCorpus(num_draws=16, corrector=Corrector())`",
+    ),
     "contrastive": (
         "contrastive batches",
         "the batch, of `GlobalContrastiveBatches` from the second pass on",

@@ -20,6 +20,7 @@ from _report_plan import (
 from _worth_methods import IN_BATCH, LARGER_BATCHES, REFERENCE
 
 OLDER = "†"
+_TRAILER = "Changes-runs-of"
 # What the figures of `report.py`, and those of the other scripts, are made by.
 _CODE = ("negative_cache", ":!negative_cache/tests")
 _OWN_CODE = tuple(
@@ -41,11 +42,34 @@ _TITLES = {"words": "Cheap towers: means of word vectors", "transformer": "Trans
 
 
 @functools.cache
-def is_older(commit: str, code: tuple[str, ...] = (*_CODE, *_OWN_CODE)) -> bool:
-    """Whether code has changed since a commit, or nobody knows."""
+def is_older(
+    commit: str, code: tuple[str, ...] = (*_CODE, *_OWN_CODE), method: str | None = None
+) -> bool:
+    """Whether code has changed since a commit, or nobody knows.
+
+    A commit whose message has the trailer "Changes-runs-of: tree, oracle" has changed the runs of
+    these methods only.
+
+    Args:
+      commit: its hash.
+      code: paths.
+      method: what the figures are of, where commits are to be read for that.
+    """
     if not commit or commit.endswith("+") or not _measure.git("cat-file", "-t", commit):
         return True
-    return bool(_measure.git("diff", "--name-only", commit, "--", *code))
+    if not _measure.git("diff", "--name-only", commit, "--", *code):
+        return False
+    if method is None or _measure.git("diff", "--name-only", "HEAD", "--", *code):
+        return True
+    trailers = f"--format=%(trailers:key={_TRAILER},valueonly,separator=%x2C)"
+    changes = _measure.git("log", trailers, f"{commit}..HEAD", "--", *code)
+    changed = [[name.strip() for name in line.split(",")] for line in changes.splitlines()]
+    return any(names == [""] or method in names for names in changed) or not changed
+
+
+def is_older_run(line: Mapping) -> bool:
+    """`is_older` of a line of `report.py`."""
+    return is_older(line.get("commit", ""), method=line["method"])
 
 
 def mark_of(path: pathlib.Path) -> str:
@@ -139,7 +163,7 @@ def table(best: Mapping[str, list[dict]]) -> list[dict]:
             )
             if is_true
         ]
-        label = DESCRIPTIONS[name][0] + OLDER * any(is_older(run.get("commit", "")) for run in own)
+        label = DESCRIPTIONS[name][0] + OLDER * any(map(is_older_run, own))
         encoded = np.mean([run["candidates_encoded"][-1] for run in own])
         rows.append(
             {
@@ -223,13 +247,20 @@ def origin(runs: Sequence[dict]) -> str:
         for machine in (run["machine"] for run in runs)
     }
     commits = [
-        (commit or "unknown") + OLDER * is_older(commit)
-        for commit in dict.fromkeys(run["commit"] for run in runs)
+        (commit or "unknown") + OLDER * any(is_older_run(run) for run in own)
+        for commit, own in _by_commit(runs).items()
     ]
     return (
         f"Machine: {'; '.join(sorted(machines))}. Commits: {', '.join(commits)}."
         f" One thread a run, two runs at a time. Written on {datetime.date.today().isoformat()}."
     )
+
+
+def _by_commit(runs):
+    found: dict[str, list[dict]] = {}
+    for run in runs:
+        found.setdefault(run["commit"], []).append(run)
+    return found
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:

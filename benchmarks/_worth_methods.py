@@ -91,6 +91,10 @@ METHODS = {
     "tree": Method("corpus", options={"index": True}),
     "nystrom": Method("corpus", options={"corrector": "nystrom"}),
     "corrector": Method("corpus", options={"corrector": True}),
+    "corpus 16": Method("corpus", options={"refresh_fraction": 0.001, "num_draws": 16}),
+    "tree 16": Method("corpus", options={"index": True, "num_draws": 16}),
+    "nystrom 16": Method("corpus", options={"corrector": "nystrom", "num_draws": 16}),
+    "corrector 16": Method("corpus", options={"corrector": True, "num_draws": 16}),
     "contrastive": Method("contrastive", options={"start_epoch": 1}),
     "contrastive groups": Method("contrastive", options={"start_epoch": 1, "group_size": 8}),
     "oracle": Method("oracle", options={"num_negatives": 4}, is_timed=False),
@@ -169,9 +173,9 @@ def make_training(
             options["corrector"] = (
                 nc.NystromCorrector() if corrector == "nystrom" else nc.Corrector()
             )
-        index = nc.TreeIndex(data.num_candidates, DIM) if options.pop("index", False) else None
+        num_filled = len(data.train_candidates)
+        index = nc.TreeIndex(num_filled, DIM) if options.pop("index", False) else None
         sources.append(nc.FromCorpus(corpus_cache(data, towers[1], index), **options))
-        num_filled = data.num_candidates
         if method.kind == "oracle":
             callbacks.append(nc.CacheRefresh(every_steps=ORACLE_EVERY[tower], verbose=0))
     elif method.kind == "both":

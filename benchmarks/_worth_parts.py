@@ -184,13 +184,17 @@ class BothDirections(nc.DualEncoder):
 
 
 def corpus_cache(data: Data, tower, index: nc.TreeIndex | None = None) -> nc.Cache:
-    """A cache of all candidates, drawn from by an index if there is one."""
+    """A cache of all candidates that are trained on, drawn from by an index if there is one.
+
+    Those of the other queries are left out: a softmax over candidates that never are positives
+    learns that they are improbable, and would rank them below all others.
+    """
     return nc.Cache.from_dataset(
-        data.candidates(),
+        data.candidates(data.train_candidates),
         tower,
         data.specs(data.candidate_ids),
         candidate_id_key="row",
-        cache_size=data.num_candidates,
+        cache_size=len(data.train_candidates),
         index=index,
         verbose=0,
     )
