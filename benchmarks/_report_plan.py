@@ -82,8 +82,8 @@ METHODS_OF = {
     ),
 }
 
-# (label, what it is). "The batch" are the other candidates of the batch. All of a corpus also have
-# the batch.
+# (label, what it is). "The batch" are the other candidates of the batch. Methods with a corpus have
+# the batch too.
 DESCRIPTIONS = {
     "in-batch": ("in-batch, B = 64", "the batch"),
     "in-batch 96": ("in-batch, B = 96", "a larger batch"),
@@ -136,8 +136,13 @@ DESCRIPTIONS = {
     ),
     "oracle": (
         "oracle",
-        "all candidates, encoded again every 10 steps (40 with transformers), 4 draws a query; it"
+        "a corpus that is encoded again every 10 steps (40 with transformers), 4 draws a query; it"
         " is given steps, not time",
+    ),
+    "oracle of all": (
+        "oracle, held-out candidates too",
+        "the same over all candidates: those of the held-out queries are negatives, and never"
+        " positives",
     ),
 }
 # What the README recommends for each kind of towers.

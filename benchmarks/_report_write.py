@@ -280,6 +280,7 @@ Every method is given the same processor time, on one thread, without evaluation
 filled out of it. Data are the functions of the installed packages (`installed_code`): a query is
 the summary of a function, and all functions are ranked. Cheap towers have all of them as
 candidates, transformers of two blocks 8,192. B = 64 if a method does not say otherwise, d = 64.
+A corpus are the candidates that are trained on, if a method does not say otherwise.
 
 * **T** is the best temperature of the method's runs by `worth.py`, if there are some. Otherwise it
   is the better of 0.07 and 0.1, or 0.1 with transformers. Validation MRR of seed 0 chooses.

@@ -16,6 +16,7 @@ from _worth_parts import (
     GradCache,
     UniformDraws,
     corpus_cache,
+    corpus_rows,
     rows_for_warm_start,
 )
 from _worth_towers import DIM, make_towers
@@ -98,6 +99,9 @@ METHODS = {
     "contrastive": Method("contrastive", options={"start_epoch": 1}),
     "contrastive groups": Method("contrastive", options={"start_epoch": 1, "group_size": 8}),
     "oracle": Method("oracle", options={"num_negatives": 4}, is_timed=False),
+    "oracle of all": Method(
+        "oracle", options={"num_negatives": 4, "with_held_out": True}, is_timed=False
+    ),
     "both": Method("both"),
     "both cache": Method("both", options={"cache": True}),
     "in-batch frequency": Method("batch", frequency=True),
@@ -173,9 +177,10 @@ def make_training(
             options["corrector"] = (
                 nc.NystromCorrector() if corrector == "nystrom" else nc.Corrector()
             )
-        num_filled = len(data.train_candidates)
+        rows = corpus_rows(data, options.pop("with_held_out", False))
+        num_filled = len(rows)
         index = nc.TreeIndex(num_filled, DIM) if options.pop("index", False) else None
-        sources.append(nc.FromCorpus(corpus_cache(data, towers[1], index), **options))
+        sources.append(nc.FromCorpus(corpus_cache(data, rows, towers[1], index), **options))
         if method.kind == "oracle":
             callbacks.append(nc.CacheRefresh(every_steps=ORACLE_EVERY[tower], verbose=0))
     elif method.kind == "both":

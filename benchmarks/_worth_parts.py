@@ -183,18 +183,25 @@ class BothDirections(nc.DualEncoder):
         return (loss + reverse) / 2
 
 
-def corpus_cache(data: Data, tower, index: nc.TreeIndex | None = None) -> nc.Cache:
-    """A cache of all candidates that are trained on, drawn from by an index if there is one.
+def corpus_rows(data: Data, with_held_out: bool) -> np.ndarray:
+    """The candidates of a corpus: those that are trained on, or all.
 
-    Those of the other queries are left out: a softmax over candidates that never are positives
-    learns that they are improbable, and would rank them below all others.
+    A softmax over candidates that never are positives learns that they are improbable, and ranks
+    them below the others: those of the held-out queries, by which it is measured.
     """
+    return np.arange(data.num_candidates) if with_held_out else data.train_candidates
+
+
+def corpus_cache(
+    data: Data, rows: np.ndarray, tower, index: nc.TreeIndex | None = None
+) -> nc.Cache:
+    """A cache of some candidates, drawn from by an index if there is one."""
     return nc.Cache.from_dataset(
-        data.candidates(data.train_candidates),
+        data.candidates(rows),
         tower,
         data.specs(data.candidate_ids),
         candidate_id_key="row",
-        cache_size=len(data.train_candidates),
+        cache_size=len(rows),
         index=index,
         verbose=0,
     )
