@@ -79,6 +79,7 @@ METHODS_OF = {
         "contrastive",
         "contrastive groups",
         "oracle",
+        "oracle of all",
     ),
 }
 
