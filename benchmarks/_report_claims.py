@@ -55,7 +55,8 @@ def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -
             "why": "The gap is that of a matrix encoded once an epoch. Writing draws back closes"
             " most of it, with or without a tree: in a small corpus a tree gains nothing over exact"
             " draws. The memory is that of an index without embeddings, whose draws follow the"
-            " softmax less closely.",
+            " softmax less closely. At equal time Nyström pays for its kernel regression, which is"
+            " most of a cheap step.",
         },
         {
             "paper": "Correctors (Monath et al., ICML 2024, arXiv 2409.01890)",
@@ -66,8 +67,9 @@ def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -
                 *(_to_oracle(runs, tower, "corrector") for tower, runs in tables.items()),
             ),
             "why": "All candidates encoded are counted here, the batch's and the first"
-            " fill too, where the paper counts what keeps the cache fresh. From scratch, as in this"
-            " report, an item's drift is largely its own and no function of its old embedding.",
+            " fill too, where the paper counts what keeps the cache fresh. Of word vectors that are"
+            " trained from scratch, an item's drift is largely its own and no function of its old"
+            " embedding, and to correct all rows takes most of a cheap step.",
         },
         {
             "paper": "Global contrastive batch sampling (Sachidananda et al., ICML 2023, arXiv"
