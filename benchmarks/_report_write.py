@@ -158,7 +158,7 @@ def table(best: Mapping[str, list[dict]]) -> list[dict]:
         notes = [
             note
             for note, is_true in (
-                ("recommended", name == RECOMMENDED[own[0]["tower"]]),
+                ("the recommended cache", name == RECOMMENDED[own[0]["tower"]]),
                 ("the same time a step as the default cache", name == same_time),
             )
             if is_true
