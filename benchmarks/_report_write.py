@@ -17,7 +17,7 @@ from _report_plan import (
     RECOMMENDED,
     SWEEPS,
 )
-from _worth_methods import IN_BATCH, LARGER_BATCHES, REFERENCE
+from _worth_methods import IN_BATCH, LARGER_BATCHES, METHODS, REFERENCE
 
 OLDER = "†"
 _TRAILER = "Changes-runs-of"
@@ -48,7 +48,7 @@ def is_older(
     """Whether code has changed since a commit, or nobody knows.
 
     A commit whose message has the trailer "Changes-runs-of: tree, oracle" has changed the runs of
-    these methods only.
+    these methods only. A commit with another trailer, or none, has changed all.
 
     Args:
       commit: its hash.
@@ -61,10 +61,16 @@ def is_older(
         return False
     if method is None or _measure.git("diff", "--name-only", "HEAD", "--", *code):
         return True
+    base = _measure.git("merge-base", commit, "HEAD").strip()
+    if base != _measure.git("rev-parse", f"{commit}^{{commit}}").strip():
+        # It has changes that are not here.
+        return True
     trailers = f"--format=%(trailers:key={_TRAILER},valueonly,separator=%x2C)"
     changes = _measure.git("log", trailers, f"{commit}..HEAD", "--", *code)
     changed = [[name.strip() for name in line.split(",")] for line in changes.splitlines()]
-    return any(names == [""] or method in names for names in changed) or not changed
+    return not changed or any(
+        method in names or not METHODS.keys() >= set(names) for names in changed
+    )
 
 
 def is_older_run(line: Mapping) -> bool:
@@ -125,7 +131,9 @@ def section(tower, budget, best, folder, output) -> str:
     path = folder / f"{DATA}-{tower}-{budget}.png"
     title = f"{DATA}, {tower}"
     _worth_report.plot({labels[name]: own for name, own in best.items()}, title, path)
-    timed = [own[0]["processor_seconds"][-1] for name, own in best.items() if name != "oracle"]
+    timed = [
+        own[0]["processor_seconds"][-1] for name, own in best.items() if METHODS[name].is_timed
+    ]
     seeds = sorted({len(own) for own in best.values()})
     intro = _INTRODUCTIONS[budget].format(steps=_steps(tower, budget), seconds=np.median(timed))
     lines = [

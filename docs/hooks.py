@@ -28,7 +28,7 @@ LINKS_OUTSIDE = r"\]\(\.\./(?=(?:benchmarks|examples|colab)/)"
 # with the punctuation that it shares a line with.
 FORMULA = re.compile(
     r'<div class="math">(?P<block>.*?)</div>'
-    r"|(?P<before>\(?)\$<code>(?P<inline>.*?)</code>\$(?P<after>[^\s<]*)",
+    r"|(?P<before>\(?)\$<code>(?P<inline>[^<]*)</code>\$(?P<after>[^\s<]*)",
     re.DOTALL,
 )
 LATEX = LatexToMathML(fancy_error=False)

@@ -35,11 +35,14 @@ def main():
         code = code.replace("tf.distribute.MultiWorkerMirroredStrategy()", "the_strategy")
         exec(compile(test_docs.in_small(code), "distributed.md", "exec"), names)
     model = names["model"]
+    # After `fit`, before the page's own loop.
+    steps, pool = int(model.optimizer.iterations.numpy()), model.task.pool
     weights = [sum_of_weights(model)]
     loss = float(names["train"](names["batch"]))
     weights.append(sum_of_weights(model))
     filled = int(np.sum(model.task.cache.filled_on_any_replica()))
-    print(json.dumps({"loss": loss, "weights": weights, "filled": filled}))
+    result = {"steps": steps, "pool": pool, "loss": loss, "weights": weights, "filled": filled}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

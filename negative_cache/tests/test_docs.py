@@ -228,6 +228,8 @@ def test_blocks_for_several_workers(tmp_path):
     finished = run_workers("negative_cache.tests.page_of_workers", folder=tmp_path)
     first, second = (worker.result() for worker in finished)
     assert first["loss"] == second["loss"] and np.isfinite(first["loss"])
+    # The page's steps, in small.
+    assert first["steps"] == second["steps"] == 2 and first["pool"] == "replicas"
     before, after = first["weights"]
     assert before != after and first["weights"] == second["weights"]
     assert first["filled"] > 0 and second["filled"] > 0
