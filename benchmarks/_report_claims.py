@@ -13,12 +13,6 @@ from _worth_report import test_mrr
 RESULTS = pathlib.Path("benchmarks/results")
 # The runs of a table: method -> runs of its seeds.
 Best = dict[str, list[dict]]
-# The methods of a corpus, with the draws that suit the towers.
-_NAMES = ("corpus", "tree", "nystrom", "corrector")
-_OF_CORPUS = {
-    "words": {name: name for name in _NAMES},
-    "transformer": {name: f"{name} 16" for name in _NAMES},
-}
 
 
 def claims(tables: dict[str, list[Best]], mark: Callable[[pathlib.Path], str]) -> list[dict]:
@@ -120,15 +114,19 @@ def _cache(tables, tower):
         {
             "published cache to in-batch": ("published", "in-batch"),
             "the default cache to in-batch": ("own draws", "in-batch"),
-            "corpus with ρ = 0.001 to the oracle": (_OF_CORPUS[tower]["corpus"], "oracle"),
+            "corpus with ρ = 0.001 to the oracle": (_of_corpus("corpus", tower), "oracle"),
         },
     )
 
 
 def _to_oracle(tables, tower, *names):
-    own = _OF_CORPUS[tower]
-    pairs = {f"{name} to the oracle": (own[name], "oracle") for name in names}
+    pairs = {f"{name} to the oracle": (_of_corpus(name, tower), "oracle") for name in names}
     return _ratios(tables, tower, pairs)
+
+
+def _of_corpus(name, tower):
+    """A method of a corpus, with the draws that suit the towers."""
+    return f"{name} 16" if tower == "transformer" else name
 
 
 def _equal_time(tables, tower):

@@ -20,7 +20,7 @@ from _report_plan import (
 from _worth_methods import IN_BATCH, LARGER_BATCHES, METHODS, REFERENCE
 
 OLDER = "†"
-_TRAILER = "Changes-runs-of"
+_TRAILER, _ALL = "Changes-runs-of", "all methods"
 # What the figures of `report.py`, and those of the other scripts, are made by.
 _CODE = ("negative_cache", ":!negative_cache/tests")
 _OWN_CODE = tuple(
@@ -42,46 +42,41 @@ _TITLES = {"words": "Cheap towers: means of word vectors", "transformer": "Trans
 
 
 @functools.cache
-def is_older(
-    commit: str, code: tuple[str, ...] = (*_CODE, *_OWN_CODE), method: str | None = None
-) -> bool:
-    """Whether code has changed since a commit, or nobody knows.
+def changed_since(commit: str, code: tuple[str, ...] = (*_CODE, *_OWN_CODE)) -> frozenset[str]:
+    """The methods whose runs have changed since a commit; `_ALL` among them if nobody knows which.
 
     A commit whose message has the trailer "Changes-runs-of: tree, oracle" has changed the runs of
     these methods only. A commit with another trailer, or none, has changed all.
 
     Args:
       commit: its hash.
-      code: paths.
-      method: what the figures are of, where commits are to be read for that.
+      code: paths of what the runs are made by.
     """
+    every = frozenset({_ALL})
     if not commit or commit.endswith("+") or not _measure.git("cat-file", "-t", commit):
-        return True
+        return every
     if not _measure.git("diff", "--name-only", commit, "--", *code):
-        return False
-    if method is None or _measure.git("diff", "--name-only", "HEAD", "--", *code):
-        return True
-    base = _measure.git("merge-base", commit, "HEAD").strip()
-    if base != _measure.git("rev-parse", f"{commit}^{{commit}}").strip():
-        # It has changes that are not here.
-        return True
-    trailers = f"--format=%(trailers:key={_TRAILER},valueonly,separator=%x2C)"
-    changes = _measure.git("log", trailers, f"{commit}..HEAD", "--", *code)
-    changed = [[name.strip() for name in line.split(",")] for line in changes.splitlines()]
-    return not changed or any(
-        method in names or not METHODS.keys() >= set(names) for names in changed
+        return frozenset()
+    is_in_history = _measure.git("merge-base", commit, "HEAD") == _measure.git(
+        "rev-parse", f"{commit}^{{commit}}"
     )
+    if not is_in_history or _measure.git("diff", "--name-only", "HEAD", "--", *code):
+        return every
+    trailers = f"--format=%(trailers:key={_TRAILER},valueonly,separator=%x2C)"
+    changes = _measure.git("log", trailers, f"{commit}..HEAD", "--", *code).splitlines()
+    names = {name.strip() for line in changes for name in line.split(",")}
+    return frozenset(names) if names and names <= METHODS.keys() else every
 
 
-def is_older_run(line: Mapping) -> bool:
-    """`is_older` of a line of `report.py`."""
-    return is_older(line.get("commit", ""), method=line["method"])
+def is_older(line: Mapping) -> bool:
+    """Whether what made a line of `report.py` has changed since."""
+    return not changed_since(line.get("commit", "")).isdisjoint({_ALL, line["method"]})
 
 
 def mark_of(path: pathlib.Path) -> str:
     """The mark of a file of results, by the commit that it was added or changed with."""
     commit = _measure.git("log", "-1", "--format=%h", "--", str(path.resolve())).strip()
-    return OLDER if is_older(commit, _CODE) else ""
+    return OLDER if changed_since(commit, _CODE) else ""
 
 
 def write(folder: pathlib.Path, output: pathlib.Path) -> None:
@@ -171,7 +166,7 @@ def table(best: Mapping[str, list[dict]]) -> list[dict]:
             )
             if is_true
         ]
-        label = DESCRIPTIONS[name][0] + OLDER * any(map(is_older_run, own))
+        label = DESCRIPTIONS[name][0] + OLDER * any(map(is_older, own))
         encoded = np.mean([run["candidates_encoded"][-1] for run in own])
         rows.append(
             {
@@ -254,21 +249,15 @@ def origin(runs: Sequence[dict]) -> str:
         f" Python {machine['python']}"
         for machine in (run["machine"] for run in runs)
     }
+    older = {run["commit"] for run in runs if is_older(run)}
     commits = [
-        (commit or "unknown") + OLDER * any(is_older_run(run) for run in own)
-        for commit, own in _by_commit(runs).items()
+        (commit or "unknown") + OLDER * (commit in older)
+        for commit in dict.fromkeys(run["commit"] for run in runs)
     ]
     return (
         f"Machine: {'; '.join(sorted(machines))}. Commits: {', '.join(commits)}."
         f" One thread a run, two runs at a time. Written on {datetime.date.today().isoformat()}."
     )
-
-
-def _by_commit(runs):
-    found: dict[str, list[dict]] = {}
-    for run in runs:
-        found.setdefault(run["commit"], []).append(run)
-    return found
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:

@@ -157,7 +157,7 @@ class Report:
         found = self.results[wanted["tower"]].find(**wanted)
         if found is None or not self.again or found["commit"] == self.origin["commit"]:
             return found
-        return None if _report_write.is_older_run(found) else found
+        return None if _report_write.is_older(found) else found
 
     def _to_do(self, tower, method, seeds):
         """How many runs a method lacks; with temperatures to choose, as many as it can be."""

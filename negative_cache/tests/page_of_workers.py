@@ -22,14 +22,13 @@ def main():
     # Before any tensor is made.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     names = test_docs.reader()
-    titles = tf.data.Dataset.from_tensor_slices({"query": names["titles"]})
-    titles = titles.map(lambda pair: {**pair, "candidate": {"title": pair["query"]}})
+    batches = names["pairs"].batch(8)
     names.update(
         the_strategy=strategy,
         tower=names["candidate_tower"],
         specs={"title": tf.io.FixedLenFeature([], tf.string)},
-        data=titles.batch(8).repeat(),
-        batch=next(iter(titles.batch(8))),
+        data=batches.repeat(),
+        batch=next(iter(batches)),
     )
     for code in blocks(test_docs.DOCS / "distributed.md")[test_docs.NUM_BLOCKS["distributed.md"] :]:
         code = code.replace("tf.distribute.MultiWorkerMirroredStrategy()", "the_strategy")
